@@ -1,0 +1,163 @@
+"""Train both stages on the built-in shapes, sample, interpolate, and judge the result; `make demo` calls this.
+
+    python demo.py                                 about ten minutes on two CPU cores; everything lands in out/demo/
+    python demo.py --skip-training                 judge what is there
+    python demo.py --dataset folder --data-dir PATH/train --vae-options "--resolution 64 --steps 6000" …
+
+The judge is a small video classifier trained on real clips. It reads the class of reconstructed and of generated clips:
+PSNR alone cannot tell a moving square from a moving smudge.
+"""
+
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+import dit
+import utils
+from utils import UserError, option
+from vae import psnr, reconstruct
+
+
+@dataclass
+class Config:
+    dataset: str = option("data", "shapes", "what to train on", choices=data.DATASETS)
+    data_dir: str = option("data", "", "directory of videos, classes from its sub-folders")
+    vae_options: str = option("training", "", "further options of vae.py, in quotes")
+    dit_options: str = option("training", "", "further options of dit.py, in quotes")
+    skip_training: bool = option("training", False, "judge the checkpoints that are there")
+    judge_clips: int = option("judging", 8192, "clips the classifier is trained on")
+    per_class: int = option("judging", 20, "generated clips of each class that are judged")
+    guidance: float = option("judging", 2.0, "scale of classifier-free guidance")
+    out_dir: str = option("output", "out/demo", "where everything goes")
+
+
+class Classifier(nn.Module):
+    """A small 3D convolutional network: clips [B, T, 3, H, W] -> class scores [B, classes]."""
+
+    def __init__(self, num_classes, width=24):
+        super().__init__()
+        layers, channels = [], 3
+        for i, out in enumerate((width, 2 * width, 4 * width, 4 * width)):
+            stride = (1, 2, 2) if i == 0 else 2
+            layers += [nn.Conv3d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm3d(out), nn.GELU()]
+            channels = out
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(channels, num_classes)
+
+    def forward(self, clips):
+        clips = F.interpolate(clips.transpose(1, 2), size=(clips.shape[1], 32, 32), mode="trilinear")
+        return self.head(self.features(clips).mean((2, 3, 4)))
+
+
+def train_classifier(train_set, num_classes, clips, device, batch_size=32, seed=0):
+    """The judge, after one pass over the given number of real clips."""
+    torch.manual_seed(seed)
+    judge = Classifier(num_classes).to(device)
+    batch_size, steps = min(batch_size, len(train_set)), clips // batch_size
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.05)
+    batches = data.endless(train_set, batch_size, seed=seed)
+    for step in utils.tqdm(range(steps), desc="judge", unit="step", dynamic_ncols=True, mininterval=1):
+        for group in optimizer.param_groups:
+            group["lr"] = utils.learning_rate(step, steps, 3e-3, 20)
+        video, label = (x.to(device) for x in next(batches))
+        loss = F.cross_entropy(judge(video), label)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return judge.eval()
+
+
+@torch.no_grad()
+def agreement(judge, clips, labels):
+    """Share of clips in which the judge sees the given class."""
+    device = next(judge.parameters()).device
+    guesses = torch.cat([judge(batch.to(device)).argmax(1).cpu() for batch in clips.split(32)])
+    return (guesses == labels.cpu()).float().mean().item()
+
+
+def nearest_clips(clips, train_set, count=None):
+    """For each clip the training clip with the smallest mean squared pixel difference: (clips, differences)."""
+    best, found = torch.full((len(clips),), float("inf")), torch.zeros_like(clips)
+    for i in utils.tqdm(range(count or len(train_set)), desc="nearest", unit="clip", dynamic_ncols=True, mininterval=1):
+        candidate = train_set[i][0]
+        distance = (clips - candidate).square().mean((1, 2, 3, 4))
+        closer = distance < best
+        best[closer], found[closer] = distance[closer], candidate
+    return found, best
+
+
+def main():
+    config = utils.parse_options(Config, __doc__)
+    out = Path(config.out_dir)
+    vae_pt, dit_pt = out / "vae.pt", out / "dit.pt"
+    rows = []
+
+    def call(title, script, *args):
+        """Run a script of this repository as a user would, and time it."""
+        command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, args)]
+        print("$ python " + " ".join(shlex.quote(str(a)) for a in command[1:]).replace(str(Path(__file__).parent) + "/", ""), flush=True)
+        start = time.time()
+        if subprocess.run(command).returncode:
+            raise UserError(f"{script} failed")
+        rows.append((title, f"{time.time() - start:.0f} s"))
+        return time.time() - start
+
+    if not config.skip_training:
+        where = ["--dataset", config.dataset] + (["--data-dir", config.data_dir] if config.data_dir else [])
+        seconds = call(
+            "stage 1, training", "vae.py", *where, "--out", vae_pt, "--run-dir", out / "vae", *shlex.split(config.vae_options)
+        )
+        seconds += call(
+            "stage 2, training", "dit.py", "--ckpt", vae_pt, "--out", dit_pt, "--run-dir", out / "dit",
+            *shlex.split(config.dit_options),
+        )  # fmt: skip
+        sampling = ["--ckpt", dit_pt, "--out-dir", out, "--guidance", config.guidance]
+        seconds += call("samples of every class", "sample.py", *sampling)
+        seconds += call("interpolation between videos", "sample.py", *sampling, "--interp")
+        seconds += call("8 x the frames, 4 beyond the end", "sample.py", *sampling, "--time-scale", 8, "--extrapolate", 4, "--out-dir", out / "long")  # fmt: skip
+        rows.append(("trainings and sampling together", f"{seconds:.0f} s"))
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        rows.append(("peak memory of a process", f"{peak:.2f} GiB"))
+
+    ckpt = utils.load_checkpoint(dit_pt, "dit", "python demo.py")
+    model, vae, scale = dit.load_dit(ckpt)
+    device, c, classes, stage1 = torch.device("cpu"), vae.nerv_config, ckpt["classes"], ckpt["vae"]["config"]
+    where = (stage1["dataset"], stage1["data_dir"])
+    train_set = data.open_dataset(*where, "train", c.resolution, c.num_frames, stage1["stride"], classes)
+    test_set = data.open_dataset(*where, "test", c.resolution, c.num_frames, stage1["stride"], classes)
+    clips, labels = data.fixed_clips(test_set, 20 * len(classes))
+    decoded = reconstruct(vae, clips, device)
+    still = clips.mean(1, keepdim=True).expand_as(clips)
+    rows.append(("PSNR of held-out reconstructions", f"{psnr(clips, decoded):.2f} dB"))
+    rows.append(("PSNR of each clip's own time average", f"{psnr(clips, still):.2f} dB"))
+
+    judge = train_classifier(train_set, len(classes), config.judge_clips, device)
+    wanted = torch.arange(len(classes)).repeat_interleave(config.per_class)
+    tokens = [dit.generate(model, part, guidance=config.guidance, seed=i) for i, part in enumerate(wanted.split(60))]
+    with torch.no_grad():
+        generated = torch.cat([vae.decode(part / scale, torch.arange(c.num_frames)) for part in torch.cat(tokens).split(20)])
+    rows.append((f"judge on {len(clips)} held-out real clips", f"{100 * agreement(judge, clips, labels):.1f} %"))
+    rows.append((f"class agreement, {len(clips)} reconstructions", f"{100 * agreement(judge, decoded, labels):.1f} %"))
+    rows.append((f"class agreement, {len(generated)} generated clips", f"{100 * agreement(judge, generated, wanted):.1f} %"))
+
+    shown = generated[:: config.per_class][:10]
+    nearest, difference = nearest_clips(shown, train_set)
+    pairs = [clip for pair in zip(shown, nearest) for clip in pair]
+    data.write_sheet(out / "nearest.png", pairs, ["generated", "nearest real"] * len(shown))
+    rows.append(("generated to nearest training clip", f"{psnr(shown, nearest):.2f} dB, see {out}/nearest.png"))
+    print()
+    for name, value in rows:
+        print(f"{name:<45} {value}")
+
+
+if __name__ == "__main__":
+    utils.run(main)

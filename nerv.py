@@ -1,0 +1,204 @@
+"""The generative NeRV decoder: a convolutional network whose kernels *are* the video.
+
+A NeRV (neural representation for videos) takes a frame index and returns that frame. Here most of what it knows about one
+video sits in N weight tokens of width d. Follow one call from top to bottom:
+
+    tokens [B, N, d]  --multi-head affine-->  one block of kernel entries per layer and video     (ModulatedConv.kernel)
+    t [T]             --position code----->   [T, 48, 8, 8], the only input of the network         (position_code)
+    both              --convolutions------>   frames [B, T, 3, H, W]                               (NeRV.forward)
+
+Everything is NeRV-Diffusion (Ren et al., ICLR 2026): §3.1 for the weights, §3.2 and Table A1 for the layers.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class NeRVConfig:
+    """Sizes of the decoder. The defaults are NeRV-Diffusion-S at 128 x 128 (Table A1)."""
+
+    resolution: int = 128  # H = W in pixels; pos_size times a power of two
+    num_frames: int = 16  # T of the training clips; frame positions 0 ... T-1 are inside the clip
+    num_tokens: int = 128  # N, weight tokens per video
+    token_dim: int = 128  # d, width of a token
+    width: int = 128  # D, channels of all blocks but the last, which has 2D
+    block: int = 64  # generated channels of a layer (twice that on the way from D to 2D)
+    stem_fraction: int = 1  # the first layer's generated block is [48/f, D/f]: f = 1 in S, 2 in B and L
+    pos_dim: int = 16  # sinusoidal dimensions each for time, height and width
+    pos_size: int = 8  # h = w of the position code (Table 2c)
+
+    def __post_init__(self):
+        levels = math.log2(self.resolution / self.pos_size) if self.resolution > 0 else 0
+        if levels < 2 or levels != int(levels):
+            raise ValueError(
+                f"resolution {self.resolution} is not {self.pos_size} x 4, 8, 16, …: use {self.pos_size * 4}, "
+                f"{self.pos_size * 8}, {self.pos_size * 16} or {self.pos_size * 32}"
+            )
+        if self.num_frames < 1 or self.num_tokens < 1 or self.token_dim < 1:
+            raise ValueError("num_frames, num_tokens and token_dim must be positive")
+
+
+CONFIGS = {
+    "nano": NeRVConfig(resolution=32, num_tokens=32, token_dim=16, width=16, block=16),
+    "S": NeRVConfig(width=128),
+    "B": NeRVConfig(width=256, stem_fraction=2),
+    "L": NeRVConfig(width=512, stem_fraction=2),
+}
+
+
+def sinusoid(position, dim, length):
+    """Sine and cosine features of real positions (§A.1: "sinusoidal", in the index, not exponential).
+
+    position [...], in cells or frames -> [..., dim], dim even. Angular frequencies are evenly spaced, from a quarter of a
+    wave over the length, which tells all positions apart, up to where a step of one would alias (π, kept 10 % below), or as
+    far as dim reaches. What lies *between* steps then decodes to something in between.
+    """
+    count = dim // 2
+    highest = min((count - 0.5) * math.pi / length, 0.9 * math.pi)
+    freq = torch.linspace(math.pi / 2 / length, highest, count, device=position.device)
+    angle = position[..., None] * freq
+    return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+def position_code(t, config):
+    """Spatiotemporal input of the network (§3.2): t [T], real-valued, in frames -> [T, 3 * pos_dim, h, w]."""
+    size, dim = config.pos_size, config.pos_dim
+    cell = sinusoid(torch.arange(size, device=t.device, dtype=torch.float32), dim, size).T  # [16, 8]
+    time = sinusoid(t.float(), dim, config.num_frames)[:, :, None, None].expand(-1, -1, size, size)
+    height = cell[None, :, :, None].expand(len(t), -1, -1, size)
+    width = cell[None, :, None, :].expand(len(t), -1, size, -1)
+    return torch.cat([time, height, width], 1)
+
+
+class ModulatedConv(nn.Module):
+    """A convolution with one kernel per video, partly generated and partly shared (§3.1, channel-wise parameterization).
+
+    The generated block *is* W[:block_out, :block_in]; nothing is multiplied or added. All other entries are shared between
+    videos and learned. `head` is this layer's part of the multi-head affine mapping: all N tokens go through it, each gives
+    per_token consecutive entries of the block.
+    """
+
+    def __init__(self, config, in_ch, out_ch, kernel_size, block_in, block_out, upsample=False):
+        super().__init__()
+        k = kernel_size
+        self.in_ch, self.out_ch, self.upsample = in_ch, out_ch, upsample
+        self.kernel_shape = (out_ch, in_ch, k, k)
+        self.block_shape = (block_out, block_in, k, k)
+        entries = math.prod(self.block_shape)
+        per_token = math.ceil(entries / config.num_tokens)  # N that does not divide the block: the surplus is cut off below
+        std = 1 / math.sqrt(in_ch * k * k)
+        self.head = nn.Linear(config.token_dim, per_token, bias=False)
+        nn.init.normal_(self.head.weight, std=std / math.sqrt(config.token_dim))
+        self.offset = nn.Parameter(torch.randn(self.block_shape) * std)
+        self.shared = nn.Parameter(torch.randn(math.prod(self.kernel_shape) - entries) * std)
+        self.bias = nn.Parameter(torch.zeros(out_ch))
+
+    def kernel(self, tokens):
+        """The kernels of B videos: tokens [B, N, d] -> [B, out, in, k, k], of unit norm per output channel."""
+        B, (out_ch, in_ch, k, _), (block_out, block_in, _, _) = len(tokens), self.kernel_shape, self.block_shape
+        block = self.head(tokens).flatten(1)[:, : math.prod(self.block_shape)]  # [B, N, per_token] -> [B, m_out*m_in*k*k]
+        block = block.view(B, *self.block_shape) + self.offset
+        beside, below = self.shared.split([block_out * (in_ch - block_in) * k * k, (out_ch - block_out) * in_ch * k * k])
+        beside = beside.view(1, block_out, in_ch - block_in, k, k).expand(B, -1, -1, -1, -1)
+        below = below.view(1, out_ch - block_out, in_ch, k, k).expand(B, -1, -1, -1, -1)
+        weight = torch.cat([torch.cat([block, beside], 2), below], 1)  # [B, out, in, k, k]
+        # Demodulation (Karras et al. 2019), over generated and shared entries together: "all dimensions except the output
+        # channels". Independent inputs of unit variance then give outputs of unit variance.
+        return weight * torch.rsqrt(weight.square().sum((2, 3, 4), keepdim=True) + 1e-8)
+
+    def forward(self, x, tokens):
+        """x [T, B * in, H, W], tokens [B, N, d] -> [T, B * out, H, W], or 2H x 2W if upsampling.
+
+        Frames are the batch and videos the groups (FastNeRV, Fig. 5), so that B networks run in one call.
+        """
+        B = len(tokens)
+        weight, bias = self.kernel(tokens).to(x.dtype), self.bias.to(x.dtype).repeat(B)
+        if self.upsample:
+            # An output pixel of a stride-2 4x4 transposed convolution meets only 4 of the 16 taps: ×2 keeps the variance.
+            weight = 2 * weight.transpose(1, 2).flatten(0, 1)  # [B, out, in, 4, 4] -> [B * in, out, 4, 4]
+            return F.conv_transpose2d(x, weight, bias, stride=2, padding=1, groups=B)
+        pad = -self.out_ch % 16 if x.device.type == "cpu" else 0  # 3 output channels a group are slow on a CPU; 8 are not
+        weight, bias = F.pad(weight, (0,) * 7 + (pad,)), F.pad(bias.view(B, -1), (0, pad))
+        y = F.conv2d(x, weight.flatten(0, 1), bias.flatten(), padding=weight.shape[-1] // 2, groups=B)
+        return y.unflatten(1, (B, -1))[:, :, : self.out_ch].flatten(1, 2)
+
+
+def activation(x):
+    """GELU with the gain that keeps a unit second moment: E[gelu(x)²] = 0.425 for x ~ N(0, 1)."""
+    return F.gelu(x) * 1.5336
+
+
+class Block(nn.Module):
+    """One ×2 level: a transposed convolution, one or two 3×3 convolutions, and a residual side connection (Table A1)."""
+
+    def __init__(self, up, convs, side=None):
+        super().__init__()
+        self.up, self.convs, self.side = up, nn.ModuleList(convs), side
+
+    def forward(self, x, tokens):
+        h = activation(self.up(x, tokens))
+        for conv in self.convs:
+            h = activation(conv(h, tokens))
+        x = F.interpolate(x, scale_factor=2, mode="bilinear")  # the earlier map, brought to the new size (§A.1)
+        if self.side is not None:  # only where the channels change
+            x = self.side(x, tokens)
+        return (h + x) / math.sqrt(2)
+
+
+class NeRV(nn.Module):
+    """B videos' worth of weight tokens and T frame positions in, B videos out (Table A1)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        D, m, f = config.width, min(config.block, config.width), config.stem_fraction
+        pos = 3 * config.pos_dim
+
+        def conv(in_ch, out_ch, k=3, grown=False, **kw):
+            return ModulatedConv(config, in_ch, out_ch, k, m, 2 * m if grown else m, **kw)
+
+        def up(ch):
+            return conv(ch, ch, 4, upsample=True)
+
+        levels = int(math.log2(config.resolution // config.pos_size))
+        self.stem = ModulatedConv(config, pos, D, 3, pos // f, D // f)
+        blocks = [Block(up(D), [conv(D, D), conv(D, D)]) for _ in range(levels - 2)]
+        # The last conv of the last but one block grows D -> 2D; its 1×1 side connection is modulated too (§3.2).
+        blocks.append(Block(up(D), [conv(D, D), conv(D, 2 * D, grown=True)], side=conv(D, 2 * D, 1, grown=True)))
+        blocks.append(Block(up(2 * D), [conv(2 * D, 2 * D)]))
+        self.blocks = nn.ModuleList(blocks)
+        self.to_rgb = ModulatedConv(config, 2 * D, 3, 3, D, 3)
+
+    def table_layers(self):
+        """The layers of Table A1 in order, [(name, ModulatedConv)]; side connections, which it omits, left out."""
+        layers = [("stem", self.stem)]
+        for i, block in enumerate(self.blocks, 1):
+            layers += [(f"block{i}.up", block.up)]
+            layers += [(f"block{i}.conv{j}", conv) for j, conv in enumerate(block.convs, 1)]
+        return layers + [("to_rgb", self.to_rgb)]
+
+    def num_kernel_weights(self):
+        """Entries of one video's kernels, generated and shared together: the "#Params detokenizer" of Table 1."""
+        return sum(math.prod(layer.kernel_shape) for _, layer in self.table_layers())
+
+    def forward(self, tokens, t):
+        """tokens [B, N, d], t [T] real-valued frame positions -> [B, T, 3, H, W] in [-1, 1].
+
+        Positions 0 ... num_frames-1 are the training clip; fractions interpolate, positions outside extrapolate (§4.5.1).
+        Frames do not see each other: any subset of positions gives the same frames as decoding all of them.
+        """
+        c = self.config
+        if tokens.shape[1:] != (c.num_tokens, c.token_dim):
+            raise ValueError(f"tokens are {list(tokens.shape)}, expected [B, {c.num_tokens}, {c.token_dim}]")
+        B, T = len(tokens), len(t)
+        x = position_code(t, c).to(tokens.dtype).repeat(1, B, 1, 1)  # [T, 48, 8, 8] -> [T, B * 48, 8, 8]
+        x = activation(self.stem(x, tokens))
+        for block in self.blocks:
+            x = block(x, tokens)
+        x = torch.tanh(self.to_rgb(x, tokens))  # [T, B * 3, H, W]
+        return x.view(T, B, 3, c.resolution, c.resolution).transpose(0, 1)

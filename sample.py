@@ -1,0 +1,142 @@
+"""Generate, reconstruct and interpolate videos; every one is written as MP4, GIF and a PNG contact sheet.
+
+    python sample.py                                  one video of every class, from dit.pt
+    python sample.py --classes 3 ring_circle --count 4
+    python sample.py --interp                         walk between the weights of two generated videos
+    python sample.py --interp a.mp4 b.mp4             … or of two videos from files
+    python sample.py --time-scale 8 --extrapolate 4   8 × as many frames, and 4 beyond the end
+    python sample.py --reconstruct a.mp4 b.mp4        real videos through stage 1
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+import data
+import dit
+import utils
+from utils import UserError, option
+from vae import load_vae, psnr
+
+
+@dataclass
+class Config:
+    ckpt: str = option("input", "dit.pt", "checkpoint of dit.py; one of vae.py is enough for videos from files")
+    classes: list = option("what", [], "names or numbers of classes; default: all, or two for --interp", nargs="+", metavar="CLASS")
+    count: int = option("what", 1, "videos per class")
+    interp: list = option("what", None, "interpolate between generated videos, or between FILEs", nargs="*", metavar="FILE")
+    interp_steps: int = option("what", 7, "videos from each one to the next, both ends included")
+    reconstruct: list = option("what", [], "encode and decode FILEs", nargs="+", metavar="FILE")
+    time_scale: float = option("time", 1.0, "decoded frames per frame of the training clips; 8 makes 128 of 16")
+    extrapolate: float = option("time", 0.0, "go on for this many frames beyond the end of the clip")
+    stride: int = option("time", 1, "frames of a FILE per frame of its clip")
+    fps: float = option("time", 12.0, "frames per second of what is written")
+    steps: int = option("sampling", 50, "evaluations of the denoiser, 1 to 1000")
+    sampler: str = option("sampling", "ddim", "deterministic, or ancestral", choices=["ddim", "ddpm"])
+    guidance: float = option("sampling", 2.0, "scale of classifier-free guidance; 1 is none")
+    seed: int = option("sampling", 0, "of the noise")
+    batch_size: int = option("machine", 16, "videos decoded at once")
+    device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
+    out_dir: str = option("output", "out/samples", "where the videos go")
+
+
+class Sampler:
+    """The networks of one checkpoint and the frame positions that were asked for."""
+
+    def __init__(self, config):
+        ckpt = utils.load_checkpoint(config.ckpt, ("dit", "vae"), "python dit.py")
+        self.config, self.device = config, utils.pick_device(config.device)
+        self.dit, self.classes = None, ckpt["classes"]
+        if ckpt["stage"] == "dit":
+            self.dit, self.vae, self.latent_scale = dit.load_dit(ckpt)
+            self.dit.to(self.device)
+        else:
+            self.vae = load_vae(ckpt)
+        self.vae.to(self.device)
+        # Time is a continuous query (§4.5.1): any positions will do, 0 … T-1 is the clip that was trained on.
+        frames = self.vae.nerv_config.num_frames
+        inside = torch.linspace(0, frames - 1, max(1, round(frames * config.time_scale)))
+        beyond = frames - 1 + torch.arange(1, round(config.extrapolate * config.time_scale) + 1) / config.time_scale
+        self.t = torch.cat([inside, beyond])
+
+    def labels(self, default):
+        """Class names or numbers of --classes, or the default labels -> list of labels."""
+        labels = []
+        for name in self.config.classes or map(str, default):
+            if name in self.classes:
+                labels.append(self.classes.index(name))
+            elif name.isdigit() and int(name) < len(self.classes):
+                labels.append(int(name))
+            else:
+                raise UserError(f"there is no class {name!r}; there are {', '.join(self.classes)}")
+        return labels
+
+    def generate(self, labels):
+        """Labels -> tokens [B, N, d] of new videos."""
+        if self.dit is None:
+            raise UserError(f"{self.config.ckpt} has no stage 2: generating takes a checkpoint of `python dit.py`")
+        c = self.config
+        labels = torch.tensor(labels, device=self.device)
+        return dit.generate(self.dit, labels, c.steps, c.guidance, c.sampler, c.seed) / self.latent_scale
+
+    def read(self, files):
+        """The first clip of each file: [B, T, 3, H, W]."""
+        c, clips = self.vae.nerv_config, []
+        span = (c.num_frames - 1) * self.config.stride + 1
+        for file in files:
+            frames = data.read_video(file, c.resolution)
+            if len(frames) < span:
+                raise UserError(f"{file} has {len(frames)} frames, and {span} are needed: use a smaller --stride")
+            clips.append(data.to_clip(frames[: span : self.config.stride]))
+        return torch.stack(clips)
+
+    @torch.no_grad()
+    def encode(self, clips):
+        return torch.cat([self.vae.encode(b.to(self.device))[0] for b in clips.split(self.config.batch_size)])
+
+    @torch.no_grad()
+    def decode(self, tokens):
+        """Tokens [B, N, d] -> clips [B, len(t), 3, H, W] on the CPU."""
+        return torch.cat([self.vae.decode(b, self.t.to(self.device)).cpu() for b in tokens.split(self.config.batch_size)])
+
+    def write(self, name, clips, titles):
+        """Each clip as a video of its own, all of them as one sheet and as one tiled video."""
+        folder = f"{self.config.out_dir}/{name}"
+        for i, (clip, title) in enumerate(zip(clips, titles)):
+            data.write_video(f"{folder}/{i:02d}_{title}", clip, self.config.fps)
+        data.write_sheet(f"{folder}.png", clips, titles)
+        data.write_video(folder, data.tile(clips), self.config.fps)
+        print(f"wrote {folder}.png, {folder}.mp4, {folder}.gif and each video in {folder}/")
+
+
+def main():
+    config = utils.parse_options(Config, __doc__)
+    sampler = Sampler(config)
+    if config.reconstruct:
+        real = sampler.read(config.reconstruct)
+        decoded = sampler.decode(sampler.encode(real))
+        if config.time_scale == 1 and not config.extrapolate:
+            print(f"PSNR {psnr(real, decoded):.2f} dB")
+        rows = [clip for pair in zip(real, decoded) for clip in pair]
+        sampler.write("reconstruct", rows, ["real", "reconstructed"] * len(real))
+    elif config.interp is not None:
+        if config.interp:
+            ends = sampler.encode(sampler.read(config.interp))
+        else:
+            ends = sampler.generate(sampler.labels(default=[0, len(sampler.classes) - 1]))
+        if len(ends) < 2:
+            raise UserError("--interp takes two videos or more: name two files, or two --classes")
+        # λθ_2 + (1-λ)θ_1 (§4.5.2). The kernels before demodulation are linear in the tokens, so this walks through weights.
+        walk, titles = [ends[0]], ["0.00"]
+        for i, (start, end) in enumerate(zip(ends[:-1], ends[1:])):
+            for weight in torch.linspace(0, 1, config.interp_steps)[1:].tolist():
+                walk.append(torch.lerp(start, end, weight))
+                titles.append(f"{i + weight:.2f}")
+        sampler.write("interp", sampler.decode(torch.stack(walk)), titles)
+    else:
+        labels = [k for k in sampler.labels(range(len(sampler.classes))) for _ in range(config.count)]
+        sampler.write("samples", sampler.decode(sampler.generate(labels)), [sampler.classes[k] for k in labels])
+
+
+if __name__ == "__main__":
+    utils.run(main)

@@ -1,0 +1,53 @@
+"""What the tests share: the repository on the path, tiny videos, and one tiny trained pair of checkpoints."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+
+
+def script(name, *args, cwd, **kw):
+    """Run a script of the repository as a user would; returns the CompletedProcess."""
+    command = [sys.executable, str(ROOT / name), *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=150, **kw)
+
+
+def write_mp4(path, clip):
+    """Only the MP4 of data.write_video: a folder of clips with a GIF beside each would hold every video twice."""
+    data.write_video(path, clip)
+    Path(f"{path}.gif").unlink()
+    return Path(f"{path}.mp4")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A data set on disk: train/ has 3 clips each of the classes ring_circle and square_updown, test/ has one each."""
+    root = tmp_path_factory.mktemp("videos")
+    shapes = data.Shapes(length=72)
+    for name in ("ring_circle", "square_updown"):
+        for i in range(4):
+            clip, label = shapes[shapes.classes.index(name) + 9 * i]
+            assert shapes.classes[label] == name
+            write_mp4(root / ("test" if i == 3 else "train") / name / f"{i}", clip)
+    return root
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A directory in which vae.py and dit.py have run for two steps: vae.pt, dit.pt, runs/vae, runs/dit."""
+    cwd = tmp_path_factory.mktemp("trained")
+    tiny = ("--steps", 2, "--batch-size", 4, "--seed", 1)
+    for args in (("vae.py", *tiny), ("dit.py", *tiny, "--num-latents", 8)):
+        done = script(*args, cwd=cwd)
+        assert done.returncode == 0, done.stderr
+    return cwd

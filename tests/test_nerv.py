@@ -1,0 +1,307 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nerv import CONFIGS, NeRV, NeRVConfig, activation, position_code, sinusoid
+
+# Small decoders with all that large ones have: a side connection, entries of every kind, stems of both fractions.
+SMALL = {
+    "divides": NeRVConfig(resolution=32, num_frames=4, num_tokens=16, token_dim=6, width=24, block=8),
+    "160 tokens": NeRVConfig(resolution=64, num_frames=4, num_tokens=160, token_dim=4, width=32, block=16, stem_fraction=2),
+    "7 tokens": NeRVConfig(resolution=32, num_frames=4, num_tokens=7, token_dim=5, width=16, block=16),
+}
+
+
+def small(name="divides", B=3):
+    """A small decoder in double precision and tokens for it."""
+    torch.manual_seed(0)
+    model = NeRV(SMALL[name]).double()
+    for parameter in model.parameters():  # biases start at zero, where an error in them would not show
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model, torch.randn(B, SMALL[name].num_tokens, SMALL[name].token_dim, dtype=torch.float64)
+
+
+def meta(preset):
+    """A preset of the paper without memory: shapes only."""
+    with torch.device("meta"):
+        return NeRV(CONFIGS[preset])
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+# ----------------------------------------------------------------------------------------------------------- Table A1, §3.2
+
+
+@pytest.mark.parametrize("preset, millions", [("S", 3.52), ("B", 13.95), ("L", 55.56)])
+def test_number_of_kernel_weights(preset, millions):
+    count, D = meta(preset).num_kernel_weights(), CONFIGS[preset].width
+    assert count == 211 * D * D + 486 * D
+    assert round(count / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize("preset", ["S", "B", "L"])
+def test_a_kernel_is_its_generated_block_and_its_shared_entries(preset):
+    for name, layer in meta(preset).table_layers():
+        assert math.prod(layer.kernel_shape) == math.prod(layer.block_shape) + layer.shared.numel(), name
+        assert layer.kernel_shape[:2] == (layer.out_ch, layer.in_ch), name
+
+
+def test_generated_entries_of_S():
+    # 0.62 M at N = d = 128; the heads of the multi-head affine hold as many weights.
+    model = meta("S")
+    assert sum(math.prod(layer.block_shape) for _, layer in model.table_layers()) == 4811 * 128
+    assert sum(layer.head.weight.numel() for _, layer in model.table_layers()) == 4811 * 128
+
+
+@pytest.mark.parametrize("preset", ["S", "B", "L"])
+def test_generated_blocks_and_kernels_are_those_of_table_a1(preset):
+    D = CONFIGS[preset].width
+    stem = (D, 48) if preset == "S" else (D // 2, 24)  # the table's [48, D] and [24, D/2] are (in, out); these are (out, in)
+    same, grown, up = (64, 64), (128, 64), (D, D)
+    expected = [(stem, (D, 48), 3)]
+    expected += [(same, up, 4), (same, up, 3), (same, up, 3)] * 2
+    expected += [(same, up, 4), (same, up, 3), (grown, (2 * D, D), 3)]
+    expected += [(same, (2 * D, 2 * D), 4), (same, (2 * D, 2 * D), 3), ((3, D), (3, 2 * D), 3)]
+    layers = meta(preset).table_layers()
+    found = [(layer.block_shape[:2], layer.kernel_shape[:2], layer.kernel_shape[2]) for _, layer in layers]
+    assert found == expected
+    for name, layer in layers:
+        assert layer.upsample == (layer.kernel_shape[2] == 4), name
+        assert layer.kernel_shape[2:] == layer.block_shape[2:] == (layer.kernel_shape[2],) * 2, name
+
+
+@pytest.mark.parametrize("preset", ["S", "B", "L"])
+def test_feature_maps_are_those_of_table_a1(preset):
+    model, D, B, T = meta(preset), CONFIGS[preset].width, 2, 3
+    shapes = []
+    for _, layer in model.table_layers():
+        layer.register_forward_hook(lambda layer, args, out: shapes.append(tuple(out.shape)))
+    frames = model(torch.empty(B, 128, 128, device="meta"), torch.empty(T, device="meta"))
+    expected = [(D, 8)] + [(D, 16)] * 3 + [(D, 32)] * 3 + [(D, 64)] * 2 + [(2 * D, 64)] + [(2 * D, 128)] * 2 + [(3, 128)]
+    assert shapes == [(T, B * channels, size, size) for channels, size in expected]
+    assert frames.shape == (B, T, 3, 128, 128)
+
+
+def test_one_more_block_doubles_the_resolution():
+    with torch.device("meta"):
+        model = NeRV(NeRVConfig(resolution=256, num_tokens=160))
+    frames = model(torch.empty(1, 160, 128, device="meta"), torch.empty(1, device="meta"))
+    assert len(model.blocks) == 5 and frames.shape == (1, 1, 3, 256, 256)
+
+
+@torch.no_grad()
+def test_S_decodes_a_frame_of_reasonable_contrast():
+    torch.manual_seed(0)
+    frames = NeRV(CONFIGS["S"])(torch.randn(1, 128, 128), torch.tensor([3.0]))
+    assert frames.shape == (1, 1, 3, 128, 128)
+    assert 0.1 < frames.std() < 0.9  # neither flat nor saturated at initialization: demodulation and gains hold the variance
+
+
+def test_activation_keeps_the_second_moment():
+    x = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0))
+    assert activation(x).square().mean().item() == pytest.approx(1, abs=0.01)
+
+
+# ----------------------------------------------------------------------------------------------------- decoding, written out
+
+
+def reference_kernel(layer, tokens):
+    """One video's kernel of one layer, tokens [N, d] -> [out, in, k, k]."""
+    m_out, m_in, k, _ = layer.block_shape
+    entries = torch.cat([layer.head.weight @ token for token in tokens])[: m_out * m_in * k * k]
+    W = torch.zeros(layer.kernel_shape, dtype=tokens.dtype)
+    generated = torch.zeros(layer.kernel_shape, dtype=torch.bool)
+    generated[:m_out, :m_in] = True
+    W = W.masked_scatter(generated, entries + layer.offset.flatten())
+    right = torch.zeros_like(generated)
+    right[:m_out, m_in:] = True
+    W = W.masked_scatter(right, layer.shared)
+    W = W.masked_scatter(~(generated | right), layer.shared[right.sum() :])
+    return torch.stack([row / (row.square().sum() + 1e-8).sqrt() for row in W])
+
+
+def reference_decode(model, tokens, t):
+    """Plain loops over videos and layers instead of grouped convolutions."""
+
+    def apply(layer, x, token):
+        W = reference_kernel(layer, token)
+        if layer.upsample:
+            return F.conv_transpose2d(x, 2 * W.transpose(0, 1), layer.bias, stride=2, padding=1)
+        return F.conv2d(x, W, layer.bias, padding=W.shape[-1] // 2)
+
+    def gelu(x):
+        return 1.5336 * x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+    videos = []
+    for token in tokens:
+        x = gelu(apply(model.stem, position_code(t, model.config).double(), token))
+        for block in model.blocks:
+            h = gelu(apply(block.up, x, token))
+            for conv in block.convs:
+                h = gelu(apply(conv, h, token))
+            x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+            x = apply(block.side, x, token) if block.side else x
+            x = (h + x) / math.sqrt(2)
+        videos.append(torch.tanh(apply(model.to_rgb, x, token)))
+    return torch.stack(videos)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_grouped_decode_and_its_gradients_equal_plain_loops(name):
+    model, tokens = small(name)
+    tokens.requires_grad_()
+    t = torch.tensor([0.0, 1.25, 3.0])
+    parameters = dict(model.named_parameters())
+    results = []
+    for frames in (model(tokens, t), reference_decode(model, tokens, t)):
+        probe = torch.sin(torch.arange(frames.numel(), dtype=torch.float64)).view_as(frames)
+        results.append((frames, torch.autograd.grad((frames * probe).sum(), [tokens, *parameters.values()])))
+    (frames, grads), (expected, expected_grads) = results
+    assert frames.shape == (3, 3, 3, SMALL[name].resolution, SMALL[name].resolution)
+    assert relative(frames, expected) < 1e-10
+    for key, a, b in zip(["tokens", *parameters], grads, expected_grads):
+        if b.numel():  # a layer whose kernel is generated as a whole shares nothing
+            assert b.norm() > 0 and relative(a, b) < 1e-10, key
+
+
+def test_single_precision_is_close_to_double():
+    model, tokens = small()
+    t = torch.arange(4.0)
+    expected = model(tokens, t)
+    assert relative(model.float()(tokens.float(), t).double(), expected) < 1e-5
+
+
+def test_one_video_does_not_depend_on_the_others_in_its_batch():
+    model, tokens = small()
+    alone = torch.cat([model(token[None], torch.arange(4.0)) for token in tokens])
+    assert relative(model(tokens, torch.arange(4.0)), alone) < 1e-10
+
+
+# ------------------------------------------------------------------------------------------------------------------- kernels
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_kernels_have_unit_norm_per_output_channel(name):
+    model, tokens = small(name)
+    for _, layer in model.table_layers():
+        norms = layer.kernel(tokens).square().sum((2, 3, 4))
+        torch.testing.assert_close(norms, torch.ones_like(norms), rtol=0, atol=1e-5)
+
+
+def test_side_connection_is_a_modulated_1x1_convolution_where_channels_change():
+    model, tokens = small()
+    sides = [block.side for block in model.blocks]
+    assert [side is not None for side in sides] == [True, False]
+    assert sides[0].kernel(tokens).shape == (3, 48, 24, 1, 1)
+    assert relative(sides[0].kernel(tokens)[0], sides[0].kernel(tokens)[1]) > 1e-3
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_tokens_generate_the_first_channels_and_nothing_else(name):
+    model, tokens = small(name)
+    for layer_name, layer in model.table_layers():
+        m_out, m_in = layer.block_shape[:2]
+        W = layer.kernel(tokens)
+        shared = [W[:, :m_out, m_in:], W[:, m_out:]]
+        for part in shared:
+            if part.numel():  # the same for all videos, up to the demodulation of an output channel
+                direction = F.normalize(part.flatten(2), dim=2)
+                torch.testing.assert_close(direction, direction[:1].expand_as(direction), rtol=1e-10, atol=1e-10)
+        block = F.normalize(W[:, :m_out, :m_in].flatten(2), dim=2)
+        assert (block[0] - block[1]).abs().max(1).values.min() > 1e-6, layer_name  # every generated row differs
+
+
+def test_every_token_matters():
+    # 7 tokens do not divide the blocks: the surplus that is cut off must not be a whole token of the large layers.
+    model, tokens = small("7 tokens", B=1)
+    tokens.requires_grad_()
+    (grad,) = torch.autograd.grad(model(tokens, torch.zeros(1)).square().sum(), tokens)
+    assert (grad.abs() > 0).all()
+
+
+def test_generated_block_is_linear_in_the_tokens():
+    model, (a, b, _) = small()
+    for name, layer in model.table_layers():
+        m_out, m_in = layer.block_shape[:2]
+        if m_in == layer.in_ch:
+            continue  # no shared entry in these rows to undo the demodulation with
+        W = layer.kernel(torch.stack([a, b, (a + b) / 2]))
+        anchor = W[:, :m_out, m_in, 0, 0]  # shared, so any difference between videos is the demodulation
+        before = W[:, :m_out, :m_in] / anchor[:, :, None, None, None]
+        assert relative(before[2], (before[0] + before[1]) / 2) < 1e-8, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------- time
+
+
+@torch.no_grad()
+def test_frames_are_independent():
+    model, tokens = small()
+    full = model(tokens, torch.arange(4.0))
+    picks = torch.tensor([3, 1])
+    assert relative(model(tokens, picks), full[:, picks]) < 1e-10  # integer positions are fine, too
+    assert relative(model(tokens, torch.linspace(0, 3, 7))[:, ::2], full) < 1e-10
+
+
+@torch.no_grad()
+def test_time_is_continuous():
+    model, tokens = small()
+    frames = model(tokens, torch.tensor([1.0, 1.001, 1.5, 2.0]))
+    step, tiny = (frames[:, 3] - frames[:, 0]).norm(), (frames[:, 1] - frames[:, 0]).norm()
+    assert 0 < tiny < 0.01 * step
+    assert (frames[:, 2] - frames[:, 0]).norm() > 10 * tiny
+
+
+@torch.no_grad()
+def test_time_extrapolates_within_range():
+    model, tokens = small()
+    frames = model(tokens, torch.tensor([-8.0, 3.5, 12.0, 1000.0]))
+    assert frames.isfinite().all() and frames.abs().max() <= 1
+
+
+@pytest.mark.parametrize("length", [1, 2, 4, 8, 16, 128])
+@pytest.mark.parametrize("dim", [2, 8, 16, 298])
+def test_sinusoid_does_not_alias_and_tells_positions_apart(length, dim):
+    a_bit = 0.01  # small enough that the angle read off below is the frequency
+    sine, cosine = sinusoid(torch.tensor(a_bit, dtype=torch.float64), dim, length).chunk(2)
+    frequency = torch.atan2(sine, cosine) / a_bit
+    assert frequency.min() > 0 and frequency.max() < math.pi
+    code = sinusoid(torch.arange(length, dtype=torch.float32), dim, length)
+    assert code.shape == (length, dim)
+    if length > 1:
+        assert torch.pdist(code).min() > 1e-3
+
+
+def test_position_code_is_time_then_height_then_width():
+    code = position_code(torch.tensor([0.0, 2.5]), CONFIGS["S"])
+    assert code.shape == (2, 48, 8, 8)
+    time, height, width = code.split(16, 1)
+    assert (time == time[:, :, :1, :1]).all() and (time[0] != time[1]).any()
+    assert (height == height[:1, :, :, :1]).all() and (width == width[:1, :, :1, :]).all()
+    torch.testing.assert_close(height, width.transpose(2, 3))
+    assert torch.pdist(code[0].flatten(1).T).min() > 1e-2  # every cell of the grid is a place of its own
+
+
+# -------------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("resolution", [0, -32, 8, 16, 48, 100])
+def test_bad_resolution(resolution):
+    with pytest.raises(ValueError, match=f"resolution {resolution}"):
+        NeRVConfig(resolution=resolution)
+
+
+@pytest.mark.parametrize("name", ["num_frames", "num_tokens", "token_dim"])
+def test_sizes_must_be_positive(name):
+    with pytest.raises(ValueError, match=name):
+        NeRVConfig(**{name: 0})
+
+
+@pytest.mark.parametrize("shape", [(2, 15, 6), (2, 16, 7), (16, 6)])
+def test_wrong_token_shape(shape):
+    with pytest.raises(ValueError, match="tokens are"):
+        NeRV(SMALL["divides"])(torch.zeros(shape), torch.zeros(1))

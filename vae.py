@@ -1,0 +1,289 @@
+"""Stage 1, the NeRV-VAE: a ViT hypernetwork encodes a video into weight tokens, which decode themselves (§3.1).
+
+    video [B, T, 3, H, W] --ViT, N query tokens--> [B, N, width] --batch norm, FC--> mean, logvar [B, N, d]
+    tokens = mean + exp(logvar / 2) * ε,  KL toward N(0, 1)
+    tokens, frame positions --generative NeRV (nerv.py)--> frames
+
+    python vae.py                                                   the built-in shapes, minutes on a CPU
+    python vae.py --dataset ucf                                     UCF-101 in data/UCF-101, preset S
+    python vae.py --dataset folder --data-dir PATH --preset nano --resolution 64
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+import nerv
+import utils
+from utils import UserError, option
+
+# ------------------------------------------------------------------------------------------------------------------ model
+
+
+@dataclass
+class EncoderConfig:
+    """Sizes of the ViT. The defaults are the paper's (§A.1); patch is (time, height, width) in frames and pixels."""
+
+    width: int = 896
+    depth: int = 18
+    heads: int = 14
+    patch: tuple[int, int, int] = (1, 8, 8)
+
+
+ENCODERS = {
+    "nano": EncoderConfig(width=128, depth=3, heads=4, patch=(4, 8, 8)),
+    "S": EncoderConfig(),
+    "B": EncoderConfig(),
+    "L": EncoderConfig(),
+}
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: [B, L, width] -> [B, L, width].
+
+    qk_gain > 0 normalizes queries and keys (Dehghani et al. 2023) and starts both at that scale. It is what ends the plateau
+    at which a fresh encoder's queries see only the average patch: attention starts out sharp, so that queries differ in
+    where they look from the first step on.
+    """
+
+    def __init__(self, width, heads, qk_gain=0.0):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.q_norm = nn.RMSNorm(width // heads) if qk_gain else nn.Identity()
+        self.k_norm = nn.RMSNorm(width // heads) if qk_gain else nn.Identity()
+        for parameter in [*self.q_norm.parameters(), *self.k_norm.parameters()]:
+            nn.init.constant_(parameter, qk_gain)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, L, width / heads]
+        return self.out(F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v).transpose(1, 2).flatten(2))
+
+
+class EncoderBlock(nn.Module):
+    """A pre-norm transformer block (Dosovitskiy et al. 2021)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads, qk_gain=2.0)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Encoder(nn.Module):
+    """The hypernetwork: patches and N learned queries go through a ViT, only the queries' outputs are kept (Fig. 2)."""
+
+    def __init__(self, config, nerv_config):
+        super().__init__()
+        self.patch, self.num_tokens = config.patch, nerv_config.num_tokens
+        pt, ph, pw = config.patch
+        size = nerv_config.resolution
+        for name, length, step in (("num_frames", nerv_config.num_frames, pt), ("resolution", size, ph)):
+            if length % step:
+                raise ValueError(f"{name} {length} does not divide into patches of {step}: use a multiple of {step}")
+        grid = (nerv_config.num_frames // pt, size // ph, size // pw)
+        self.embed = nn.Linear(3 * pt * ph * pw, config.width)
+        # Positions start at the scale of the patch embeddings; much smaller ones are drowned by colours for a long time.
+        self.position = nn.Parameter(grid_position(grid, config.width))
+        self.query = nn.Parameter(torch.randn(nerv_config.num_tokens, config.width))
+        self.blocks = nn.ModuleList(EncoderBlock(config.width, config.heads) for _ in range(config.depth))
+        self.norm = nn.BatchNorm1d(config.width)  # "batch normalized along the token embedding dimension"
+        self.to_latent = nn.Linear(config.width, 2 * nerv_config.token_dim)
+        # Start with little noise on the tokens, so that the decoder learns to listen to them before the KL makes them dear.
+        nn.init.zeros_(self.to_latent.weight.data[nerv_config.token_dim :])
+        nn.init.constant_(self.to_latent.bias.data[nerv_config.token_dim :], -4.0)
+
+    def forward(self, video):
+        """video [B, T, 3, H, W] in [-1, 1] -> mean, logvar, each [B, N, d]."""
+        pt, ph, pw = self.patch
+        x = video.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(1, (-1, pt))  # [B, t, pt, 3, h, ph, w, pw]
+        x = x.permute(0, 1, 4, 6, 2, 3, 5, 7).flatten(4).flatten(1, 3)  # [B, t * h * w, pt * 3 * ph * pw]
+        x = self.embed(x) + self.position
+        x = torch.cat([x, self.query.expand(len(x), -1, -1)], 1)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x[:, -self.num_tokens :].transpose(1, 2)).transpose(1, 2)  # [B, N, width]
+        return self.to_latent(x).chunk(2, -1)
+
+
+def grid_position(grid, width):
+    """Fixed-frequency position embeddings to start from: [t * h * w, width], a third of the width for each axis."""
+    dim = width // 6 * 2
+    axes = [nerv.sinusoid(torch.arange(n, dtype=torch.float32), dim, n) for n in grid]  # each [n, dim]
+    t, h, w = axes[0][:, None, None], axes[1][None, :, None], axes[2][None, None, :]
+    code = torch.cat([axis.expand(*grid, dim) for axis in (t, h, w)], -1)
+    return F.pad(code, (0, width - 3 * dim)).flatten(0, 2)
+
+
+class VAE(nn.Module):
+    """Encoder and generative NeRV (§3.1)."""
+
+    def __init__(self, nerv_config, encoder_config):
+        super().__init__()
+        self.nerv_config, self.encoder_config = nerv_config, encoder_config
+        self.encoder = Encoder(encoder_config, nerv_config)
+        self.nerv = nerv.NeRV(nerv_config)
+
+    def encode(self, video):
+        """video [B, T, 3, H, W] in [-1, 1] -> mean, logvar of the tokens' posterior, each [B, N, d]."""
+        return self.encoder(video)
+
+    def decode(self, tokens, t):
+        """tokens [B, N, d], frame positions t [T] -> frames [B, T, 3, H, W] in [-1, 1]."""
+        return self.nerv(tokens, t)
+
+
+def load_vae(ckpt):
+    """The VAE of a stage-1 checkpoint (also carried inside stage-2 checkpoints under "vae"), in evaluation mode."""
+    encoder_config = dict(ckpt["encoder_config"], patch=tuple(ckpt["encoder_config"]["patch"]))
+    vae = VAE(nerv.NeRVConfig(**ckpt["nerv_config"]), EncoderConfig(**encoder_config))
+    vae.load_state_dict(ckpt["model"])
+    return vae.eval().requires_grad_(False)
+
+
+def psnr(clips, reconstructions):
+    """Mean over clips of the PSNR of each in dB; both [B, T, 3, H, W] in [-1, 1], a range of 2."""
+    mse = (clips - reconstructions).square().mean((1, 2, 3, 4))
+    return (10 * torch.log10(4 / mse.clamp_min(1e-10))).mean().item()
+
+
+# --------------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class Config:
+    dataset: str = option("data", "shapes", "built-in shapes, any folder of videos, or UCF-101", choices=data.DATASETS)
+    data_dir: str = option("data", "", "directory of videos, classes from its sub-folders (ucf: data/UCF-101)")
+    stride: int = option("data", 1, "frames of the video per frame of the clip")
+    workers: int = option("data", 0, "data loading processes")
+    preset: str = option("model", "auto", "sizes to start from; auto: nano for shapes, else S", choices=["auto", *nerv.CONFIGS])
+    resolution: int = option("model", 128, "height and width in pixels: 32, 64, 128, 256")
+    num_frames: int = option("model", 16, "T, frames of a clip")
+    num_tokens: int = option("model", 128, "N, weight tokens of a video")
+    token_dim: int = option("model", 128, "d, width of a token")
+    width: int = option("model", 128, "D, channels of the decoder")
+    steps: int = option("training", 2_000_000, "optimizer steps")
+    batch_size: int = option("training", 32, "clips per step")
+    decode_frames: int = option("training", 16, "frames of each clip that are decoded in a step, drawn at random")
+    lr: float = option("training", 1e-4, "peak learning rate of AdamW, reached after the warm-up, then cosine decay")
+    warmup: int = option("training", 10_000, "steps of linear warm-up")
+    weight_decay: float = option("training", 0.01, "of AdamW")
+    kl_weight: float = option("training", 1e-5, "weight of the KL divergence, summed over tokens and widths")
+    grad_clip: float = option("training", 1.0, "largest norm of the gradient")
+    seed: int = option("training", 0, "of weights, data order and noise")
+    device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
+    bf16: str = option("machine", "auto", "bfloat16 autocast; auto: where the hardware has it", choices=["auto", "on", "off"])
+    out: str = option("output", "vae.pt", "the checkpoint")
+    run_dir: str = option("output", "runs/vae", "losses.csv, losses.png and preview sheets go here")
+    log_every: int = option("output", 50, "steps between rows of losses.csv")
+    save_every: int = option("output", 500, "steps between checkpoints and previews")
+
+
+def preset_defaults(args):
+    """The defaults that --preset and --dataset imply."""
+    name = ("nano" if args.dataset == "shapes" else "S") if args.preset == "auto" else args.preset
+    sizes = nerv.CONFIGS[name]
+    defaults = {k: getattr(sizes, k) for k in ("resolution", "num_frames", "num_tokens", "token_dim", "width")}
+    if name == "nano":  # small enough for two CPU cores
+        defaults.update(steps=1500, batch_size=16, decode_frames=4, lr=1.5e-3, warmup=50)
+    return defaults
+
+
+def main():
+    config = utils.parse_options(Config, __doc__, preset_defaults)
+    if config.preset == "auto":
+        config.preset = "nano" if config.dataset == "shapes" else "S"
+    device = utils.pick_device(config.device)
+    torch.manual_seed(config.seed)
+    sizes = {k: getattr(config, k) for k in ("resolution", "num_frames", "num_tokens", "token_dim", "width")}
+    try:
+        nerv_config = dataclasses.replace(nerv.CONFIGS[config.preset], **sizes)
+        vae = VAE(nerv_config, ENCODERS[config.preset]).to(device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+    clip_options = (config.resolution, config.num_frames, config.stride)
+    train_set = data.open_dataset(config.dataset, config.data_dir, "train", *clip_options)
+    test_set = data.open_dataset(config.dataset, config.data_dir, "test", *clip_options, classes=train_set.classes)
+    batches = data.endless(train_set, config.batch_size, config.workers, config.seed)
+    held_out, _ = data.fixed_clips(test_set, 64)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+    print(
+        f"{len(train_set)} clips of {len(train_set.classes)} classes; encoder "
+        f"{sum(p.numel() for p in vae.encoder.parameters()) / 1e6:.2f} M parameters, kernels of one video "
+        f"{vae.nerv.num_kernel_weights() / 1e6:.2f} M, tokens {config.num_tokens} x {config.token_dim}"
+    )
+    log = utils.RunLog(config.run_dir, config.steps, config.log_every)
+
+    def save(step):
+        utils.save_checkpoint(
+            config.out, stage="vae", step=step, config=dataclasses.asdict(config), classes=list(train_set.classes),
+            nerv_config=dataclasses.asdict(nerv_config), encoder_config=dataclasses.asdict(vae.encoder_config),
+            model=vae.state_dict(),
+        )  # fmt: skip
+        log.write()
+
+    def preview(step):
+        """A sheet of held-out clips, each real one above its reconstruction; returns their PSNR."""
+        vae.eval()
+        reconstructions = reconstruct(vae, held_out, device)
+        vae.train()
+        rows = [clip for pair in zip(held_out[:6], reconstructions[:6]) for clip in pair]
+        data.write_sheet(f"{config.run_dir}/step{step:07d}.png", rows, ["real", "reconstructed"] * 6)
+        return psnr(held_out, reconstructions)
+
+    step = 0
+    try:
+        for step in range(config.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = utils.learning_rate(step, config.steps, config.lr, config.warmup)
+            video = next(batches)[0].to(device, non_blocking=True)  # [B, T, 3, H, W]
+
+            # Frames are independent given the weights, so a step may decode any subset of them.
+            t = torch.randperm(config.num_frames)[: config.decode_frames].sort().values.to(device)
+            with utils.autocast(device, config.bf16):
+                mean, logvar = vae.encode(video)
+                tokens = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+                frames = vae.decode(tokens, t)
+            # Eq. 1 without its perceptual and adversarial terms. The KL is summed over a video's N × d numbers.
+            l2 = (frames.float() - video[:, t]).square().mean()
+            kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).float().sum((1, 2)).mean()
+            loss = l2 + config.kl_weight * kl
+
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(vae.parameters(), config.grad_clip)
+            optimizer.step()
+            log.log(step, loss=loss, l2=l2, kl=kl)
+
+            if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
+                preview(step + 1)
+                save(step + 1)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted after {step} steps", flush=True)
+    save(step + 1)
+    log.close()
+    print(f"held-out PSNR {preview(step + 1):.2f} dB after {step + 1} steps, {time.time() - log.start:.0f} s")
+    print(f"wrote {config.out}; losses and sheets are in {config.run_dir}")
+
+
+@torch.no_grad()
+def reconstruct(vae, clips, device, t=None, batch_size=16):
+    """Clips [B, T, 3, H, W] through the posterior's mean and back, at frame positions t (those of the clip by default)."""
+    t = torch.arange(clips.shape[1]) if t is None else t
+    out = [vae.decode(vae.encode(batch.to(device))[0], t.to(device)).cpu() for batch in clips.split(batch_size)]
+    return torch.cat(out)
+
+
+if __name__ == "__main__":
+    utils.run(main)
