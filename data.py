@@ -3,6 +3,7 @@
 A clip is float32 [T, 3, H, W] in [-1, 1] with an integer label; frames in files and caches are uint8 [T, H, W, 3].
 """
 
+import logging
 import math
 import random
 from pathlib import Path
@@ -14,6 +15,9 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 
 from utils import UserError
+
+# It warns, for every file, that the frames come out at another size than they are stored at: that is the point of scaling.
+logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)
 
 DATASETS = ("shapes", "folder", "ucf")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
@@ -44,10 +48,9 @@ class Shapes(Dataset):
         shape, motion = SHAPES[label // len(MOTIONS)], MOTIONS[label % len(MOTIONS)]
         rng = np.random.default_rng([self.seed, self.split == "test", i])
         # Paths are sines and circles around a centre, one turn in a clip; lengths are in half frame widths.
-        phase, direction = rng.uniform(0, 2 * math.pi), rng.choice([-1, 1])
-        radius, reach = rng.uniform(0.42, 0.52), rng.uniform(0.25, 0.4)
+        phase, radius, reach = rng.uniform(-math.pi / 4, math.pi / 4), rng.uniform(0.42, 0.52), rng.uniform(0.25, 0.4)
         centre = rng.uniform(-0.08, 0.08, 2)
-        angle = direction * 2 * math.pi * np.arange(self.num_frames) / self.num_frames + phase
+        angle = 2 * math.pi * np.arange(self.num_frames) / self.num_frames + phase
         path_x = centre[0] + reach * np.cos(angle) * (motion != "updown")
         path_y = centre[1] + reach * np.sin(angle) * (motion != "sideways")
 
@@ -90,11 +93,16 @@ class VideoFolder(Dataset):
         files = sorted(p for p in self.root.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
         if not files:
             raise UserError(f"{root} holds no videos ({' '.join(VIDEO_SUFFIXES)}): name a directory that does with --data-dir")
-        names = [p.relative_to(self.root).parts[0] if p.parent != self.root else self.root.resolve().name for p in files]
+        only = (
+            classes[0] if classes and len(classes) == 1 else self.root.resolve().name
+        )  # the class of files with no sub-folder
+        names = [p.relative_to(self.root).parts[0] if p.parent != self.root else only for p in files]
         self.classes = tuple(classes or sorted(set(names)))
         unknown = sorted(set(names) - set(self.classes))
         if unknown:
-            raise UserError(f"{root} has the class {unknown[0]!r}, which the checkpoint was not trained on: {list(self.classes)}")
+            raise UserError(
+                f"{root} has the class {unknown[0]!r}, which the checkpoint was not trained on: {list(self.classes)}"
+            )
         self.items = [(path, self.classes.index(name)) for path, name in zip(files, names)]
 
     def __len__(self):
@@ -113,7 +121,9 @@ class VideoFolder(Dataset):
         path, label = self.items[i]
         frames, span = self.video(path), (self.num_frames - 1) * self.stride + 1
         if len(frames) < span:
-            raise UserError(f"{path} has {len(frames)} frames, and a clip takes {span}: use fewer --num-frames or a smaller --stride")
+            raise UserError(
+                f"{path} has {len(frames)} frames, and a clip takes {span}: use fewer --num-frames or a smaller --stride"
+            )
         last = len(frames) - span
         start = random.randint(0, last) if self.split == "train" else last // 2
         return to_clip(frames[start : start + span : self.stride]), label
@@ -219,9 +229,7 @@ def write_video(path, clip, fps=12):
     path, frames = Path(path), enlarge(to_frames(clip))
     path.parent.mkdir(parents=True, exist_ok=True)
     size = frames.shape[2], frames.shape[1]
-    writer = imageio_ffmpeg.write_frames(
-        f"{path}.mp4", size, fps=fps, quality=8, macro_block_size=2, ffmpeg_log_level="error"
-    )
+    writer = imageio_ffmpeg.write_frames(f"{path}.mp4", size, fps=fps, quality=8, macro_block_size=2, ffmpeg_log_level="error")
     writer.send(None)
     for frame in frames:
         writer.send(np.ascontiguousarray(frame))

@@ -104,7 +104,10 @@ def main():
     def call(title, script, *args):
         """Run a script of this repository as a user would, and time it."""
         command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, args)]
-        print("$ python " + " ".join(shlex.quote(str(a)) for a in command[1:]).replace(str(Path(__file__).parent) + "/", ""), flush=True)
+        print(
+            "$ python " + " ".join(shlex.quote(str(a)) for a in command[1:]).replace(str(Path(__file__).parent) + "/", ""),
+            flush=True,
+        )
         start = time.time()
         if subprocess.run(command).returncode:
             raise UserError(f"{script} failed")
@@ -123,7 +126,8 @@ def main():
         sampling = ["--ckpt", dit_pt, "--out-dir", out, "--guidance", config.guidance]
         seconds += call("samples of every class", "sample.py", *sampling)
         seconds += call("interpolation between videos", "sample.py", *sampling, "--interp")
-        seconds += call("8 x the frames, 4 beyond the end", "sample.py", *sampling, "--time-scale", 8, "--extrapolate", 4, "--out-dir", out / "long")  # fmt: skip
+        long = ["--time-scale", 8, "--extrapolate", 4, "--out-dir", out / "long"]
+        seconds += call("8 x the frames, 4 beyond the end", "sample.py", *sampling, *long)
         rows.append(("trainings and sampling together", f"{seconds:.0f} s"))
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
         rows.append(("peak memory of a process", f"{peak:.2f} GiB"))

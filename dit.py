@@ -1,10 +1,10 @@
 """Stage 2, the implicit diffusion transformer: it denoises weight tokens, so that noise becomes a video's weights (§3.3).
 
-    θ_0 = tokens of a video from stage 1, scaled to unit deviation     [B, N, d]
-    θ_t = α_t θ_0 + σ_t ε                                              t = 0 … 999, from almost clean to almost noise
-    DiT(θ_t, t, class) predicts ε
+θ_0 = tokens of a video from stage 1, scaled to unit deviation     [B, N, d]
+θ_t = α_t θ_0 + σ_t ε                                              t = 0 … 999, from almost clean to almost noise
+DiT(θ_t, t, class) predicts ε
 
-    python dit.py --ckpt vae.pt
+python dit.py --ckpt vae.pt
 """
 
 import copy
@@ -205,14 +205,12 @@ def preset_defaults(args):
 def encode_clips(vae, batches, count, device):
     """Posterior means, deviations [count, N, d] and labels [count] of the next clips of the data set, kept on the device."""
     means, deviations, labels = [], [], []
-    with utils.tqdm(total=count, desc="encoding", unit="clip", dynamic_ncols=True, mininterval=1) as bar:
-        while sum(map(len, labels)) < count:
-            video, label = next(batches)
-            mean, logvar = vae.encode(video.to(device))
-            means.append(mean)
-            deviations.append(torch.exp(0.5 * logvar))
-            labels.append(label.to(device))
-            bar.update(len(label))
+    while sum(map(len, labels)) < count:
+        video, label = next(batches)
+        mean, logvar = vae.encode(video.to(device))
+        means.append(mean)
+        deviations.append(torch.exp(0.5 * logvar))
+        labels.append(label.to(device))
     return torch.cat(means)[:count], torch.cat(deviations)[:count], torch.cat(labels)[:count]
 
 
@@ -245,6 +243,8 @@ def diffusion_loss(model, theta0, labels, alpha, sigma, gamma, scheduled):
 
 def main():
     config = utils.parse_options(Config, __doc__, preset_defaults)
+    utils.check_positive(config, "steps", "batch_size", "log_every", "save_every")
+    utils.make_parent(config.out)
     vae_ckpt = utils.load_checkpoint(config.ckpt, "vae", "python vae.py")
     stage1 = vae_ckpt["config"]
     config.preset = stage1["preset"] if config.preset == "auto" else config.preset
@@ -266,6 +266,7 @@ def main():
 
     # Latents: encoded once, or anew at every step. The first ones set the scale that brings them to unit deviation.
     batches = data.endless(train_set, min(config.batch_size, len(train_set)), config.workers, config.seed)
+    print(f"encoding {max(config.num_latents, 8 * config.batch_size)} clips …", flush=True)
     means, deviations, labels = encode_clips(vae, batches, max(config.num_latents, 8 * config.batch_size), device)
     latent_scale = 1 / (means.var() + deviations.square().mean()).sqrt().item()
     order = torch.Generator().manual_seed(config.seed)
@@ -290,7 +291,7 @@ def main():
         clips = vae.decode(tokens, torch.arange(c.num_frames, device=device))
         data.write_sheet(f"{config.run_dir}/step{step:07d}.png", clips.cpu(), [classes[i] for i in shown])
 
-    step = 0
+    done = 0  # finished steps
     try:
         for step in range(config.steps):
             for group in optimizer.param_groups:
@@ -311,18 +312,20 @@ def main():
             nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             optimizer.step()
             decay = min(config.ema, (1 + step) / (10 + step))  # forgets the random start quickly
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+            done = step + 1
             log.log(step, loss=loss / 2 if scheduled else loss)
 
-            if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
-                preview(step + 1)
-                save(step + 1)
+            if done % config.save_every == 0 and done < config.steps:
+                preview(done)
+                save(done)
     except KeyboardInterrupt:
-        print(f"\ninterrupted after {step} steps", flush=True)
-    save(step + 1)
-    preview(step + 1)
+        print(f"\ninterrupted after {done} steps", flush=True)
+    save(done)
+    preview(done)
     log.close()
-    print(f"wrote {config.out} after {step + 1} steps, {time.time() - log.start:.0f} s; sheets are in {config.run_dir}")
+    print(f"wrote {config.out} after {done} steps, {time.time() - log.start:.0f} s; sheets are in {config.run_dir}")
 
 
 if __name__ == "__main__":

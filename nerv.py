@@ -26,7 +26,8 @@ class NeRVConfig:
     num_frames: int = 16  # T of the training clips; frame positions 0 ... T-1 are inside the clip
     num_tokens: int = 128  # N, weight tokens per video
     token_dim: int = 128  # d, width of a token
-    width: int = 128  # D, channels of all blocks but the last, which has 2D
+    width: int = 128  # D, channels of all blocks but the last
+    last_width: int = 256  # channels of the last block, 2D in the paper
     block: int = 64  # generated channels of a layer (twice that on the way from D to 2D)
     stem_fraction: int = 1  # the first layer's generated block is [48/f, D/f]: f = 1 in S, 2 in B and L
     pos_dim: int = 16  # sinusoidal dimensions each for time, height and width
@@ -44,10 +45,10 @@ class NeRVConfig:
 
 
 CONFIGS = {
-    "nano": NeRVConfig(resolution=32, num_tokens=32, token_dim=16, width=16, block=16),
-    "S": NeRVConfig(width=128),
-    "B": NeRVConfig(width=256, stem_fraction=2),
-    "L": NeRVConfig(width=512, stem_fraction=2),
+    "nano": NeRVConfig(resolution=32, num_tokens=32, token_dim=16, width=32, last_width=32, block=32),
+    "S": NeRVConfig(width=128, last_width=256),
+    "B": NeRVConfig(width=256, last_width=512, stem_fraction=2),
+    "L": NeRVConfig(width=512, last_width=1024, stem_fraction=2),
 }
 
 
@@ -62,7 +63,7 @@ def sinusoid(position, dim, length):
     highest = min((count - 0.5) * math.pi / length, 0.9 * math.pi)
     freq = torch.linspace(math.pi / 2 / length, highest, count, device=position.device)
     angle = position[..., None] * freq
-    return torch.cat([angle.sin(), angle.cos()], -1)
+    return math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], -1)  # unit second moment
 
 
 def position_code(t, config):
@@ -156,11 +157,12 @@ class NeRV(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        D, m, f = config.width, min(config.block, config.width), config.stem_fraction
+        D, last, f = config.width, config.last_width, config.stem_fraction
+        m = min(config.block, D, last)
         pos = 3 * config.pos_dim
 
-        def conv(in_ch, out_ch, k=3, grown=False, **kw):
-            return ModulatedConv(config, in_ch, out_ch, k, m, 2 * m if grown else m, **kw)
+        def conv(in_ch, out_ch, k=3, **kw):
+            return ModulatedConv(config, in_ch, out_ch, k, m, m * out_ch // in_ch, **kw)
 
         def up(ch):
             return conv(ch, ch, 4, upsample=True)
@@ -169,10 +171,10 @@ class NeRV(nn.Module):
         self.stem = ModulatedConv(config, pos, D, 3, pos // f, D // f)
         blocks = [Block(up(D), [conv(D, D), conv(D, D)]) for _ in range(levels - 2)]
         # The last conv of the last but one block grows D -> 2D; its 1×1 side connection is modulated too (§3.2).
-        blocks.append(Block(up(D), [conv(D, D), conv(D, 2 * D, grown=True)], side=conv(D, 2 * D, 1, grown=True)))
-        blocks.append(Block(up(2 * D), [conv(2 * D, 2 * D)]))
+        blocks.append(Block(up(D), [conv(D, D), conv(D, last)], side=conv(D, last, 1) if last != D else None))
+        blocks.append(Block(up(last), [conv(last, last)]))
         self.blocks = nn.ModuleList(blocks)
-        self.to_rgb = ModulatedConv(config, 2 * D, 3, 3, D, 3)
+        self.to_rgb = ModulatedConv(config, last, 3, 3, last // 2, 3)
 
     def table_layers(self):
         """The layers of Table A1 in order, [(name, ModulatedConv)]; side connections, which it omits, left out."""

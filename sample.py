@@ -1,11 +1,11 @@
 """Generate, reconstruct and interpolate videos; every one is written as MP4, GIF and a PNG contact sheet.
 
-    python sample.py                                  one video of every class, from dit.pt
-    python sample.py --classes 3 ring_circle --count 4
-    python sample.py --interp                         walk between the weights of two generated videos
-    python sample.py --interp a.mp4 b.mp4             … or of two videos from files
-    python sample.py --time-scale 8 --extrapolate 4   8 × as many frames, and 4 beyond the end
-    python sample.py --reconstruct a.mp4 b.mp4        real videos through stage 1
+python sample.py                                  one video of every class, from dit.pt
+python sample.py --classes 3 ring_circle --count 4
+python sample.py --interp                         walk between the weights of two generated videos
+python sample.py --interp a.mp4 b.mp4             … or of two videos from files
+python sample.py --time-scale 8 --extrapolate 4   8 × as many frames, and 4 beyond the end
+python sample.py --reconstruct a.mp4 b.mp4        real videos through stage 1
 """
 
 from dataclasses import dataclass
@@ -22,10 +22,12 @@ from vae import load_vae, psnr
 @dataclass
 class Config:
     ckpt: str = option("input", "dit.pt", "checkpoint of dit.py; one of vae.py is enough for videos from files")
-    classes: list = option("what", [], "names or numbers of classes; default: all, or two for --interp", nargs="+", metavar="CLASS")
+    classes: list = option(
+        "what", [], "names or numbers of classes; default: all, or two for --interp", nargs="+", metavar="CLASS"
+    )
     count: int = option("what", 1, "videos per class")
     interp: list = option("what", None, "interpolate between generated videos, or between FILEs", nargs="*", metavar="FILE")
-    interp_steps: int = option("what", 7, "videos from each one to the next, both ends included")
+    interp_steps: int = option("what", 7, "videos from each one to the next, both ends included; 2 or more")
     reconstruct: list = option("what", [], "encode and decode FILEs", nargs="+", metavar="FILE")
     time_scale: float = option("time", 1.0, "decoded frames per frame of the training clips; 8 makes 128 of 16")
     extrapolate: float = option("time", 0.0, "go on for this many frames beyond the end of the clip")
@@ -111,12 +113,19 @@ class Sampler:
 
 def main():
     config = utils.parse_options(Config, __doc__)
+    utils.check_positive(config, "count", "interp_steps", "time_scale", "stride", "fps", "batch_size")
+    if not 1 <= config.steps <= dit.NUM_STEPS:
+        raise UserError(f"--steps is {config.steps}: the denoiser has 1 to {dit.NUM_STEPS}")
+    if config.extrapolate < 0:
+        raise UserError(f"--extrapolate is {config.extrapolate}: it goes on beyond the end, for 0 frames or more")
+    utils.make_parent(f"{config.out_dir}/samples")
     sampler = Sampler(config)
     if config.reconstruct:
         real = sampler.read(config.reconstruct)
         decoded = sampler.decode(sampler.encode(real))
-        if config.time_scale == 1 and not config.extrapolate:
+        if decoded.shape == real.shape:
             print(f"PSNR {psnr(real, decoded):.2f} dB")
+        real = real[:, sampler.t.round().long().clamp(max=real.shape[1] - 1)]  # the nearest real frame to each position
         rows = [clip for pair in zip(real, decoded) for clip in pair]
         sampler.write("reconstruct", rows, ["real", "reconstructed"] * len(real))
     elif config.interp is not None:

@@ -15,10 +15,8 @@ import csv
 import dataclasses
 import math
 import os
-import pickle
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import torch
@@ -37,6 +35,8 @@ def run(main):
     try:
         main()
     except UserError as error:
+        for bar in list(tqdm._instances):  # the message gets a line of its own
+            bar.close()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -55,15 +55,24 @@ def option(group, default, help, **kwargs):
     return dataclasses.field(default=default, metadata=metadata)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Show the default of each option, and the description as it is written."""
+
+
+def check_positive(config, *names):
+    """UserError for the first of the named settings that is not positive."""
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}: it must be positive")
+
+
 def parse_options(cls, description, presets=None, argv=None):
     """Command line -> an instance of the dataclass cls, options grouped in --help with their defaults.
 
     presets(argparse.Namespace) -> {name: value} may change the defaults once the options it looks at (--preset and
     --dataset, say) are known; --help then shows the defaults of the preset that was asked for.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, add_help=False
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, add_help=False)
     groups = {}
     for f in dataclasses.fields(cls):
         kw = dict(f.metadata)
@@ -71,8 +80,8 @@ def parse_options(cls, description, presets=None, argv=None):
         default = f.default_factory() if f.default is dataclasses.MISSING else f.default
         if isinstance(default, bool):
             kw["action"] = argparse.BooleanOptionalAction
-        elif not isinstance(default, list):
-            kw["type"] = kw.get("type", type(default))
+        elif default is not None and not isinstance(default, list):
+            kw["type"] = type(default)
         group = groups.setdefault(group, parser.add_argument_group(group))
         group.add_argument("--" + f.name.replace("_", "-"), default=default, **kw)
     if presets:
@@ -83,7 +92,7 @@ def parse_options(cls, description, presets=None, argv=None):
 
 
 def pick_device(name):
-    """"auto" -> the first CUDA device where there is one, else the CPU."""
+    """ "auto" -> the first CUDA device where there is one, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -109,22 +118,30 @@ def learning_rate(step, steps, peak, warmup):
 # ------------------------------------------------------------------------------------------------------------ checkpoints
 
 
+def make_parent(path):
+    """Make the directory that path is to be written into, before hours of work depend on it."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
 def save_checkpoint(path, **content):
     """Write a checkpoint, first beside it and then renamed, so that an interrupt never leaves half a file."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(path)
     part = path.with_name(path.name + ".part")
     torch.save({"format": FORMAT, **content}, part)
     os.replace(part, path)
 
 
 def load_checkpoint(path, stage, made_by):
-    """Read a checkpoint of the given stage (or one of several) onto the CPU; made_by is the command that writes one, for the message."""
+    """Read a checkpoint of the given stage, or one of several, onto the CPU; made_by names the command that writes one."""
     if not Path(path).is_file():
         raise UserError(f"there is no checkpoint {path}: train one with `{made_by}`, or name another")
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, KeyError, ValueError):
+    except Exception:  # what a foreign file makes the unpickler raise depends on its first bytes
         raise UserError(f"{path} is not a checkpoint, or a damaged one: train it again with `{made_by}`") from None
     if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this program: train one with `{made_by}`")
