@@ -39,11 +39,18 @@ class Shapes(Dataset):
     def __init__(self, split="train", resolution=32, num_frames=16, length=None, seed=0):
         self.split, self.resolution, self.num_frames, self.seed = split, resolution, num_frames, seed
         self.length = length or {"train": 8192, "test": 512}[split]
+        self.cache = {}  # drawn once: frames by index
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, i):
+        if i not in self.cache:
+            self.cache[i] = self.draw(i)
+        return to_clip(self.cache[i]), i % len(self.classes)
+
+    def draw(self, i):
+        """Clip i as uint8 frames [T, H, W, 3]."""
         label = i % len(self.classes)
         shape, motion = SHAPES[label // len(MOTIONS)], MOTIONS[label % len(MOTIONS)]
         rng = np.random.default_rng([self.seed, self.split == "test", i])
@@ -56,8 +63,8 @@ class Shapes(Dataset):
 
         pixel = 2 / self.resolution
         grid = (np.arange(self.resolution) + 0.5) * pixel - 1
-        x = grid[None, None, :] - path_x[:, None, None]  # [T, H, W], relative to the shape's centre
-        y = grid[None, :, None] - path_y[:, None, None]
+        x = np.float32(grid - path_x[:, None])[:, None, :]  # [T, 1, W], relative to the shape's centre
+        y = np.float32(grid - path_y[:, None])[:, :, None]  # [T, H, 1]
         if shape == "square":
             distance = np.maximum(abs(x), abs(y)) - 0.85 * radius
         elif shape == "triangle":
@@ -70,10 +77,9 @@ class Shapes(Dataset):
         ends = rng.uniform(0, 0.4, (2, 3))
         tilt = rng.uniform(0, 2 * math.pi)
         ramp = 0.5 + 0.35 * (math.cos(tilt) * grid[None, :] + math.sin(tilt) * grid[:, None])  # [H, W]
-        background = ends[0] + (ends[1] - ends[0]) * ramp[..., None]
-        video = background + cover * (colour - background)
-        clip = torch.from_numpy((video * 2 - 1).astype(np.float32)).permute(0, 3, 1, 2).contiguous()
-        return clip, label
+        background = np.float32(ends[0] + (ends[1] - ends[0]) * ramp[..., None])
+        video = background + cover * (np.float32(colour) - background)
+        return (video * 255).round().astype(np.uint8)
 
 
 class VideoFolder(Dataset):

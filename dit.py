@@ -71,10 +71,10 @@ class DiT(nn.Module):
         self.config, width = config, config.width
         self.embed = nn.Linear(config.token_dim, width)
         # Tokens have no place in space or time; which part of the kernels a token is, the transformer learns.
-        self.position = nn.Parameter(torch.randn(config.num_tokens, width) * 0.02)
+        self.position = nn.Parameter(torch.randn(config.num_tokens, width) * 0.5)
         self.step_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(config.num_classes + 1, width)  # the last one is "no class", for guidance
-        nn.init.normal_(self.label.weight, std=0.02)
+        nn.init.normal_(self.label.weight, std=0.5)
         self.blocks = nn.ModuleList(DiTBlock(width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
@@ -197,7 +197,7 @@ def preset_defaults(args):
     except UserError:
         preset = "S"
     if (preset if args.preset == "auto" else args.preset) == "nano":
-        return dict(steps=1500, batch_size=64, lr=1e-3, warmup=50, ema=0.998, num_latents=8192)
+        return dict(steps=700, batch_size=32, lr=1e-3, warmup=50, ema=0.995, num_latents=4096)
     return {}
 
 
@@ -261,7 +261,9 @@ def main():
     dit_config = DiTConfig(c.num_tokens, c.token_dim, len(classes), **SIZES[config.preset])
     model = DiT(dit_config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
+    )
     alpha, sigma = noise_schedule(device)
 
     # Latents: encoded once, or anew at every step. The first ones set the scale that brings them to unit deviation.

@@ -93,18 +93,18 @@ class Encoder(nn.Module):
                 raise ValueError(f"{name} {length} does not divide into patches of {step}: use a multiple of {step}")
         grid = (nerv_config.num_frames // pt, size // ph, size // pw)
         self.embed = nn.Linear(3 * pt * ph * pw, config.width)
-        # Positions start at the scale of the patch embeddings; much smaller ones are drowned by colours for a long time.
+        # Positions start at the scale of the patch embeddings; small ones are drowned by colours for hundreds of steps.
+        # Queries start small: they steer the attention all the same (it sees them normalized), and do not drown what it finds.
         self.position = nn.Parameter(grid_position(grid, config.width))
         self.query = nn.Parameter(torch.randn(nerv_config.num_tokens, config.width) * 0.02)
         self.blocks = nn.ModuleList(EncoderBlock(config.width, config.heads) for _ in range(config.depth))
-        # "Batch normalized along the token embedding dimension" (§3.1), each token by itself. Statistics pooled over tokens
-        # would leave what differs between videos at 2 % of the variance (what differs between tokens is the rest), and the
-        # decoder deaf to it for hundreds of steps.
+        # "Batch normalized along the token embedding dimension" (§3.1), each token by itself: at the start most of the variance
+        # is between tokens, and statistics pooled over them would leave little of it to what differs between videos.
         self.norm = nn.BatchNorm1d(nerv_config.num_tokens * config.width)
         self.to_latent = nn.Linear(config.width, 2 * nerv_config.token_dim)
         # Start with little noise on the tokens, so that the decoder learns to listen to them before the KL makes them dear.
         nn.init.zeros_(self.to_latent.weight.data[nerv_config.token_dim :])
-        nn.init.constant_(self.to_latent.bias.data[nerv_config.token_dim :], -4.0)
+        nn.init.constant_(self.to_latent.bias.data[nerv_config.token_dim :], -6.0)
 
     def forward(self, video):
         """video [B, T, 3, H, W] in [-1, 1] -> mean, logvar, each [B, N, d]."""
@@ -202,7 +202,7 @@ def preset_defaults(args):
     sizes = nerv.CONFIGS[name]
     defaults = {k: getattr(sizes, k) for k in SIZES}
     if name == "nano":  # small enough for two CPU cores
-        defaults.update(steps=1600, batch_size=16, decode_frames=2, lr=2e-3, warmup=50)
+        defaults.update(steps=1800, batch_size=16, decode_frames=2, lr=1e-3, warmup=50, kl_weight=1e-6)
     return defaults
 
 
@@ -228,7 +228,9 @@ def main():
     test_set = data.open_dataset(config.dataset, config.data_dir, "test", *clip_options, classes=train_set.classes)
     batches = data.endless(train_set, config.batch_size, config.workers, config.seed)
     held_out, _ = data.fixed_clips(test_set, 64)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
+    )
     print(
         f"{len(train_set)} clips of {len(train_set.classes)} classes; encoder "
         f"{sum(p.numel() for p in vae.encoder.parameters()) / 1e6:.2f} M parameters, kernels of one video "
