@@ -49,15 +49,16 @@ class Shapes(Dataset):
             self.cache[i] = self.draw(i)
         return to_clip(self.cache[i]), i % len(self.classes)
 
-    def draw(self, i):
-        """Clip i as uint8 frames [T, H, W, 3]."""
+    def draw(self, i, t=None):
+        """Clip i as uint8 frames [T, H, W, 3], at the frame positions t [T], real-valued (default: all of the clip)."""
+        t = np.arange(self.num_frames) if t is None else np.asarray(t)
         label = i % len(self.classes)
         shape, motion = SHAPES[label // len(MOTIONS)], MOTIONS[label % len(MOTIONS)]
         rng = np.random.default_rng([self.seed, self.split == "test", i])
         # Paths are sines and circles around a centre, one turn in a clip; lengths are in half frame widths.
         phase, radius, reach = rng.uniform(-math.pi / 4, math.pi / 4), rng.uniform(0.42, 0.52), rng.uniform(0.25, 0.4)
         centre = rng.uniform(-0.08, 0.08, 2)
-        angle = 2 * math.pi * np.arange(self.num_frames) / self.num_frames + phase
+        angle = 2 * math.pi * t / self.num_frames + phase
         path_x = centre[0] + reach * np.cos(angle) * (motion != "updown")
         path_y = centre[1] + reach * np.sin(angle) * (motion != "sideways")
 

@@ -144,6 +144,16 @@ def main():
     rows.append(("PSNR of held-out reconstructions", f"{psnr(clips, decoded):.2f} dB"))
     rows.append(("PSNR of each clip's own time average", f"{psnr(clips, still):.2f} dB"))
 
+    if stage1["dataset"] == "shapes":  # drawn at any time, so that what happens between and after the frames is known
+        few, length = range(64), c.num_frames
+        encoded = torch.stack([test_set[i][0] for i in few])
+        for name, t in (
+            ("between the frames", torch.arange(length - 1) + 0.5),
+            ("2 frames beyond the end", length + torch.arange(2.0)),
+        ):
+            truth = torch.stack([data.to_clip(test_set.draw(i, t)) for i in few])
+            rows.append((f"PSNR {name}, never trained on", f"{psnr(truth, reconstruct(vae, encoded, device, t)):.2f} dB"))
+
     judge = train_classifier(train_set, len(classes), config.judge_clips, device)
     wanted = torch.arange(len(classes)).repeat_interleave(config.per_class)
     tokens = [dit.generate(model, part, guidance=config.guidance, seed=i) for i, part in enumerate(wanted.split(60))]
