@@ -155,8 +155,9 @@ def generate(model, labels, steps=50, guidance=2.0, sampler="ddim", seed=None):
 
 def load_dit(ckpt):
     """A stage-2 checkpoint -> (DiT with its averaged weights, VAE, latent scale), in evaluation mode."""
-    model = DiT(DiTConfig(**ckpt["dit_config"]))
-    model.load_state_dict(ckpt["ema"])
+    with utils.fitting_checkpoint():
+        model = DiT(DiTConfig(**ckpt["dit_config"]))
+        model.load_state_dict(ckpt["ema"])
     return model.eval().requires_grad_(False), load_vae(ckpt["vae"]), ckpt["latent_scale"]
 
 

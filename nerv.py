@@ -27,7 +27,7 @@ class NeRVConfig:
     num_tokens: int = 128  # N, weight tokens per video
     token_dim: int = 128  # d, width of a token
     width: int = 128  # D, channels of all blocks but the last
-    last_width: int = 256  # channels of the last block, 2D in the paper
+    last_factor: int = 2  # the last block has 2D channels (§3.2, "Scaling up Blocks")
     block: int = 64  # generated channels of a layer (twice that on the way from D to 2D)
     stem_fraction: int = 1  # the first layer's generated block is [48/f, D/f]: f = 1 in S, 2 in B and L
     pos_dim: int = 16  # sinusoidal dimensions each for time, height and width
@@ -45,10 +45,10 @@ class NeRVConfig:
 
 
 CONFIGS = {
-    "nano": NeRVConfig(resolution=32, num_tokens=32, token_dim=16, width=32, last_width=32, block=32),
-    "S": NeRVConfig(width=128, last_width=256),
-    "B": NeRVConfig(width=256, last_width=512, stem_fraction=2),
-    "L": NeRVConfig(width=512, last_width=1024, stem_fraction=2),
+    "nano": NeRVConfig(resolution=32, num_tokens=32, token_dim=16, width=32, last_factor=1, block=32),
+    "S": NeRVConfig(width=128),
+    "B": NeRVConfig(width=256, stem_fraction=2),
+    "L": NeRVConfig(width=512, stem_fraction=2),
 }
 
 
@@ -123,7 +123,7 @@ class ModulatedConv(nn.Module):
             # An output pixel of a stride-2 4x4 transposed convolution meets only 4 of the 16 taps: ×2 keeps the variance.
             weight = 2 * weight.transpose(1, 2).flatten(0, 1)  # [B, out, in, 4, 4] -> [B * in, out, 4, 4]
             return F.conv_transpose2d(x, weight, bias, stride=2, padding=1, groups=B)
-        pad = -self.out_ch % 16 if x.device.type == "cpu" else 0  # 3 output channels a group are slow on a CPU; 8 are not
+        pad = -self.out_ch % 16 if x.device.type == "cpu" else 0  # 3 channels a group are slow on a CPU, 16 are not
         weight, bias = F.pad(weight, (0,) * 7 + (pad,)), F.pad(bias.view(B, -1), (0, pad))
         y = F.conv2d(x, weight.flatten(0, 1), bias.flatten(), padding=weight.shape[-1] // 2, groups=B)
         return y.unflatten(1, (B, -1))[:, :, : self.out_ch].flatten(1, 2)
@@ -157,7 +157,7 @@ class NeRV(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        D, last, f = config.width, config.last_width, config.stem_fraction
+        D, last, f = config.width, config.last_factor * config.width, config.stem_fraction
         m = min(config.block, D, last)
         pos = 3 * config.pos_dim
 

@@ -11,6 +11,7 @@ strings, so that it loads with weights_only=True and never executes code:
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import math
@@ -148,6 +149,16 @@ def load_checkpoint(path, stage, made_by):
     if ckpt["stage"] not in (stage if isinstance(stage, tuple) else (stage,)):
         raise UserError(f"{path} is a {ckpt['stage']} checkpoint, and a {stage} one is needed: train it with `{made_by}`")
     return ckpt
+
+
+@contextlib.contextmanager
+def fitting_checkpoint():
+    """Turn what goes wrong when a network is built from a checkpoint of another configuration into a UserError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the checkpoint is of another configuration than this code makes, train it again: {reason}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- run's log

@@ -148,9 +148,9 @@ class VAE(nn.Module):
 
 def load_vae(ckpt):
     """The VAE of a stage-1 checkpoint (also carried inside stage-2 checkpoints under "vae"), in evaluation mode."""
-    encoder_config = dict(ckpt["encoder_config"], patch=tuple(ckpt["encoder_config"]["patch"]))
-    vae = VAE(nerv.NeRVConfig(**ckpt["nerv_config"]), EncoderConfig(**encoder_config))
-    vae.load_state_dict(ckpt["model"])
+    with utils.fitting_checkpoint():
+        vae = VAE(nerv.NeRVConfig(**ckpt["nerv_config"]), EncoderConfig(**ckpt["encoder_config"]))
+        vae.load_state_dict(ckpt["model"])
     return vae.eval().requires_grad_(False)
 
 
@@ -163,7 +163,7 @@ def psnr(clips, reconstructions):
 # --------------------------------------------------------------------------------------------------------------- training
 
 
-SIZES = ("resolution", "num_frames", "num_tokens", "token_dim", "width", "last_width")  # of the decoder, as options
+SIZES = ("resolution", "num_frames", "num_tokens", "token_dim", "width")  # of the decoder, as options
 
 
 @dataclass
@@ -177,8 +177,7 @@ class Config:
     num_frames: int = option("model", 16, "T, frames of a clip")
     num_tokens: int = option("model", 128, "N, weight tokens of a video")
     token_dim: int = option("model", 128, "d, width of a token")
-    width: int = option("model", 128, "D, channels of the decoder")
-    last_width: int = option("model", 256, "channels of the decoder's last block, 2D in the paper")
+    width: int = option("model", 128, "D, channels of the decoder; its last block has 2D (nano: D)")
     steps: int = option("training", 2_000_000, "optimizer steps")
     batch_size: int = option("training", 32, "clips per step")
     decode_frames: int = option("training", 16, "frames of each clip that are decoded in a step, drawn at random")

@@ -10,7 +10,7 @@ import vae
 from nerv import CONFIGS, NeRVConfig
 from vae import ENCODERS, VAE, EncoderConfig, grid_position, load_vae, psnr
 
-TINY = NeRVConfig(resolution=32, num_frames=4, num_tokens=6, token_dim=5, width=16, last_width=32, block=8)
+TINY = NeRVConfig(resolution=32, num_frames=4, num_tokens=6, token_dim=5, width=16, block=8)
 
 
 def tiny(patch=(2, 8, 4)):
