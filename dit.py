@@ -113,7 +113,7 @@ def min_snr_weight(alpha, sigma, gamma):
     return snr.clamp(max=gamma) / snr
 
 
-def reverse_step(x, eps, alpha, sigma, alpha_next, sigma_next, eta=0.0):
+def reverse_step(x, eps, alpha, sigma, alpha_next, sigma_next, eta=0.0, generator=None):
     """From θ_t and its noise to the less noisy θ_s (Song et al. 2021, Eq. 12).
 
     eta = 0 is the deterministic DDIM step; eta = 1 draws from the DDPM posterior q(θ_s | θ_t, θ_0).
@@ -121,7 +121,7 @@ def reverse_step(x, eps, alpha, sigma, alpha_next, sigma_next, eta=0.0):
     x0 = (x - sigma * eps) / alpha
     fresh = eta * sigma_next / sigma * (1 - (alpha / alpha_next).square()).clamp_min(0).sqrt()
     x = alpha_next * x0 + (sigma_next.square() - fresh.square()).clamp_min(0).sqrt() * eps
-    return x + fresh * torch.randn_like(x) if eta else x
+    return x + fresh * torch.randn(x.shape, generator=generator).to(x) if eta else x
 
 
 @torch.no_grad()
@@ -132,11 +132,10 @@ def generate(model, labels, steps=50, guidance=2.0, sampler="ddim", seed=None):
     Salimans 2022); sampler: "ddim" (deterministic) or "ddpm" (ancestral).
     """
     device, c = labels.device, model.config
-    # Noise is drawn on the CPU, so that a seed means the same videos on every device.
+    # Noise is drawn on the CPU, so that a seed means the same videos on every device, and from a generator of its own, so
+    # that a preview leaves the random numbers of a training alone.
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     x = torch.randn(len(labels), c.num_tokens, c.token_dim, generator=generator).to(device)
-    if seed is not None:
-        torch.manual_seed(seed)
     alpha, sigma = noise_schedule(device)
     alpha, sigma = F.pad(alpha, (1, 0), value=1.0), F.pad(sigma, (1, 0), value=0.0)  # index 0 is clean, t sits at t + 1
     times = torch.linspace(NUM_STEPS, 0, steps + 1).round().long().tolist()
@@ -149,7 +148,8 @@ def generate(model, labels, steps=50, guidance=2.0, sampler="ddim", seed=None):
             both = model(x.repeat(2, 1, 1), step.repeat(2), torch.cat([labels, none]))
             with_class, without = both.chunk(2)
             eps = without + guidance * (with_class - without)
-        x = reverse_step(x, eps, alpha[now], sigma[now], alpha[then], sigma[then], eta=1.0 if sampler == "ddpm" else 0.0)
+        eta = 1.0 if sampler == "ddpm" else 0.0
+        x = reverse_step(x, eps, alpha[now], sigma[now], alpha[then], sigma[then], eta, generator)
     return x
 
 
@@ -198,7 +198,7 @@ def preset_defaults(args):
     except UserError:
         preset = "S"
     if (preset if args.preset == "auto" else args.preset) == "nano":
-        return dict(steps=700, batch_size=32, lr=1e-3, warmup=50, ema=0.995, num_latents=4096)
+        return dict(steps=550, batch_size=32, lr=1e-3, warmup=50, ema=0.995, num_latents=4096)
     return {}
 
 
