@@ -126,7 +126,7 @@ def main():
         sampling = ["--ckpt", dit_pt, "--out-dir", out, "--guidance", config.guidance]
         seconds += call("samples of every class", "sample.py", *sampling)
         seconds += call("interpolation between videos", "sample.py", *sampling, "--interp")
-        long = ["--time-scale", 8, "--extrapolate", 4, "--out-dir", out / "long"]
+        long = ["--classes", 0, 1, 2, "--time-scale", 8, "--extrapolate", 4, "--out-dir", out / "long"]
         seconds += call("8 x the frames, 4 beyond the end", "sample.py", *sampling, *long)
         rows.append(("trainings and sampling together", f"{seconds:.0f} s"))
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20

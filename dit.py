@@ -198,7 +198,7 @@ def preset_defaults(args):
     except UserError:
         preset = "S"
     if (preset if args.preset == "auto" else args.preset) == "nano":
-        return dict(steps=550, batch_size=32, lr=1e-3, warmup=50, ema=0.995, num_latents=4096)
+        return dict(steps=500, batch_size=32, lr=1e-3, warmup=50, ema=0.995, num_latents=4096)
     return {}
 
 

@@ -201,7 +201,7 @@ def preset_defaults(args):
     sizes = nerv.CONFIGS[name]
     defaults = {k: getattr(sizes, k) for k in SIZES}
     if name == "nano":  # small enough for two CPU cores
-        defaults.update(steps=1650, batch_size=16, decode_frames=2, lr=1e-3, warmup=50, kl_weight=1e-6)
+        defaults.update(steps=1500, batch_size=16, decode_frames=2, lr=1e-3, warmup=50, kl_weight=1e-6)
     return defaults
 
 

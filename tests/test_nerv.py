@@ -9,9 +9,7 @@ from nerv import CONFIGS, NeRV, NeRVConfig, activation, position_code, sinusoid
 # Small decoders with all that large ones have: a side connection, entries of every kind, stems of both fractions.
 SMALL = {
     "divides": NeRVConfig(resolution=32, num_frames=4, num_tokens=16, token_dim=6, width=24, block=8),
-    "160 tokens": NeRVConfig(
-        resolution=64, num_frames=4, num_tokens=160, token_dim=4, width=24, block=12, stem_fraction=2
-    ),
+    "160 tokens": NeRVConfig(resolution=64, num_frames=4, num_tokens=160, token_dim=4, width=24, block=12, stem_fraction=2),
     "7 tokens": NeRVConfig(resolution=32, num_frames=4, num_tokens=7, token_dim=5, width=16, block=16),
     "no growth": NeRVConfig(resolution=32, num_frames=4, num_tokens=16, token_dim=6, width=16, last_factor=1, block=8),
 }
