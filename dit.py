@@ -171,7 +171,7 @@ class Config:
     data_dir: str = option("data", "", "default: the one the checkpoint was trained on")
     num_latents: int = option("data", 0, "clips to encode once, before training; 0 encodes anew at every step")
     workers: int = option("data", 0, "data loading processes")
-    preset: str = option("model", "auto", "size of the denoiser; auto: that of stage 1", choices=["auto", *SIZES])
+    preset: str = option("model", "", "size of the denoiser; that of stage 1 unless named", choices=list(SIZES))
     steps: int = option("training", 1_000_000, "optimizer steps")
     batch_size: int = option("training", 64, "clips per step")
     lr: float = option("training", 1e-4, "peak learning rate of AdamW, reached after the warm-up, then cosine decay")
@@ -194,12 +194,12 @@ class Config:
 def preset_defaults(args):
     """The defaults that the stage-1 checkpoint implies; without one, those of the paper's sizes."""
     try:
-        preset = utils.load_checkpoint(args.ckpt, "vae", "python vae.py")["config"]["preset"]
+        preset = args.preset or utils.load_checkpoint(args.ckpt, "vae", "python vae.py")["config"]["preset"]
     except UserError:
         preset = "S"
-    if (preset if args.preset == "auto" else args.preset) == "nano":
-        return dict(steps=500, batch_size=32, lr=1e-3, warmup=50, ema=0.995, num_latents=4096)
-    return {}
+    if preset == "nano":
+        return dict(preset=preset, steps=500, batch_size=32, lr=1e-3, warmup=50, ema=0.995, num_latents=4096)
+    return dict(preset=preset)
 
 
 @torch.no_grad()
@@ -248,7 +248,6 @@ def main():
     utils.make_parent(config.out)
     vae_ckpt = utils.load_checkpoint(config.ckpt, "vae", "python vae.py")
     stage1 = vae_ckpt["config"]
-    config.preset = stage1["preset"] if config.preset == "auto" else config.preset
     config.dataset, config.data_dir = config.dataset or stage1["dataset"], config.data_dir or stage1["data_dir"]
     device = utils.pick_device(config.device)
     torch.manual_seed(config.seed)

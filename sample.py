@@ -104,6 +104,7 @@ class Sampler:
     def write(self, name, clips, titles):
         """Each clip as a video of its own, all of them as one sheet and as one tiled video."""
         folder = f"{self.config.out_dir}/{name}"
+        utils.make_parent(folder)
         for i, (clip, title) in enumerate(zip(clips, titles)):
             data.write_video(f"{folder}/{i:02d}_{title}", clip, self.config.fps)
         data.write_sheet(f"{folder}.png", clips, titles)
@@ -115,10 +116,9 @@ def main():
     config = utils.parse_options(Config, __doc__)
     utils.check_positive(config, "count", "interp_steps", "time_scale", "stride", "fps", "batch_size")
     if not 1 <= config.steps <= dit.NUM_STEPS:
-        raise UserError(f"--steps is {config.steps}: the denoiser has 1 to {dit.NUM_STEPS}")
+        raise UserError(f"--steps {config.steps}: the denoiser has 1 to {dit.NUM_STEPS}")
     if config.extrapolate < 0:
-        raise UserError(f"--extrapolate is {config.extrapolate}: it goes on beyond the end, for 0 frames or more")
-    utils.make_parent(f"{config.out_dir}/samples")
+        raise UserError(f"--extrapolate {config.extrapolate}: it must not be negative")
     sampler = Sampler(config)
     if config.reconstruct:
         real = sampler.read(config.reconstruct)

@@ -64,7 +64,7 @@ def check_positive(config, *names):
     """UserError for the first of the named settings that is not positive."""
     for name in names:
         if getattr(config, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}: it must be positive")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: it must be positive")
 
 
 def parse_options(cls, description, presets=None, argv=None):

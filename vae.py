@@ -172,7 +172,7 @@ class Config:
     data_dir: str = option("data", "", "directory of videos, classes from its sub-folders (ucf: data/UCF-101)")
     stride: int = option("data", 1, "frames of the video per frame of the clip")
     workers: int = option("data", 0, "data loading processes")
-    preset: str = option("model", "auto", "sizes to start from; auto: nano for shapes, else S", choices=["auto", *nerv.CONFIGS])
+    preset: str = option("model", "", "sizes to start from; nano for shapes, else S, unless named", choices=list(nerv.CONFIGS))
     resolution: int = option("model", 128, "height and width in pixels: 32, 64, 128, 256")
     num_frames: int = option("model", 16, "T, frames of a clip")
     num_tokens: int = option("model", 128, "N, weight tokens of a video")
@@ -197,9 +197,8 @@ class Config:
 
 def preset_defaults(args):
     """The defaults that --preset and --dataset imply."""
-    name = ("nano" if args.dataset == "shapes" else "S") if args.preset == "auto" else args.preset
-    sizes = nerv.CONFIGS[name]
-    defaults = {k: getattr(sizes, k) for k in SIZES}
+    name = args.preset or ("nano" if args.dataset == "shapes" else "S")
+    defaults = {k: getattr(nerv.CONFIGS[name], k) for k in SIZES} | {"preset": name}
     if name == "nano":  # small enough for two CPU cores
         defaults.update(steps=1500, batch_size=16, decode_frames=2, lr=1e-3, warmup=50, kl_weight=1e-6)
     return defaults
@@ -207,8 +206,6 @@ def preset_defaults(args):
 
 def main():
     config = utils.parse_options(Config, __doc__, preset_defaults)
-    if config.preset == "auto":
-        config.preset = "nano" if config.dataset == "shapes" else "S"
     utils.check_positive(config, "steps", "batch_size", "decode_frames", "stride", "log_every", "save_every", *SIZES)
     if config.batch_size < 2:
         raise UserError("--batch-size 1 leaves batch norm nothing to compare with: use 2 or more")
