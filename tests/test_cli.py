@@ -374,3 +374,14 @@ def test_bad_input_of_sample(options, words, call, capsys, trained, videos, tmp_
     assert call("sample.py", options.format(trained=trained, videos=videos)) == 2
     check_error(capsys.readouterr().err, *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_another_configuration(call, capsys, trained, tmp_path):
+    ckpt = utils.load_checkpoint(trained / "vae.pt", "vae", "")
+    ckpt["nerv_config"]["width"] *= 2
+    torch.save(ckpt, tmp_path / "wider.pt")
+    ckpt["nerv_config"]["colour"] = "red"
+    torch.save(ckpt, tmp_path / "unknown.pt")
+    for name in ("wider", "unknown"):
+        assert call("dit.py", f"--ckpt {name}.pt --steps 1") == 2
+        check_error(capsys.readouterr().err, "another configuration")

@@ -353,3 +353,10 @@ def test_clips_from_the_wild_are_frames_or_a_user_error(name):
         assert read_video(SHARED / "clips" / name, 32).shape[1:] == (32, 32, 3)
     except UserError as error:
         assert name == "corrupted.mp4" and name in str(error)
+
+
+def test_shapes_can_be_drawn_between_their_frames():
+    shapes = Shapes()
+    assert np.array_equal(shapes.draw(3, [2, 5.0]), shapes.draw(3)[[2, 5]])
+    left, between, right = (shapes.draw(0, [t]).astype(float) for t in (3, 3.5, 4))  # class 0 moves sideways, fast at t = 4
+    assert min(abs(between - left).mean(), abs(between - right).mean()) > 0.3 * abs(left - right).mean() > 0

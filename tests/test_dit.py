@@ -110,7 +110,7 @@ def test_ddpm_step_has_the_posterior_of_ho_et_al(t, monkeypatch):
     variance = (1 - before) / (1 - now) * beta
 
     def step_with_noise(value):
-        monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, value))
+        monkeypatch.setattr(torch, "randn", lambda shape, generator: torch.full(shape, value))
         return reverse_step(x, noise, now.sqrt(), (1 - now).sqrt(), before.sqrt(), (1 - before).sqrt(), eta=1.0)
 
     torch.testing.assert_close(step_with_noise(0.0), mean, rtol=1e-8, atol=1e-10)
@@ -304,3 +304,11 @@ def test_tokens_reach_the_denoiser_at_unit_deviation(tmp_path, monkeypatch, trai
     dit.main()
     assert len(scales) == 2
     assert all(math.isclose(scale, 1, abs_tol=0.05) for scale in scales)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_a_seeded_preview_leaves_the_random_numbers_of_a_training_alone(sampler):
+    model = trained_like()
+    before = torch.random.get_rng_state()
+    generate(model, torch.zeros(1, dtype=torch.long), steps=3, sampler=sampler, seed=0)
+    assert torch.equal(torch.random.get_rng_state(), before)
