@@ -92,14 +92,14 @@ def test_help_shows_the_defaults_of_the_preset(call, capsys):
     assert call("vae.py", "--help") == 0
     small = " ".join(capsys.readouterr().out.split())
     assert "pixels: 32, 64, 128, 256 (default: 128)" in large and "pixels: 32, 64, 128, 256 (default: 32)" in small
-    steps = vae.preset_defaults(argparse.Namespace(dataset="shapes", preset="auto"))["steps"]
+    steps = vae.preset_defaults(argparse.Namespace(dataset="shapes", preset=""))["steps"]
     assert "optimizer steps (default: 2000000)" in large and f"optimizer steps (default: {steps})" in small
 
 
 def test_options_reach_the_checkpoint(trained):
     config = utils.load_checkpoint(trained / "vae.pt", "vae", "")["config"]
     assert (config["steps"], config["batch_size"], config["seed"], config["preset"]) == (2, 4, 1, "nano")
-    for name, value in vae.preset_defaults(argparse.Namespace(dataset="shapes", preset="auto")).items():
+    for name, value in vae.preset_defaults(argparse.Namespace(dataset="shapes", preset="")).items():
         assert name in ("steps", "batch_size") or config[name] == value  # nano's, which were not named
 
 
