@@ -3,6 +3,7 @@
 A clip is float32 [T, 3, H, W] in [-1, 1] with an integer label; frames in files and caches are uint8 [T, H, W, 3].
 """
 
+import itertools
 import logging
 import math
 import random
@@ -11,8 +12,9 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from utils import UserError
 
@@ -45,9 +47,13 @@ class Shapes(Dataset):
         return self.length
 
     def __getitem__(self, i):
+        i %= self.length
         if i not in self.cache:
             self.cache[i] = self.draw(i)
         return to_clip(self.cache[i]), i % len(self.classes)
+
+    def name(self, i):
+        return f"clip {i % self.length}"
 
     def draw(self, i, t=None):
         """Clip i as uint8 frames [T, H, W, 3], at the frame positions t [T], real-valued (default: all of the clip)."""
@@ -87,8 +93,9 @@ class VideoFolder(Dataset):
     """Clips from a directory of videos; the classes are its sub-folders, in alphabetical order.
 
     A directory that holds videos and no sub-folders of videos is one class, named after it. In training the clip starts
-    anywhere in its video, in testing in the middle. Decoded videos are kept in memory, at the training size, until they
-    fill cache_gb; the rest are decoded anew each time.
+    anywhere in its video, in testing in the middle. Index i is video i % len: i, i + len, i + 2 len, … are other clips of
+    it, drawn from i and nothing else, so that a training that knows its step knows its data. Decoded videos are kept in
+    memory, at the training size, until they fill cache_gb; the rest are decoded anew each time.
     """
 
     def __init__(self, root, split="train", resolution=64, num_frames=16, stride=1, cache_gb=2.0, classes=None):
@@ -115,6 +122,9 @@ class VideoFolder(Dataset):
     def __len__(self):
         return len(self.items)
 
+    def name(self, i):
+        return str(self.items[i % len(self.items)][0])
+
     def video(self, path):
         if path not in self.cache:
             frames = read_video(path, self.resolution)
@@ -125,14 +135,14 @@ class VideoFolder(Dataset):
         return self.cache[path]
 
     def __getitem__(self, i):
-        path, label = self.items[i]
+        path, label = self.items[i % len(self.items)]
         frames, span = self.video(path), (self.num_frames - 1) * self.stride + 1
         if len(frames) < span:
             raise UserError(
                 f"{path} has {len(frames)} frames, and a clip takes {span}: use fewer --num-frames or a smaller --stride"
             )
         last = len(frames) - span
-        start = random.randint(0, last) if self.split == "train" else last // 2
+        start = random.Random(i).randint(0, last) if self.split == "train" else last // 2
         return to_clip(frames[start : start + span : self.stride]), label
 
 
@@ -161,18 +171,44 @@ def open_dataset(name, data_dir, split, resolution, num_frames, stride=1, classe
     return VideoFolder(root, split, resolution, num_frames, stride, classes=classes)
 
 
-def endless(dataset, batch_size, workers=0, seed=0):
-    """Batches (clips [B, T, 3, H, W], labels [B]) without end, in a new seeded order every pass."""
-    generator = torch.Generator().manual_seed(seed)
-    random.seed(seed)
-    if len(dataset) < batch_size:
-        raise UserError(f"the data set has {len(dataset)} clips, fewer than one batch: use --batch-size {len(dataset)} or less")
-    loader = DataLoader(
-        dataset, batch_size, shuffle=True, drop_last=True, num_workers=workers, generator=generator,
-        persistent_workers=workers > 0,
-    )  # fmt: skip
-    while True:
-        yield from loader
+class Stream(Sampler):
+    """The order in which a training sees its clips: lists of indices into a data set, without end.
+
+    Every clip comes once in a pass, each pass in a new order that follows from the seed alone. A global batch is the next
+    batch_size places of that order. It is cut into parts, and of each part every process takes its rows, so that the same
+    clips make the same step on any number of processes, and step 1000 can be found without having gone through 999.
+    """
+
+    def __init__(self, length, batch_size, seed=0, start=0, parts=1, rank=0, world=1):
+        self.length, self.batch_size, self.seed, self.start = length, batch_size, seed, start
+        self.parts, self.rank, self.world = parts, rank, world
+        self.passes = {}
+
+    def batch(self, step):
+        """Indices of the global batch of a step; pass p of clip i is p * length + i."""
+        indices = []
+        for place in range(step * self.batch_size, (step + 1) * self.batch_size):
+            number = place // self.length
+            if number not in self.passes:
+                generator = torch.Generator().manual_seed(self.seed + 1_000_003 * number)
+                order = torch.randperm(self.length, generator=generator)
+                self.passes = {k: v for k, v in self.passes.items() if k >= number - 1} | {number: order}
+            indices.append(number * self.length + self.passes[number][place % self.length].item())
+        return indices
+
+    def __iter__(self):
+        rows = self.batch_size // (self.parts * self.world)
+        for step in itertools.count(self.start):
+            batch = self.batch(step)
+            for part in range(self.parts):
+                first = (part * self.world + self.rank) * rows
+                yield batch[first : first + rows]
+
+
+def endless(dataset, stream, workers=0, device=None):
+    """Batches (clips [B, T, 3, H, W], labels [B]) of a data set in the order of a Stream, without end."""
+    pin = device is not None and device.type == "cuda"
+    return iter(DataLoader(dataset, batch_sampler=stream, num_workers=workers, pin_memory=pin))
 
 
 def fixed_clips(dataset, count):
@@ -229,6 +265,13 @@ def enlarge(frames, smallest=128):
     """Repeat pixels of small frames [T, H, W, 3] a whole number of times, so that a person can see them."""
     factor = max(1, smallest // frames.shape[1])
     return frames.repeat(factor, 1).repeat(factor, 2)
+
+
+def mark(clip):
+    """The clip [T, 3, H, W] with an orange edge: frames that were given, not made."""
+    clip, edge = clip.clone(), max(1, clip.shape[-1] // 32)
+    inside = F.pad(torch.ones(clip.shape[-2] - 2 * edge, clip.shape[-1] - 2 * edge, dtype=torch.bool), (edge,) * 4)
+    return torch.where(inside, clip, torch.tensor([1.0, 0.2, -1.0])[:, None, None])
 
 
 def write_video(path, clip, fps=12):

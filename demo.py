@@ -64,7 +64,7 @@ def train_classifier(train_set, num_classes, clips, device, batch_size=32, seed=
     judge = Classifier(num_classes).to(device)
     batch_size, steps = min(batch_size, len(train_set)), clips // batch_size
     optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.05)
-    batches = data.endless(train_set, batch_size, seed=seed)
+    batches = data.endless(train_set, data.Stream(len(train_set), batch_size, seed))
     for step in utils.tqdm(range(steps), desc="judge", unit="step", dynamic_ncols=True, mininterval=1):
         for group in optimizer.param_groups:
             group["lr"] = utils.learning_rate(step, steps, 3e-3, 20)

@@ -9,15 +9,19 @@ python dit.py --ckpt vae.pt
 
 import copy
 import dataclasses
+import json
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import data
+import nerv
 import utils
 from utils import UserError, option
 from vae import Attention, load_vae
@@ -32,12 +36,14 @@ class DiTConfig:
     num_tokens: int = 128
     token_dim: int = 128
     num_classes: int = 101
+    cond_frames: int = 0  # of frame prediction: given frames, as tokens beside the noised ones; 0 is generation from noise
     width: int = 1024
     depth: int = 24
     heads: int = 16
 
 
-SIZES = {"nano": {"width": 192, "depth": 6, "heads": 6}, "S": {}, "B": {}, "L": {}}  # the paper's denoiser is always DiT-L
+SIZES = {name: {} for name in nerv.CONFIGS}  # the paper's denoiser is always DiT-L
+SIZES["nano"] = {"width": 192, "depth": 6, "heads": 6}
 
 
 def modulate(x, shift, scale):
@@ -69,7 +75,8 @@ class DiT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, width = config, config.width
-        self.embed = nn.Linear(config.token_dim, width)
+        # In frame prediction the tokens of the given frames come along, concatenated along the width (§4.1).
+        self.embed = nn.Linear(config.token_dim * (2 if config.cond_frames else 1), width)
         # Tokens have no place in space or time; which part of the kernels a token is, the transformer learns.
         self.position = nn.Parameter(torch.randn(config.num_tokens, width) * 0.5)
         self.step_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
@@ -83,11 +90,16 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, tokens, step, label):
-        """Noised tokens [B, N, d], diffusion steps [B] in 0 … 999, labels [B] (num_classes: none) -> ε [B, N, d]."""
+    def forward(self, tokens, step, label, given=None):
+        """Noised tokens [B, N, d], diffusion steps [B] in 0 … 999, labels [B] (num_classes: none) -> ε [B, N, d].
+
+        given: in frame prediction, the tokens [B, N, d] of the given frames (`encode_given`); zeros are no frames.
+        """
         freq = torch.exp(-math.log(10000) * torch.arange(128, device=tokens.device) / 128)
         angle = step[:, None].float() * freq
         condition = self.step_mlp(torch.cat([angle.cos(), angle.sin()], -1)) + self.label(label)  # [B, width]
+        if self.config.cond_frames:
+            tokens = torch.cat([tokens, torch.zeros_like(tokens) if given is None else given], -1)  # [B, N, 2d]
         x = self.embed(tokens) + self.position
         for block in self.blocks:
             x = block(x, condition)
@@ -125,8 +137,8 @@ def reverse_step(x, eps, alpha, sigma, alpha_next, sigma_next, eta=0.0, generato
 
 
 @torch.no_grad()
-def generate(model, labels, steps=50, guidance=2.0, sampler="ddim", seed=None):
-    """Tokens [B, N, d] at unit deviation for labels [B], from noise.
+def generate(model, labels, steps=50, guidance=2.0, sampler="ddim", seed=None, given=None):
+    """Tokens [B, N, d] at unit deviation for labels [B], from noise, and for given frames' tokens [B, N, d] in prediction.
 
     steps: evaluations of the model, 1 … 1000, evenly spaced; guidance: scale of classifier-free guidance, 1 is none (Ho &
     Salimans 2022); sampler: "ddim" (deterministic) or "ddpm" (ancestral).
@@ -140,12 +152,14 @@ def generate(model, labels, steps=50, guidance=2.0, sampler="ddim", seed=None):
     alpha, sigma = F.pad(alpha, (1, 0), value=1.0), F.pad(sigma, (1, 0), value=0.0)  # index 0 is clean, t sits at t + 1
     times = torch.linspace(NUM_STEPS, 0, steps + 1).round().long().tolist()
     none = torch.full_like(labels, c.num_classes)
+    given = torch.zeros_like(x) if given is None else given
     for now, then in zip(times[:-1], times[1:]):
         step = torch.full_like(labels, now - 1)
         if guidance == 1:
-            eps = model(x, step, labels)
-        else:
-            both = model(x.repeat(2, 1, 1), step.repeat(2), torch.cat([labels, none]))
+            eps = model(x, step, labels, given)
+        else:  # the second half knows neither the class nor the given frames
+            conditions = torch.cat([labels, none]), torch.cat([given, torch.zeros_like(given)])
+            both = model(x.repeat(2, 1, 1), step.repeat(2), *conditions)
             with_class, without = both.chunk(2)
             eps = without + guidance * (with_class - without)
         eta = 1.0 if sampler == "ddpm" else 0.0
@@ -169,26 +183,35 @@ class Config:
     ckpt: str = option("data", "vae.pt", "stage-1 checkpoint, from vae.py")
     dataset: str = option("data", "", "default: the one the checkpoint was trained on", choices=["", *data.DATASETS])
     data_dir: str = option("data", "", "default: the one the checkpoint was trained on")
-    num_latents: int = option("data", 0, "clips to encode once, before training; 0 encodes anew at every step")
+    cache_latents: bool = option("data", False, "encode clips once, into a cache on disk beside --out, not anew at every step")
+    num_latents: int = option("data", 0, "clips in the cache; 0: ten of every video")
     workers: int = option("data", 0, "data loading processes")
     preset: str = option("model", "", "size of the denoiser; that of stage 1 unless named", choices=list(SIZES))
+    cond_frames: int = option("model", 0, "frame prediction from so many given frames (the paper: 5); 0 generates whole clips")
     steps: int = option("training", 1_000_000, "optimizer steps")
-    batch_size: int = option("training", 64, "clips per step")
+    batch_size: int = option("training", 64, "clips per step, of all processes together")
+    accumulate: int = option("training", 1, "parts of the batch that go through one after another, to save memory")
     lr: float = option("training", 1e-4, "peak learning rate of AdamW, reached after the warm-up, then cosine decay")
     warmup: int = option("training", 10_000, "steps of linear warm-up")
     weight_decay: float = option("training", 0.01, "of AdamW")
     grad_clip: float = option("training", 1.0, "largest norm of the gradient")
     min_snr_gamma: float = option("training", 5.0, "γ of the Min-SNR loss weight; 0 weights all steps alike")
     scheduled_sampling: float = option("training", 0.25, "share of steps that train on the model's own prediction too")
-    drop_label: float = option("training", 0.1, "share of labels replaced by no class, for guidance")
+    drop_condition: float = option("training", 0.1, "share of clips without class and given frames, for guidance")
     ema: float = option("training", 0.9999, "decay of the averaged weights that sampling uses")
     seed: int = option("training", 0, "of weights, data order and noise")
     device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
     bf16: str = option("machine", "auto", "bfloat16 autocast; auto: where the hardware has it", choices=["auto", "on", "off"])
+    compile: str = option("machine", "auto", "torch.compile; auto: with CUDA", choices=["auto", "on", "off"])
     out: str = option("output", "dit.pt", "the checkpoint; it carries stage 1 too")
+    resume: bool = option("output", False, "go on from the checkpoint --out where it exists, exactly as if never stopped")
     run_dir: str = option("output", "runs/dit", "losses.csv, losses.png and sample sheets go here")
     log_every: int = option("output", 50, "steps between rows of losses.csv")
     save_every: int = option("output", 500, "steps between checkpoints and sample sheets")
+
+
+# What may differ on --resume.
+FREE = ("steps", "workers", "device", "bf16", "compile", "accumulate", "out", "run_dir", "log_every", "save_every")
 
 
 def preset_defaults(args):
@@ -198,27 +221,64 @@ def preset_defaults(args):
     except UserError:
         preset = "S"
     if preset == "nano":
-        return dict(preset=preset, steps=500, batch_size=32, lr=1e-3, warmup=50, ema=0.995, num_latents=4096)
+        return dict(
+            preset=preset, steps=500, batch_size=32, lr=1e-3, warmup=50, ema=0.995, cache_latents=True, num_latents=4096
+        )
     return dict(preset=preset)
 
 
+def encode_given(vae, video, cond_frames):
+    """Tokens [B, N, d] of clips [B, T, 3, H, W] of which only the first frames are given: the others are zero (§4.1)."""
+    given = torch.arange(video.shape[1], device=video.device) < cond_frames
+    return vae.encode(video * given[:, None, None, None])[0]
+
+
 @torch.no_grad()
-def encode_clips(vae, batches, count, device):
-    """Posterior means, deviations [count, N, d] and labels [count] of the next clips of the data set, kept on the device."""
-    means, deviations, labels = [], [], []
-    while sum(map(len, labels)) < count:
-        video, label = next(batches)
-        mean, logvar = vae.encode(video.to(device))
-        means.append(mean)
-        deviations.append(torch.exp(0.5 * logvar))
-        labels.append(label.to(device))
-    return torch.cat(means)[:count], torch.cat(deviations)[:count], torch.cat(labels)[:count]
+def encode_batch(vae, video, cond_frames):
+    """Clips [B, T, 3, H, W] -> [B, 3, N, d]: the posterior's mean, its deviation, and the tokens of the given frames."""
+    mean, logvar = vae.encode(video)
+    given = encode_given(vae, video, cond_frames) if cond_frames else torch.zeros_like(mean)
+    return torch.stack([mean, torch.exp(0.5 * logvar), given], 1)
 
 
-def diffusion_loss(model, theta0, labels, alpha, sigma, gamma, scheduled):
+def cached_latents(directory, key, vae, train_set, count, cond_frames, device, rank=0, world=1, batch_size=64):
+    """encode_batch of clips 0 … count - 1 (data.Stream numbers them past len) and their labels, from a cache on disk.
+
+    Returns memory-mapped (latents [count, 3, N, d] in half precision, labels [count]). The files are plain .npy, without
+    pickles. Each process encodes its share. `key` says what is in the cache; one with another key is written anew.
+    """
+    directory, c = Path(directory), vae.nerv_config
+    latents_file, labels_file, key_file = (directory / name for name in ("latents.npy", "labels.npy", "key.json"))
+    key = json.dumps(key, indent=1)
+    if not (key_file.is_file() and key_file.read_text() == key):
+        if rank == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            key_file.unlink(missing_ok=True)
+            np.lib.format.open_memmap(latents_file, "w+", np.float16, (count, 3, c.num_tokens, c.token_dim))
+            np.lib.format.open_memmap(labels_file, "w+", np.int64, (count,))
+        utils.wait_for_all()
+        latents, labels = np.load(latents_file, mmap_mode="r+"), np.load(labels_file, mmap_mode="r+")
+        shares = [range(count)[r * count // world : (r + 1) * count // world] for r in range(world)]
+        bar = utils.tqdm(total=count, desc="encoding", unit="clip", dynamic_ncols=True, mininterval=1, disable=rank > 0)
+        for i in range(shares[rank].start, shares[rank].stop, batch_size):
+            clips = [train_set[j] for j in range(i, min(i + batch_size, shares[rank].stop))]
+            video = torch.stack([clip for clip, _ in clips]).to(device)
+            latents[i : i + len(clips)] = encode_batch(vae, video, cond_frames).half().cpu().numpy()
+            labels[i : i + len(clips)] = [label for _, label in clips]
+            bar.update(len(clips) * world)
+        bar.close()
+        latents.flush(), labels.flush()
+        utils.wait_for_all()
+        if rank == 0:
+            key_file.write_text(key)
+    return tuple(torch.from_numpy(np.load(file, mmap_mode="c")) for file in (latents_file, labels_file))
+
+
+def diffusion_loss(model, theta0, labels, given, step, noise, alpha, sigma, gamma, scheduled):
     """Weighted squared error of the predicted noise, mean over the batch (Eq. 2).
 
-    theta0 [B, N, d] at unit deviation; gamma of Min-SNR, 0 for none; scheduled adds the second pass of scheduled sampling.
+    theta0 [B, N, d] at unit deviation; given [B, N, d] or None; diffusion steps [B]; noise [B, N, d]; gamma of Min-SNR, 0 for
+    none; scheduled adds the second pass of scheduled sampling, for which steps are at least 1.
     """
 
     def error(eps, noise, step):
@@ -228,106 +288,155 @@ def diffusion_loss(model, theta0, labels, alpha, sigma, gamma, scheduled):
     def at(schedule, step):
         return schedule[step][:, None, None]  # [B, 1, 1]
 
-    step = torch.randint(1 if scheduled else 0, NUM_STEPS, (len(theta0),), device=theta0.device)
-    noise = torch.randn_like(theta0)
     x = at(alpha, step) * theta0 + at(sigma, step) * noise
-    eps = model(x, step, labels)
+    eps = model(x, step, labels, given)
     loss = error(eps, noise, step)
     if scheduled:
         # Scheduled sampling (§3.3): take one step back with the model's own prediction, as sampling will, and learn from
         # there as well. The target is the noise that leads from the true θ_0 to where the model has got.
         a, s = at(alpha, step - 1), at(sigma, step - 1)
         x = reverse_step(x, eps.detach().float(), at(alpha, step), at(sigma, step), a, s)
-        loss = loss + error(model(x, step - 1, labels), (x - a * theta0) / s, step - 1)
+        loss = loss + error(model(x, step - 1, labels, given), (x - a * theta0) / s, step - 1)
     return loss
 
 
 def main():
     config = utils.parse_options(Config, __doc__, preset_defaults)
-    utils.check_positive(config, "steps", "batch_size", "log_every", "save_every")
+    utils.check_positive(config, "steps", "batch_size", "accumulate", "log_every", "save_every")
+    device, rank, world = utils.start_processes(config.device)
+    rows = utils.rows_per_process(config.batch_size, config.accumulate, world)  # clips that this process takes at a time
     utils.make_parent(config.out)
     vae_ckpt = utils.load_checkpoint(config.ckpt, "vae", "python vae.py")
-    stage1 = vae_ckpt["config"]
+    vae_ckpt.pop("training")  # stage 2 uses stage 1 and does not go on with it
+    stage1, classes = vae_ckpt["config"], vae_ckpt["classes"]
     config.dataset, config.data_dir = config.dataset or stage1["dataset"], config.data_dir or stage1["data_dir"]
-    device = utils.pick_device(config.device)
-    torch.manual_seed(config.seed)
     vae = load_vae(vae_ckpt).to(device)
-    c, classes = vae.nerv_config, vae_ckpt["classes"]
-    train_set = data.open_dataset(
-        config.dataset, config.data_dir, "train", c.resolution, c.num_frames, stage1["stride"], classes=classes
-    )
+    c, cond_frames = vae.nerv_config, config.cond_frames
+    if not 0 <= cond_frames < c.num_frames:
+        raise UserError(f"--cond-frames {cond_frames}: stage 1 has clips of {c.num_frames} frames, use 0 … {c.num_frames - 1}")
+    where = (config.dataset, config.data_dir)
+    train_set = data.open_dataset(*where, "train", c.resolution, c.num_frames, stage1["stride"], classes=classes)
     if list(train_set.classes) != classes:
         raise UserError(f"{config.ckpt} was trained on the classes {classes}, and {config.dataset} has {train_set.classes}")
-    dit_config = DiTConfig(c.num_tokens, c.token_dim, len(classes), **SIZES[config.preset])
+    torch.manual_seed(config.seed)
+    dit_config = DiTConfig(c.num_tokens, c.token_dim, len(classes), cond_frames, **SIZES[config.preset])
     model = DiT(dit_config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
     )
+    parts = {"model": model, "optimizer": optimizer}  # what goes on from a checkpoint, beside ema
+    start, skipped, latent_scale = 0, 0, None
+    if ckpt := utils.resume(config, "dit", FREE):
+        ema.load_state_dict(ckpt["ema"])
+        for name, part in parts.items():
+            part.load_state_dict(ckpt["training"][name])
+        start, skipped, latent_scale = ckpt["step"], ckpt["training"]["skipped"], ckpt["latent_scale"]
+    finite_step = utils.FiniteStep(device, skipped)
     alpha, sigma = noise_schedule(device)
 
     # Latents: encoded once, or anew at every step. The first ones set the scale that brings them to unit deviation.
-    batches = data.endless(train_set, min(config.batch_size, len(train_set)), config.workers, config.seed)
-    print(f"encoding {max(config.num_latents, 8 * config.batch_size)} clips …", flush=True)
-    means, deviations, labels = encode_clips(vae, batches, max(config.num_latents, 8 * config.batch_size), device)
-    latent_scale = 1 / (means.var() + deviations.square().mean()).sqrt().item()
-    order = torch.Generator().manual_seed(config.seed)
-    print(
+    stream = data.Stream(len(train_set), config.batch_size, config.seed, start, config.accumulate, rank, world)
+    if config.cache_latents:
+        count = config.num_latents or 10 * len(train_set)
+        key = {"vae": utils.fingerprint(vae), "dataset": where, "count": count, "cond_frames": cond_frames}
+        directory = Path(config.out).with_suffix(".latents")
+        latents, labels = cached_latents(directory, key, vae, train_set, count, cond_frames, device, rank, world)
+        first = latents[:1024].float()
+    else:
+        batches = data.endless(train_set, stream, config.workers, device)
+        first = torch.cat([encode_batch(vae, train_set[i][0][None].to(device), 0) for i in range(256)])
+    if latent_scale is None:
+        latent_scale = 1 / (first[:, 0].var() + first[:, 1].square().mean()).sqrt().item()
+    log = utils.RunLog(config.run_dir, config.steps, config.log_every, start, rank)
+    log.print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(classes)} classes, "
-        f"{len(means)} clips encoded, latent scale {latent_scale:.4f}"
+        f"latent scale {latent_scale:.4f}" + (f"; going on after step {start}" if start else "")
     )
-    log = utils.RunLog(config.run_dir, config.steps, config.log_every)
+    if utils.wants_compile(device, config.compile):
+        model.compile()
+        vae.encoder.compile()
 
-    def save(step):
+    def save(step, final=False):
+        training = {name: part.state_dict() for name, part in parts.items()} | {"skipped": int(finite_step.skipped)}
         utils.save_checkpoint(
-            config.out, stage="dit", step=step, config=dataclasses.asdict(config), classes=classes,
+            config.out, final, stage="dit", step=step, config=dataclasses.asdict(config), classes=classes,
             dit_config=dataclasses.asdict(dit_config), latent_scale=latent_scale,
-            model=model.state_dict(), ema=ema.state_dict(), vae=vae_ckpt,
+            ema=ema.state_dict(), training=training, vae=vae_ckpt,
         )  # fmt: skip
         log.write()
 
     def preview(step):
-        """A sheet with one sample per class, of ten classes at most."""
+        """A sheet with one sample per class, of ten classes at most; in frame prediction, below the real clips."""
         shown = torch.linspace(0, len(classes) - 1, min(10, len(classes)), device=device).round().long()
-        tokens = generate(ema, shown, seed=config.seed) / latent_scale
+        real, given, titles = [], None, [classes[i] for i in shown]
+        if cond_frames:
+            test_set = data.open_dataset(*where, "test", c.resolution, c.num_frames, stage1["stride"], classes=classes)
+            real, shown = (x.to(device) for x in data.fixed_clips(test_set, 6))
+            given = latent_scale * encode_given(vae, real, cond_frames)
+            titles = ["real", f"from {cond_frames} frames"] * len(real)
+        tokens = generate(ema, shown, seed=config.seed, given=given) / latent_scale
         clips = vae.decode(tokens, torch.arange(c.num_frames, device=device))
-        data.write_sheet(f"{config.run_dir}/step{step:07d}.png", clips.cpu(), [classes[i] for i in shown])
+        if cond_frames:
+            clips = torch.stack([real, clips], 1).flatten(0, 1)
+        data.write_sheet(f"{config.run_dir}/step{step:07d}.png", clips.cpu(), titles)
+        log.video(step, "samples", data.to_frames(data.tile(clips)))
 
-    done = 0  # finished steps
-    try:
-        for step in range(config.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = utils.learning_rate(step, config.steps, config.lr, config.warmup)
-            if config.num_latents:
-                i = torch.randint(len(means), (config.batch_size,), generator=order).to(device)
-                mean, deviation, label = means[i], deviations[i], labels[i]
-            else:
-                mean, deviation, label = encode_clips(vae, batches, config.batch_size, device)
-            theta0 = latent_scale * (mean + deviation * torch.randn_like(mean))  # a draw from the posterior, unit deviation
-            label = torch.where(torch.rand(len(label), device=device) < config.drop_label, len(classes), label)
-            scheduled = torch.rand((), generator=order).item() < config.scheduled_sampling
-            with utils.autocast(device, config.bf16):
-                loss = diffusion_loss(model, theta0, label, alpha, sigma, config.min_snr_gamma, scheduled)
+    done = start  # finished steps
+    with utils.Interrupt() as interrupt:
+        for step in range(start, config.steps):
+            lr = utils.learning_rate(step, config.steps, config.lr, config.warmup)
+            # The random numbers of the whole batch, of which this process uses its rows.
+            host = utils.step_generator("cpu", config.seed - 1, step)
+            scheduled = torch.rand((), generator=host).item() < config.scheduled_sampling
+            random = utils.step_generator(device, config.seed, step)
+            size = (config.batch_size, c.num_tokens, c.token_dim)
+            posterior_noise = torch.randn(size, generator=random, device=device)
+            noise = torch.randn(size, generator=random, device=device)
+            t = torch.randint(1 if scheduled else 0, NUM_STEPS, size[:1], generator=random, device=device)
+            drop = torch.rand(size[:1], generator=random, device=device)
+            if config.cache_latents:
+                chosen = torch.randint(len(latents), size[:1], generator=host)
 
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            optimizer.step()
-            decay = min(config.ema, (1 + step) / (10 + step))  # forgets the random start quickly
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-            done = step + 1
-            log.log(step, loss=loss / 2 if scheduled else loss)
+            for part in range(config.accumulate):
+                place = (part * world + rank) * rows
+                mine = slice(place, place + rows)  # this process's clips in the batch
+                with utils.autocast(device, config.bf16):
+                    if config.cache_latents:
+                        encoded, label = latents[chosen[mine]].float(), labels[chosen[mine]]
+                        encoded, label = encoded.to(device, non_blocking=True), label.to(device, non_blocking=True)
+                    else:
+                        video, label = (x.to(device, non_blocking=True) for x in next(batches))
+                        encoded = encode_batch(vae, video, cond_frames)
+                    mean, deviation, given = (latent_scale * encoded).unbind(1)  # each [B, N, d]
+                    theta0 = mean + deviation * posterior_noise[mine]  # a draw from the posterior, of unit deviation
+                    # Classifier-free guidance needs the model without a condition; prediction, with frames of unknown class.
+                    given = given * (drop[mine] >= config.drop_condition)[:, None, None]
+                    no_class = drop[mine] < config.drop_condition * (2 if cond_frames else 1)
+                    label = torch.where(no_class, len(classes), label)
+                    loss = diffusion_loss(
+                        model, theta0, label, given, t[mine], noise[mine], alpha, sigma, config.min_snr_gamma, scheduled
+                    )
+                (loss / config.accumulate).backward()
+                log.add(loss=loss / 2 if scheduled else loss)
 
-            if done % config.save_every == 0 and done < config.steps:
+            finite_step(optimizer, model.parameters(), loss, config.grad_clip, lr)
+            utils.update_ema(ema, model, min(config.ema, (1 + step) / (10 + step)))  # forgets the random start quickly
+            done = step + 1
+            if log.step(step):
+                finite_step.check(step, train_set, stream)
+            if done % config.save_every == 0 and done < config.steps and rank == 0:
                 preview(done)
                 save(done)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted after {done} steps", flush=True)
-    save(done)
-    preview(done)
+            if interrupt.asked:
+                log.print(f"interrupted after {done} steps")
+                break
+    if rank == 0:
+        save(done, final=True)
+        preview(done)
+        log.print(f"wrote {config.out} after {done} steps, {time.time() - log.start:.0f} s; sheets are in {config.run_dir}")
     log.close()
-    print(f"wrote {config.out} after {done} steps, {time.time() - log.start:.0f} s; sheets are in {config.run_dir}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ Everything is NeRV-Diffusion (Ren et al., ICLR 2026): §3.1 for the weights, §3
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -50,6 +50,9 @@ CONFIGS = {
     "B": NeRVConfig(width=256, stem_fraction=2),
     "L": NeRVConfig(width=512, stem_fraction=2),
 }
+for name in "SBL":
+    CONFIGS[f"{name}-256"] = replace(CONFIGS[name], resolution=256, num_tokens=160)  # one more block
+    CONFIGS[f"{name}-long"] = replace(CONFIGS[name], num_frames=128)
 
 
 def sinusoid(position, dim, length):

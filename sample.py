@@ -6,10 +6,12 @@ python sample.py --interp                         walk between the weights of tw
 python sample.py --interp a.mp4 b.mp4             … or of two videos from files
 python sample.py --time-scale 8 --extrapolate 4   8 × as many frames, and 4 beyond the end
 python sample.py --reconstruct a.mp4 b.mp4        real videos through stage 1
+python sample.py --predict a.mp4 b.mp4            go on from the first frames of real videos (dit.py --cond-frames 5)
 """
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 import data
@@ -25,10 +27,13 @@ class Config:
     classes: list = option(
         "what", [], "names or numbers of classes; default: all, or two for --interp", nargs="+", metavar="CLASS"
     )
-    count: int = option("what", 1, "videos per class")
+    count: int = option("what", 1, "videos per class, or per FILE to predict")
     interp: list = option("what", None, "interpolate between generated videos, or between FILEs", nargs="*", metavar="FILE")
     interp_steps: int = option("what", 7, "videos from each one to the next, both ends included; 2 or more")
     reconstruct: list = option("what", [], "encode and decode FILEs", nargs="+", metavar="FILE")
+    predict: list = option(
+        "what", [], "go on from the first frames of FILEs; --classes may name theirs", nargs="+", metavar="FILE"
+    )
     time_scale: float = option("time", 1.0, "decoded frames per frame of the training clips; 8 makes 128 of 16")
     extrapolate: float = option("time", 0.0, "go on for this many frames beyond the end of the clip")
     stride: int = option("time", 1, "frames of a FILE per frame of its clip")
@@ -73,24 +78,36 @@ class Sampler:
                 raise UserError(f"there is no class {name!r}; there are {', '.join(self.classes)}")
         return labels
 
-    def generate(self, labels):
-        """Labels -> tokens [B, N, d] of new videos."""
-        if self.dit is None:
-            raise UserError(f"{self.config.ckpt} has no stage 2: generating takes a checkpoint of `python dit.py`")
+    def generate(self, labels, given=None):
+        """Labels, and given frames' clips [B, T, 3, H, W] in prediction -> tokens [B, N, d] of new videos."""
         c = self.config
+        if self.dit is None:
+            raise UserError(f"{c.ckpt} has no stage 2: generating takes a checkpoint of `python dit.py`")
+        cond_frames = self.dit.config.cond_frames
+        if given is not None and not cond_frames:
+            raise UserError(f"{c.ckpt} does not predict frames: train one with `python dit.py --cond-frames 5`")
+        if given is not None:
+            parts = given.split(c.batch_size)
+            given = torch.cat([dit.encode_given(self.vae, part.to(self.device), cond_frames) for part in parts])
+            given = given * self.latent_scale
         labels = torch.tensor(labels, device=self.device)
-        return dit.generate(self.dit, labels, c.steps, c.guidance, c.sampler, c.seed) / self.latent_scale
+        return dit.generate(self.dit, labels, c.steps, c.guidance, c.sampler, c.seed, given) / self.latent_scale
 
-    def read(self, files):
-        """The first clip of each file: [B, T, 3, H, W]."""
-        c, clips = self.vae.nerv_config, []
-        span = (c.num_frames - 1) * self.config.stride + 1
+    def read(self, files, needed=None):
+        """The first clip of each file, [B, T, 3, H, W], of which only the first `needed` frames have to be there.
+
+        Also returns how many frames of each clip are; those that are not are black.
+        """
+        c, stride, clips, lengths = self.vae.nerv_config, self.config.stride, [], []
+        span = ((needed or c.num_frames) - 1) * stride + 1
         for file in files:
             frames = data.read_video(file, c.resolution)
             if len(frames) < span:
                 raise UserError(f"{file} has {len(frames)} frames, and {span} are needed: use a smaller --stride")
-            clips.append(data.to_clip(frames[: span : self.config.stride]))
-        return torch.stack(clips)
+            frames = frames[::stride][: c.num_frames]
+            lengths.append(len(frames))
+            clips.append(data.to_clip(np.pad(frames, [(0, c.num_frames - len(frames)), (0, 0), (0, 0), (0, 0)])))
+        return torch.stack(clips), lengths
 
     @torch.no_grad()
     def encode(self, clips):
@@ -112,6 +129,41 @@ class Sampler:
         print(f"wrote {folder}.png, {folder}.mp4, {folder}.gif and each video in {folder}/")
 
 
+@torch.no_grad()
+def predict(sampler, config):
+    """Go on from the first frames of real videos; given frames have an orange edge, the real clip stands above."""
+    cond_frames = sampler.dit.config.cond_frames if sampler.dit else 0
+    real, lengths = sampler.read(config.predict, needed=max(1, cond_frames))
+    labels = sampler.labels([]) or [len(sampler.classes)]  # no class
+    if len(labels) not in (1, len(real)):
+        raise UserError(f"--classes names {len(labels)} classes: name one for all files, or one for each of {len(real)}")
+    labels = [k for k in labels * (len(real) // len(labels)) for _ in range(config.count)]
+    tokens = sampler.generate(labels, real.repeat_interleave(config.count, 0))
+    sampler.t = sampler.t[sampler.t > cond_frames - 1]
+    decoded = sampler.decode(tokens).unflatten(0, (len(real), config.count))
+    rows, titles, scores = [], [], []
+    for clip, length, samples in zip(real, lengths, decoded):
+        marked = data.mark(clip[:cond_frames])
+        if length == len(clip):  # the file says how it really went on
+            rows.append(torch.cat([marked, clip[sampler.t.round().long().clamp(max=length - 1)]]))
+            titles.append("real")
+            if config.time_scale == 1 and not config.extrapolate:
+                after, copied = clip[None, cond_frames:], clip[None, cond_frames - 1 : cond_frames]
+                predicted = [psnr(after, sample[None]) for sample in samples]
+                scores.append((sum(predicted) / len(predicted), psnr(after, copied.expand_as(after))))
+        rows += [torch.cat([marked, sample]) for sample in samples]
+        titles += ["predicted"] * len(samples)
+    sampler.write("predict", rows, titles)
+    if scores:
+        predicted, copied = torch.tensor(scores).T
+        margin = predicted - copied
+        spread = f" ± {margin.std():.2f} (standard deviation over {len(margin)} files)" if len(margin) > 1 else ""
+        print(
+            f"PSNR of the {real.shape[1] - cond_frames} predicted frames {predicted.mean():.2f} dB, "
+            f"of copies of the last given one {copied.mean():.2f} dB, margin {margin.mean():+.2f}{spread}"
+        )
+
+
 def main():
     config = utils.parse_options(Config, __doc__)
     utils.check_positive(config, "count", "interp_steps", "time_scale", "stride", "fps", "batch_size")
@@ -121,16 +173,18 @@ def main():
         raise UserError(f"--extrapolate {config.extrapolate}: it must not be negative")
     sampler = Sampler(config)
     if config.reconstruct:
-        real = sampler.read(config.reconstruct)
+        real, _ = sampler.read(config.reconstruct)
         decoded = sampler.decode(sampler.encode(real))
         if decoded.shape == real.shape:
             print(f"PSNR {psnr(real, decoded):.2f} dB")
         real = real[:, sampler.t.round().long().clamp(max=real.shape[1] - 1)]  # the nearest real frame to each position
         rows = [clip for pair in zip(real, decoded) for clip in pair]
         sampler.write("reconstruct", rows, ["real", "reconstructed"] * len(real))
+    elif config.predict:
+        predict(sampler, config)
     elif config.interp is not None:
         if config.interp:
-            ends = sampler.encode(sampler.read(config.interp))
+            ends = sampler.encode(sampler.read(config.interp)[0])
         else:
             ends = sampler.generate(sampler.labels(default=[0, len(sampler.classes) - 1]))
         if len(ends) < 2:

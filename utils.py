@@ -3,28 +3,40 @@
 The checkpoint format lives here and nowhere else. A checkpoint is one torch.save'd dictionary of tensors, numbers and
 strings, so that it loads with weights_only=True and never executes code:
 
-    format   "nerv-diffusion 1"
-    stage    "vae" or "dit"
-    config   the settings of the script that wrote it, {name: value}
-    classes  the names of the classes; a label is an index into this list
-    model    the parameters and buffers of the stage's network; each stage adds its own entries beside it
+    format    "nerv-diffusion 2"
+    stage     "vae" or "dit"
+    step      finished steps; with config["seed"] it says which clips and random numbers come next (Stream, step_generator)
+    config    the settings of the script that wrote it, {name: value}
+    classes   the names of the classes; a label is an index into this list
+    revision  of the code, from git, "" where it does not run from a repository
+    ema       averaged parameters and buffers of the stage's network, which are the ones to use
+    training  what going on takes and using does not: the parameters themselves, optimizers, the count of skipped steps
+
+Each stage adds entries of its own: the sizes of its networks, and stage 2 the latent scale and all of stage 1.
 """
 
 import argparse
 import contextlib
 import csv
 import dataclasses
+import functools
+import hashlib
+import io
 import math
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-FORMAT = "nerv-diffusion 1"
+FORMAT = "nerv-diffusion 2"
 
 
 class UserError(Exception):
@@ -43,6 +55,30 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Interrupt:
+    """Inside a `with`, Ctrl-C and SIGTERM only ask: the loop looks at `asked` between two steps and stops there. A second
+    one does not wait."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------- options
@@ -92,15 +128,71 @@ def parse_options(cls, description, presets=None, argv=None):
     return cls(**vars(parser.parse_args(argv)))
 
 
+# ---------------------------------------------------------------------------------------------------------------- machine
+
+
 def pick_device(name):
-    """ "auto" -> the first CUDA device where there is one, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    """ "auto" -> this process's CUDA device where there is one, else the CPU."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{local}"
+    elif name == "auto":
+        name = "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name} is not available here: use --device cpu, or leave it out") from None
     return torch.device(name)
+
+
+def start_processes(name):
+    """Join the other processes where torchrun started several, one for each GPU; returns (device, rank, world).
+
+    Data-parallel training needs three things beyond this: each rank takes its rows of the batch (data.Stream), batch norm
+    and the gradient are averaged over ranks (average_over_ranks, FiniteStep), rank 0 alone writes.
+    """
+    device = pick_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
+        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device, 0, 1
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def rows_per_process(batch_size, accumulate, world):
+    """Clips that one process takes at a time; UserError where the batch does not divide."""
+    parts = accumulate * world
+    if batch_size % parts:
+        raise UserError(
+            f"--batch-size {batch_size} counts the clips of all processes together and does not divide into {world} "
+            f"processes x {accumulate} accumulated parts: use a multiple of {parts}"
+        )
+    return batch_size // parts
+
+
+def average_over_ranks(x):
+    """The mean of a tensor over all processes, with its gradient; x itself where there is one process."""
+    if not dist.is_initialized():
+        return x
+    return dist_nn.all_reduce(x) / dist.get_world_size()
+
+
+def wait_for_all():
+    """Until every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def step_generator(device, seed, step):
+    """The random numbers of one training step, a function of seed and step alone.
+
+    All processes draw those of the whole batch and keep their own rows, so that a run is the same on any number of
+    processes; and a training that goes on at step 1000 needs no memory of what was drawn before.
+    """
+    return torch.Generator(device).manual_seed(1_000_003 * seed + step)
 
 
 def autocast(device, bf16):
@@ -109,11 +201,67 @@ def autocast(device, bf16):
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16 == "on" or (bf16 == "auto" and native))
 
 
+def wants_compile(device, choice):
+    """--compile "auto" | "on" | "off": auto is on with CUDA, where a step repays the minutes that compiling takes."""
+    return choice == "on" or (choice == "auto" and device.type == "cuda")
+
+
+# --------------------------------------------------------------------------------------------------------------- the step
+
+
 def learning_rate(step, steps, peak, warmup):
     """Linear warm-up, then cosine decay to zero (§A.1)."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class FiniteStep:
+    """Optimizer steps with the gradient averaged over processes and clipped; those that are not finite are skipped.
+
+    All of it stays on the device, so that a GPU never waits for the host: the fused optimizers leave weights and moments as
+    they are where found_inf is 1. `check` reads the counters, at the steps at which the log is read anyway.
+    """
+
+    LIMIT = 20  # skipped steps in a row that end a training
+
+    def __init__(self, device, skipped=0):
+        self.skipped = torch.tensor(float(skipped), device=device)
+        self.in_a_row = torch.tensor(0.0, device=device)
+
+    def __call__(self, optimizer, parameters, loss, max_norm, lr):
+        """A step of size lr from the .grad of the parameters and the loss (0-d) of this process."""
+        parameters = [p for p in parameters if p.grad is not None]
+        if dist.is_initialized():
+            flat = torch.cat([loss.detach().float().view(1), *(p.grad.flatten() for p in parameters)])
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+            loss, *parts = flat.split([1, *(p.numel() for p in parameters)])
+            for p, part in zip(parameters, parts):
+                p.grad = part.view_as(p)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        bad = (~torch.isfinite(norm + loss.detach().sum())).float()
+        self.skipped += bad
+        self.in_a_row = (self.in_a_row + bad) * bad
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.grad_scale, optimizer.found_inf = None, bad
+        optimizer.step()
+
+    def check(self, step, dataset, stream):
+        """UserError after LIMIT skipped steps in a row, with the names of the clips of the last one."""
+        if self.in_a_row >= self.LIMIT:
+            clips = ", ".join(dataset.name(i) for i in stream.batch(step)[:4])
+            raise UserError(
+                f"the loss or its gradient was not finite in {int(self.in_a_row)} steps in a row, last in step {step + 1} "
+                f"with the clips {clips}, …: look at them, or go on from the last checkpoint with a smaller --lr"
+            )
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """ema <- decay * ema + (1 - decay) * model, parameters and buffers, which all are floats."""
+    torch._foreach_lerp_([*ema.parameters(), *ema.buffers()], [*model.parameters(), *model.buffers()], 1 - decay)
 
 
 # ------------------------------------------------------------------------------------------------------------ checkpoints
@@ -127,13 +275,68 @@ def make_parent(path):
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def save_checkpoint(path, **content):
-    """Write a checkpoint, first beside it and then renamed, so that an interrupt never leaves half a file."""
+def save_checkpoint(path, final=True, **content):
+    """Write a checkpoint beside path and rename it, so that a kill at any moment leaves the old one or the new one.
+
+    Where it cannot be written (a full disk), the old one stays: UserError if final, else a line, and training goes on.
+    """
     path = Path(path)
-    make_parent(path)
     part = path.with_name(path.name + ".part")
-    torch.save({"format": FORMAT, **content}, part)
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as f:
+            torch.save({"format": FORMAT, "revision": git_revision(), **content}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch's writer covers errors of the disk with its own
+        with contextlib.suppress(OSError):
+            part.unlink()
+        while not isinstance(error, OSError) and error.__context__ is not None:
+            error = error.__context__
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        kept = "; the one from before is as it was" if path.is_file() else ""
+        if final:
+            raise UserError(f"cannot write the checkpoint {path}: {reason}{kept}") from None
+        tqdm.write(f"warning: cannot write the checkpoint {path}: {reason}{kept}; training goes on", file=sys.stderr)
+
+
+def fingerprint(network):
+    """A hash of a network's parameters and buffers: a cache of what it made says which one made it."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def git_revision():
+    """The commit this code is at, with + where files were changed since; "" outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def resume(config, stage, free=()):
+    """The checkpoint that --resume goes on from, or None: --out, where it exists and resuming was asked for.
+
+    A setting that differs from the checkpoint's is an error, but for those named in free, which do not change what is learned
+    so far.
+    """
+    if not (config.resume and Path(config.out).is_file()):
+        return None
+    ckpt = load_checkpoint(config.out, stage, f"python {stage}.py")
+    now, then = dataclasses.asdict(config), ckpt["config"]
+    for name in now.keys() | then.keys():
+        if name not in free and name != "resume" and now.get(name) != then.get(name):
+            option = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{config.out} was trained with {option} {then.get(name)}, not {now.get(name)}: give the same options to "
+                f"--resume, or start anew with another --out"
+            )
+    return ckpt
 
 
 def load_checkpoint(path, stage, made_by):
@@ -141,7 +344,7 @@ def load_checkpoint(path, stage, made_by):
     if not Path(path).is_file():
         raise UserError(f"there is no checkpoint {path}: train one with `{made_by}`, or name another")
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # what a foreign file makes the unpickler raise depends on its first bytes
         raise UserError(f"{path} is not a checkpoint, or a damaged one: train it again with `{made_by}`") from None
     if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
@@ -165,67 +368,110 @@ def fitting_checkpoint():
 
 
 class RunLog:
-    """Progress bar, losses.csv and losses.png of one training, in one directory.
+    """Progress bar, losses.csv, losses.png and, where tensorboard is installed, its event files, in one directory.
 
-    `log(step, loss=…, …)` takes 0-d tensors as they are; they are read only every `every` steps, so that a GPU is not made
-    to wait. A row of the CSV is the mean over the steps since the last row.
+    `add(loss=…, …)` takes 0-d tensors as they are; `step` reads them only every `every` steps, so that a GPU is not made to
+    wait. A row of the CSV is the mean over the steps since the last row and over processes; rank 0 writes. A training
+    that goes on after `start` steps goes on with the rows up to there.
     """
 
-    def __init__(self, directory, steps, every):
-        self.directory, self.every = Path(directory), every
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.bar = tqdm(total=steps, desc=self.directory.name, unit="step", dynamic_ncols=True, mininterval=1)
-        self.rows, self.pending, self.start = [], [], time.time()
+    def __init__(self, directory, steps, every, start=0, rank=0):
+        self.directory, self.every, self.rank, self.steps = Path(directory), every, rank, steps
+        self.rows, self.pending, self.board, before = [], {}, None, 0
+        if rank == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if start and (self.directory / "losses.csv").is_file():
+                with open(self.directory / "losses.csv", newline="") as f:
+                    rows = [{k: float(v) for k, v in row.items() if v != ""} for row in csv.DictReader(f)]
+                self.rows = [row | {"step": int(row["step"])} for row in rows if row["step"] <= start]
+                before = self.rows[-1]["seconds"] if self.rows else 0
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
 
-    def log(self, step, **values):
-        self.pending.append({k: v.detach() if torch.is_tensor(v) else v for k, v in values.items()})
+                self.board = SummaryWriter(self.directory, purge_step=start or None)
+        self.bar = tqdm(
+            total=steps,
+            initial=start,
+            desc=self.directory.name,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=1,
+            disable=rank > 0,
+        )
+        self.start = time.time() - before
+
+    def print(self, line):
+        """A line below the bar, from rank 0."""
+        if self.rank == 0:
+            tqdm.write(line)
+
+    def add(self, **values):
+        for k, v in values.items():
+            self.pending.setdefault(k, []).append(v.detach())
+
+    def step(self, step):
+        """One more step; returns True at those at which the values were read."""
         self.bar.update()
-        if (step + 1) % self.every == 0 or step + 1 == self.bar.total:
-            row = {"step": step + 1, "seconds": round(time.time() - self.start, 1)}
-            for key in values:
-                row[key] = sum(float(p[key]) for p in self.pending) / len(self.pending)
-            self.pending = []
-            self.rows.append(row)
-            self.bar.set_postfix_str(" ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in ("step", "seconds")))
+        if (step + 1) % self.every and step + 1 != self.steps:
+            return False
+        means = torch.stack([torch.stack(v).float().mean() for v in self.pending.values()])
+        means = dict(zip(self.pending, average_over_ranks(means).tolist()))
+        self.pending = {}
+        self.rows.append({"step": step + 1, "seconds": round(time.time() - self.start, 1), **means})
+        self.bar.set_postfix_str(" ".join(f"{k} {v:.4g}" for k, v in means.items()))
+        if self.board:
+            for k, v in means.items():
+                self.board.add_scalar(k, v, step + 1)
+        return True
+
+    def video(self, step, name, frames):
+        """Moving pictures, uint8 [T, H, W, 3], for tensorboard, which plays GIFs among its images."""
+        if self.board:
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            images, gif = [Image.fromarray(frame) for frame in frames], io.BytesIO()
+            images[0].save(gif, "GIF", save_all=True, append_images=images[1:], duration=80, loop=0)
+            shown = Summary.Image(
+                width=frames.shape[2], height=frames.shape[1], colorspace=3, encoded_image_string=gif.getvalue()
+            )
+            self.board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=shown)]), step)
 
     def write(self):
         """losses.csv and losses.png as of now."""
-        if not self.rows:
+        if self.rank or not self.rows:
             return
+        names = list(dict.fromkeys(k for row in self.rows for k in row))  # the adversarial ones join later
         with open(self.directory / "losses.csv", "w", newline="") as f:
-            writer = csv.DictWriter(f, self.rows[0])
+            writer = csv.DictWriter(f, names, restval="")
             writer.writeheader()
             writer.writerows(self.rows)
-        steps = [r["step"] for r in self.rows]
-        curves = {k: [r[k] for r in self.rows] for k in self.rows[0] if k not in ("step", "seconds")}
-        plot(self.directory / "losses.png", steps, curves)
+        curves = {k: [(r["step"], r[k]) for r in self.rows if k in r] for k in names if k not in ("step", "seconds")}
+        plot(self.directory / "losses.png", curves)
 
     def close(self):
         self.write()
         self.bar.close()
+        if self.board:
+            self.board.close()
 
 
-def plot(path, x, curves):
-    """Line plots below each other, one for each of curves {name: values}, with the range of each axis, as a PNG."""
+def plot(path, curves):
+    """Line plots below each other, one for each of curves {name: [(x, y), …]}, with the range of each axis, as a PNG."""
     width, height, left, top = 720, 150, 90, 24
     image = Image.new("RGB", (width, (height + top + 20) * len(curves)), "white")
     draw = ImageDraw.Draw(image)
-    for i, (name, values) in enumerate(curves.items()):
+    for i, (name, points) in enumerate(curves.items()):
         y0 = i * (height + top + 20) + top
-        finite = [v for v in values if math.isfinite(v)] or [0]
-        low, high = min(finite), max(finite)
-        span_x, span_y = max(x[-1] - x[0], 1), (high - low) or 1
+        first, last = points[0][0], points[-1][0]
+        points = [(x, y) for x, y in points if math.isfinite(y)] or [(first, 0)]
+        low, high = min(y for _, y in points), max(y for _, y in points)
+        scale_x, scale_y = (width - 10 - left) / max(last - first, 1), height / ((high - low) or 1)
         draw.rectangle([left, y0, width - 10, y0 + height], outline="#bbbbbb")
         draw.text((left, y0 - 16), name, fill="black")
         draw.text((4, y0), f"{high:.4g}", fill="black")
         draw.text((4, y0 + height - 12), f"{low:.4g}", fill="black")
-        draw.text((left, y0 + height + 3), f"step {x[0]}", fill="black")
-        draw.text((width - 80, y0 + height + 3), f"{x[-1]}", fill="black")
-        points = [
-            (left + (width - 10 - left) * (a - x[0]) / span_x, y0 + height * (high - b) / span_y)
-            for a, b in zip(x, values)
-            if math.isfinite(b)
-        ]
+        draw.text((left, y0 + height + 3), f"step {first}", fill="black")
+        draw.text((width - 80, y0 + height + 3), f"{last}", fill="black")
         if len(points) > 1:
-            draw.line(points, fill="#1f77b4", width=2)
+            draw.line([(left + scale_x * (x - first), y0 + scale_y * (high - y)) for x, y in points], fill="#1f77b4", width=2)
     image.save(path)

@@ -9,6 +9,7 @@ python vae.py --dataset ucf                                     UCF-101 in data/
 python vae.py --dataset folder --data-dir PATH --preset nano --resolution 64
 """
 
+import copy
 import dataclasses
 import time
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
+import losses
 import nerv
 import utils
 from utils import UserError, option
@@ -35,12 +37,12 @@ class EncoderConfig:
     patch: tuple[int, int, int] = (1, 8, 8)
 
 
-ENCODERS = {
-    "nano": EncoderConfig(width=128, depth=3, heads=4, patch=(4, 8, 8)),
-    "S": EncoderConfig(),
-    "B": EncoderConfig(),
-    "L": EncoderConfig(),
-}
+# The paper's ViT whatever the decoder. Larger and longer clips have larger patches, so that there are 4,096 of them always.
+ENCODERS = {name: EncoderConfig() for name in nerv.CONFIGS}
+for name in "SBL":
+    ENCODERS[f"{name}-256"] = EncoderConfig(patch=(1, 16, 16))
+    ENCODERS[f"{name}-long"] = EncoderConfig(patch=(8, 8, 8))
+ENCODERS["nano"] = EncoderConfig(width=128, depth=3, heads=4, patch=(4, 8, 8))
 
 
 class Attention(nn.Module):
@@ -80,6 +82,28 @@ class EncoderBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class BatchNorm(nn.Module):
+    """Batch norm of [B, features] whose statistics are over the clips of all processes, on CPUs as on GPUs."""
+
+    def __init__(self, features, momentum=0.1, eps=1e-5):
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.weight, self.bias = nn.Parameter(torch.ones(features)), nn.Parameter(torch.zeros(features))
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+
+    def forward(self, x):
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            x = x.float()
+            mean = utils.average_over_ranks(x.mean(0))
+            var = utils.average_over_ranks((x - mean).square().mean(0))
+            with torch.no_grad():
+                for running, now in ((self.running_mean, mean), (self.running_var, var)):
+                    running.lerp_(torch.where(now.isfinite(), now, running), self.momentum)  # the step may be one to skip
+        return (x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
+
+
 class Encoder(nn.Module):
     """The hypernetwork: patches and N learned queries go through a ViT, only the queries' outputs are kept (Fig. 2)."""
 
@@ -100,7 +124,7 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(EncoderBlock(config.width, config.heads) for _ in range(config.depth))
         # "Batch normalized along the token embedding dimension" (§3.1), each token by itself: at the start most of the variance
         # is between tokens, and statistics pooled over them would leave little of it to what differs between videos.
-        self.norm = nn.BatchNorm1d(nerv_config.num_tokens * config.width)
+        self.norm = BatchNorm(nerv_config.num_tokens * config.width)
         self.to_latent = nn.Linear(config.width, 2 * nerv_config.token_dim)
         # Start with little noise on the tokens, so that the decoder learns to listen to them before the KL makes them dear.
         nn.init.zeros_(self.to_latent.weight.data[nerv_config.token_dim :])
@@ -116,7 +140,7 @@ class Encoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = self.norm(x[:, -self.num_tokens :].flatten(1)).unflatten(1, (self.num_tokens, -1))  # [B, N, width]
-        return self.to_latent(x).chunk(2, -1)
+        return self.to_latent(x).float().chunk(2, -1)
 
 
 def grid_position(grid, width):
@@ -150,7 +174,7 @@ def load_vae(ckpt):
     """The VAE of a stage-1 checkpoint (also carried inside stage-2 checkpoints under "vae"), in evaluation mode."""
     with utils.fitting_checkpoint():
         vae = VAE(nerv.NeRVConfig(**ckpt["nerv_config"]), EncoderConfig(**ckpt["encoder_config"]))
-        vae.load_state_dict(ckpt["model"])
+        vae.load_state_dict(ckpt["ema"])
     return vae.eval().requires_grad_(False)
 
 
@@ -179,38 +203,60 @@ class Config:
     token_dim: int = option("model", 128, "d, width of a token")
     width: int = option("model", 128, "D, channels of the decoder; its last block has 2D (nano: D)")
     steps: int = option("training", 2_000_000, "optimizer steps")
-    batch_size: int = option("training", 32, "clips per step")
+    batch_size: int = option("training", 32, "clips per step, of all processes together")
+    accumulate: int = option("training", 1, "parts of the batch that go through one after another, to save memory")
     decode_frames: int = option("training", 16, "frames of each clip that are decoded in a step, drawn at random")
     lr: float = option("training", 1e-4, "peak learning rate of AdamW, reached after the warm-up, then cosine decay")
     warmup: int = option("training", 10_000, "steps of linear warm-up")
     weight_decay: float = option("training", 0.01, "of AdamW")
-    kl_weight: float = option("training", 1e-5, "weight of the KL divergence, summed over tokens and widths")
     grad_clip: float = option("training", 1.0, "largest norm of the gradient")
+    ema: float = option("training", 0.9995, "decay of the averaged weights, which are the ones to use")
     seed: int = option("training", 0, "of weights, data order and noise")
+    kl_weight: float = option("losses", 1e-5, "weight of the KL divergence, summed over tokens and widths")
+    lpips: str = option("losses", "vgg", "backbone of the perceptual loss", choices=["vgg", "alex", "squeeze", "none"])
+    lpips_weight: float = option("losses", 1.0, "weight of the perceptual loss")
+    gan_weight: float = option("losses", 1.0, "weight of the adversarial loss; 0 trains no discriminator")
+    gan_start: int = option("losses", 20_000, "steps before the discriminator joins; frames are consecutive from then on")
+    gan_warmup: int = option("losses", 1000, "steps in which the discriminator learns and the decoder does not hear it yet")
+    gan_every: int = option("losses", 5, "steps between updates of the discriminator")
+    gan_lr: float = option("losses", 0.2, "learning rate of the discriminator, as a share of --lr")
+    gan_width: int = option("losses", 64, "channels of the discriminator's first block; twice that after each")
+    r1_weight: float = option("losses", 1.0, "weight of R1, the discriminator's squared gradient on real clips")
+    r1_every: int = option("losses", 16, "updates of the discriminator between those with R1, which then counts so much more")
     device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
     bf16: str = option("machine", "auto", "bfloat16 autocast; auto: where the hardware has it", choices=["auto", "on", "off"])
+    compile: str = option("machine", "auto", "torch.compile; auto: with CUDA", choices=["auto", "on", "off"])
     out: str = option("output", "vae.pt", "the checkpoint")
+    resume: bool = option("output", False, "go on from the checkpoint --out where it exists, exactly as if never stopped")
     run_dir: str = option("output", "runs/vae", "losses.csv, losses.png and preview sheets go here")
     log_every: int = option("output", 50, "steps between rows of losses.csv")
     save_every: int = option("output", 500, "steps between checkpoints and previews")
+
+
+# What may differ on --resume.
+FREE = ("steps", "workers", "device", "bf16", "compile", "accumulate", "out", "run_dir", "log_every", "save_every")
 
 
 def preset_defaults(args):
     """The defaults that --preset and --dataset imply."""
     name = args.preset or ("nano" if args.dataset == "shapes" else "S")
     defaults = {k: getattr(nerv.CONFIGS[name], k) for k in SIZES} | {"preset": name}
-    if name == "nano":  # small enough for two CPU cores
-        defaults.update(steps=1500, batch_size=16, decode_frames=2, lr=1e-3, warmup=50, kl_weight=1e-6)
+    if name == "nano":  # small enough for two CPU cores, and nothing to download
+        defaults.update(steps=1500, batch_size=16, decode_frames=2, lr=1e-3, warmup=50, kl_weight=1e-6, ema=0.99)
+        defaults.update(lpips="none", gan_weight=0.0, gan_start=1000, gan_warmup=100, gan_every=1, gan_lr=1.0, gan_width=8)
+        defaults.update(r1_weight=0.1, r1_every=8)
     return defaults
 
 
 def main():
     config = utils.parse_options(Config, __doc__, preset_defaults)
-    utils.check_positive(config, "steps", "batch_size", "decode_frames", "stride", "log_every", "save_every", *SIZES)
-    if config.batch_size < 2:
-        raise UserError("--batch-size 1 leaves batch norm nothing to compare with: use 2 or more")
+    utils.check_positive(config, "steps", "batch_size", "accumulate", "decode_frames", "stride", *SIZES)
+    utils.check_positive(config, "log_every", "save_every", "gan_every", "r1_every", "gan_width")
+    device, rank, world = utils.start_processes(config.device)
+    rows = utils.rows_per_process(config.batch_size, config.accumulate, world)  # clips that this process takes at a time
+    if rows * world < 2:
+        raise UserError("one clip at a time leaves batch norm nothing to compare with: use a larger --batch-size")
     utils.make_parent(config.out)
-    device = utils.pick_device(config.device)
     torch.manual_seed(config.seed)
     sizes = {k: getattr(config, k) for k in SIZES}
     try:
@@ -218,73 +264,129 @@ def main():
         vae = VAE(nerv_config, ENCODERS[config.preset]).to(device)
     except ValueError as error:
         raise UserError(str(error)) from None
-
+    ema = copy.deepcopy(vae).eval().requires_grad_(False)
     clip_options = (config.resolution, config.num_frames, config.stride)
     train_set = data.open_dataset(config.dataset, config.data_dir, "train", *clip_options)
     test_set = data.open_dataset(config.dataset, config.data_dir, "test", *clip_options, classes=train_set.classes)
-    batches = data.endless(train_set, config.batch_size, config.workers, config.seed)
     held_out, _ = data.fixed_clips(test_set, 64)
-    optimizer = torch.optim.AdamW(
-        vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
-    )
-    print(
+    perceptual = losses.LPIPS(config.lpips).to(device) if config.lpips != "none" else None
+    discriminator = None
+    if config.gan_weight:
+        discriminator = losses.Discriminator(losses.DiscriminatorConfig(config.gan_width))
+        discriminator.to(device, memory_format=torch.channels_last_3d)  # twice as fast on a CPU
+
+    def adamw(network, lr):
+        return torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
+
+    optimizer = adamw(vae, config.lr)
+    disc_optimizer = adamw(discriminator, config.lr) if discriminator else None
+    parts = {"vae": vae, "optimizer": optimizer, "discriminator": discriminator, "disc_optimizer": disc_optimizer}
+    parts = {name: part for name, part in parts.items() if part}  # all that goes on from a checkpoint, beside ema
+    start, skipped = 0, 0
+    if ckpt := utils.resume(config, "vae", FREE):
+        ema.load_state_dict(ckpt["ema"])
+        for name, part in parts.items():
+            part.load_state_dict(ckpt["training"][name])
+        start, skipped = ckpt["step"], ckpt["training"]["skipped"]
+    finite_step = utils.FiniteStep(device, skipped)
+    stream = data.Stream(len(train_set), config.batch_size, config.seed, start, config.accumulate, rank, world)
+    batches = data.endless(train_set, stream, config.workers, device)
+    log = utils.RunLog(config.run_dir, config.steps, config.log_every, start, rank)
+    log.print(
         f"{len(train_set)} clips of {len(train_set.classes)} classes; encoder "
         f"{sum(p.numel() for p in vae.encoder.parameters()) / 1e6:.2f} M parameters, kernels of one video "
         f"{vae.nerv.num_kernel_weights() / 1e6:.2f} M, tokens {config.num_tokens} x {config.token_dim}"
+        + (f"; going on after step {start}" if start else "")
     )
-    log = utils.RunLog(config.run_dir, config.steps, config.log_every)
+    if utils.wants_compile(device, config.compile):
+        for network in (vae.encoder, vae.nerv, *filter(None, [discriminator, perceptual])):
+            network.compile()
 
-    def save(step):
+    def save(step, final=False):
+        training = {name: part.state_dict() for name, part in parts.items()} | {"skipped": int(finite_step.skipped)}
         utils.save_checkpoint(
-            config.out, stage="vae", step=step, config=dataclasses.asdict(config), classes=list(train_set.classes),
+            config.out, final, stage="vae", step=step, config=dataclasses.asdict(config), classes=list(train_set.classes),
             nerv_config=dataclasses.asdict(nerv_config), encoder_config=dataclasses.asdict(vae.encoder_config),
-            model=vae.state_dict(),
+            ema=ema.state_dict(), training=training,
         )  # fmt: skip
         log.write()
 
     def preview(step):
         """A sheet of held-out clips, each real one above its reconstruction; returns their PSNR."""
-        vae.eval()
-        reconstructions = reconstruct(vae, held_out, device)
-        vae.train()
-        rows = [clip for pair in zip(held_out[:6], reconstructions[:6]) for clip in pair]
-        data.write_sheet(f"{config.run_dir}/step{step:07d}.png", rows, ["real", "reconstructed"] * 6)
+        reconstructions = reconstruct(ema, held_out, device)
+        pairs = [clip for pair in zip(held_out[:6], reconstructions[:6]) for clip in pair]
+        data.write_sheet(f"{config.run_dir}/step{step:07d}.png", pairs, ["real", "reconstructed"] * 6)
+        log.video(step, "real_and_reconstructed", data.to_frames(data.tile(pairs)))
         return psnr(held_out, reconstructions)
 
-    done = 0  # finished steps
-    try:
-        for step in range(config.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = utils.learning_rate(step, config.steps, config.lr, config.warmup)
-            video = next(batches)[0].to(device, non_blocking=True)  # [B, T, 3, H, W]
-
-            # Frames are independent given the weights, so a step may decode any subset of them.
-            t = torch.randperm(config.num_frames)[: config.decode_frames].sort().values.to(device)
-            with utils.autocast(device, config.bf16):
-                mean, logvar = vae.encode(video)
-                tokens = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
-                frames = vae.decode(tokens, t)
-            # Eq. 1 without its perceptual and adversarial terms. The KL is summed over a video's N × d numbers.
-            l2 = (frames.float() - video[:, t]).square().mean()
-            kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).float().sum((1, 2)).mean()
-            loss = l2 + config.kl_weight * kl
+    num_decoded = min(config.decode_frames, config.num_frames)
+    done = start  # finished steps
+    with utils.Interrupt() as interrupt:
+        for step in range(start, config.steps):
+            lr = utils.learning_rate(step, config.steps, config.lr, config.warmup)
+            # The random numbers of the whole batch, of which this process uses its rows.
+            random = utils.step_generator(device, config.seed, step)
+            noise = torch.randn(config.batch_size, config.num_tokens, config.token_dim, generator=random, device=device)
+            adversarial = discriminator is not None and step >= config.gan_start
+            # Frames are independent given the weights, so a step may decode any subset of them. The discriminator judges
+            # motion, and is shown neighbours.
+            if adversarial:
+                first = torch.randint(config.num_frames - num_decoded + 1, (1,), generator=random, device=device)
+                t = first + torch.arange(num_decoded, device=device)
+            else:
+                t = torch.randperm(config.num_frames, generator=random, device=device)[:num_decoded].sort().values
+            update = adversarial and (step - config.gan_start) % config.gan_every == 0  # of the discriminator
+            lazy = (step - config.gan_start) // config.gan_every % config.r1_every == 0
+            r1_weight = config.r1_weight * config.r1_every if lazy else 0.0
 
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(vae.parameters(), config.grad_clip)
-            optimizer.step()
-            done = step + 1
-            log.log(step, loss=loss, l2=l2, kl=kl)
+            for part in range(config.accumulate):
+                place = (part * world + rank) * rows  # of this process's clips in the batch
+                video = next(batches)[0].to(device, non_blocking=True)  # [B, T, 3, H, W]
+                with utils.autocast(device, config.bf16):
+                    mean, logvar = vae.encode(video)
+                    tokens = mean + torch.exp(0.5 * logvar) * noise[place : place + rows]
+                    frames, real = vae.decode(tokens, t), video[:, t]
+                    # Eq. 1. The KL is summed over a video's N × d numbers.
+                    l2 = (frames.float() - real).square().mean()
+                    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2)).mean()
+                    loss, terms = l2 + config.kl_weight * kl, {"l2": l2, "kl": kl}
+                    if perceptual:
+                        terms["lpips"] = perceptual(frames, real)
+                        loss = loss + config.lpips_weight * terms["lpips"]
+                    if adversarial and step >= config.gan_start + config.gan_warmup:
+                        discriminator.requires_grad_(False)
+                        terms["gan"] = losses.generator_loss(discriminator, frames)
+                        loss = loss + config.gan_weight * terms["gan"]
+                (loss / config.accumulate).backward()
+                log.add(loss=loss, **terms)
 
-            if done % config.save_every == 0 and done < config.steps:
+                if update:
+                    discriminator.requires_grad_(True)
+                    with utils.autocast(device, config.bf16):
+                        disc_loss, margin = losses.discriminator_loss(discriminator, real, frames, r1_weight)
+                    (disc_loss / config.accumulate).backward()
+                    log.add(disc_loss=disc_loss, disc_margin=margin)
+
+            finite_step(optimizer, vae.parameters(), loss, config.grad_clip, lr)
+            utils.update_ema(ema, vae, min(config.ema, (1 + step) / (10 + step)))  # forgets the random start quickly
+            if update:
+                finite_step(disc_optimizer, discriminator.parameters(), disc_loss, config.grad_clip, lr * config.gan_lr)
+                disc_optimizer.zero_grad(set_to_none=True)
+            done = step + 1
+            if log.step(step):
+                finite_step.check(step, train_set, stream)
+            if done % config.save_every == 0 and done < config.steps and rank == 0:
                 preview(done)
                 save(done)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted after {done} steps", flush=True)
-    save(done)
+            if interrupt.asked:
+                log.print(f"interrupted after {done} steps")
+                break
+    if rank == 0:
+        save(done, final=True)
+        log.print(f"held-out PSNR {preview(done):.2f} dB after {done} steps, {time.time() - log.start:.0f} s")
+        log.print(f"wrote {config.out}; losses and sheets are in {config.run_dir}")
     log.close()
-    print(f"held-out PSNR {preview(done):.2f} dB after {done} steps, {time.time() - log.start:.0f} s")
-    print(f"wrote {config.out}; losses and sheets are in {config.run_dir}")
 
 
 @torch.no_grad()

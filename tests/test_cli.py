@@ -203,7 +203,7 @@ def test_reconstruct_with_more_frames(trained, call, tmp_path, videos):
 def test_train_on_a_folder(call, folder, tmp_path):
     tiny = "--steps 1 --batch-size 2"
     assert call("vae.py", f"--dataset folder --data-dir {folder}/train --preset nano --resolution 64 {tiny}") == 0
-    assert call("dit.py", f"--num-latents 0 {tiny}") == 0
+    assert call("dit.py", f"--no-cache-latents {tiny}") == 0
     ckpt = utils.load_checkpoint("dit.pt", "dit", "")
     assert ckpt["classes"] == ["ring_circle", "square_updown"] and ckpt["vae"]["nerv_config"]["resolution"] == 64
     assert call("sample.py", "--classes square_updown --steps 2") == 0
@@ -271,8 +271,8 @@ def test_errors_of_real_processes(trained, videos, tmp_path):
         ("--resolution 0", ["resolution 0"]),
         ("--num-tokens 0", ["positive"]),
         ("--batch-size 0", ["batch"]),
+        ("--batch-size 8 --accumulate 3", ["--batch-size 8", "multiple of 3"]),
         ("--device nonsense", ["--device", "nonsense"]),
-        ("--dataset folder --data-dir {folder}/train --batch-size 7", ["--batch-size 6"]),
         ("--dataset folder --data-dir {folder}/train --num-frames 32", ["16 frames", "32"]),
         ("--dataset folder --data-dir {folder}/train --stride 2", ["16 frames", "31"]),
     ],

@@ -9,7 +9,19 @@ from conftest import ROOT, write_mp4
 from PIL import Image
 
 import data
-from data import Shapes, VideoFolder, endless, fixed_clips, open_dataset, read_video, tile, to_clip, to_frames, write_sheet
+from data import (
+    Shapes,
+    Stream,
+    VideoFolder,
+    endless,
+    fixed_clips,
+    open_dataset,
+    read_video,
+    tile,
+    to_clip,
+    to_frames,
+    write_sheet,
+)
 from utils import UserError
 from vae import psnr
 
@@ -263,11 +275,13 @@ def test_stride_and_the_middle_of_a_test_video(tmp_path, stride):
     assert torch.equal(videos[0][0], videos[0][0])
 
 
-def test_train_clips_start_anywhere(tmp_path):
+def test_train_clips_start_anywhere_and_the_index_says_where(tmp_path):
     write_mp4(tmp_path / "clip", counting_clip(8))
-    random.seed(0)
     videos = VideoFolder(tmp_path, "train", 32, num_frames=3, stride=2)
-    assert {tuple(numbers(videos[0][0])) for _ in range(60)} == {(s, s + 2, s + 4) for s in range(4)}
+    starts = [tuple(numbers(videos[i][0])) for i in range(60)]
+    assert set(starts) == {(s, s + 2, s + 4) for s in range(4)}
+    random.seed(1)
+    assert [tuple(numbers(videos[i][0])) for i in range(60)] == starts
 
 
 def test_a_video_may_be_exactly_as_long_as_a_clip_but_not_shorter(tmp_path):
@@ -300,9 +314,10 @@ def test_missing_and_empty_folders(tmp_path):
 # ------------------------------------------------------------------------------------------------------------------- batches
 
 
-def test_endless_shows_each_clip_once_in_a_pass():
+def test_each_clip_comes_once_in_a_pass():
     clips = [(torch.full((1, 3, 2, 2), float(i)), i) for i in range(12)]
-    batches = endless(clips, 4, seed=3)
+    clips += clips + clips  # index i + 12 is clip i again
+    batches = endless(clips, Stream(12, 4, seed=3))
     passes = []
     for _ in range(3):
         labels = []
@@ -313,13 +328,34 @@ def test_endless_shows_each_clip_once_in_a_pass():
         assert Counter(labels) == Counter(range(12))
         passes.append(labels)
     assert passes[0] != passes[1] != passes[2] and passes[0] != sorted(passes[0])
-    again = endless(clips, 4, seed=3)
+    again = endless(clips, Stream(12, 4, seed=3))
     assert [i for _ in range(3) for i in next(again)[1].tolist()] == passes[0]
+    assert Stream(12, 4, seed=4).batch(0) != Stream(12, 4, seed=3).batch(0)
 
 
-def test_endless_wants_a_whole_batch():
-    with pytest.raises(UserError, match="--batch-size 3"):
-        next(endless([(torch.zeros(1), 0)] * 3, 4))
+def test_passes_follow_each_other_without_a_gap():
+    # 7 does not divide into batches of 3, and a batch may even be larger than the data set.
+    for size in (3, 20):
+        stream = Stream(7, size, seed=1)
+        shown = [i for step in range(21) for i in stream.batch(step)]
+        assert sorted(shown) == list(range(21 * size))  # pass p of clip i is p * 7 + i, and none is missing or twice
+        assert [i // 7 for i in shown] == sorted(i // 7 for i in shown)
+
+
+@pytest.mark.parametrize("parts, world", [(1, 1), (1, 2), (3, 1), (2, 3)])
+def test_processes_and_parts_share_the_same_batches(parts, world):
+    whole = [Stream(10, 12, seed=5).batch(step) for step in range(4)]
+    shares = [iter(Stream(10, 12, 5, parts=parts, rank=rank, world=world)) for rank in range(world)]
+    for batch in whole:
+        pieces = [[next(share) for share in shares] for _ in range(parts)]
+        assert [i for part in pieces for rows in part for i in rows] == batch
+        assert all(len(rows) == 12 // (parts * world) for part in pieces for rows in part)
+
+
+def test_a_stream_goes_on_from_any_step():
+    stream = iter(Stream(10, 4, seed=5))
+    shown = [next(stream) for _ in range(9)]
+    assert [next(part) for part in [iter(Stream(10, 4, 5, start=6))] for _ in range(3)] == shown[6:]
 
 
 def test_fixed_clips_are_spread_and_the_same():

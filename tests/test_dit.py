@@ -127,7 +127,7 @@ class Formula:
         self.function, self.config, self.steps, self.labels = function, config, [], []
         self.alpha, self.sigma = noise_schedule()
 
-    def __call__(self, x, step, label):
+    def __call__(self, x, step, label, given=None):
         assert step.min() >= 0 and step.max() < NUM_STEPS and len(x) == len(step) == len(label)
         self.steps.append(step[0].item())
         self.labels.append(label.clone())
@@ -214,12 +214,14 @@ def loss_of(function, gamma=5.0, scheduled=True, B=64):
     alpha, sigma = noise_schedule()
     calls = []
 
-    def model(x, step, label):
+    def model(x, step, label, given):
         eps = function(x, alpha[step][:, None, None], sigma[step][:, None, None], theta0, len(calls))
         calls.append((x, step, eps))
         return eps
 
-    return diffusion_loss(model, theta0, torch.zeros(B).long(), alpha, sigma, gamma, scheduled), calls, theta0
+    step, noise, labels = torch.randint(1, NUM_STEPS, (B,)), torch.randn_like(theta0), torch.zeros(B).long()
+    loss = diffusion_loss(model, theta0, labels, None, step, noise, alpha, sigma, gamma, scheduled)
+    return loss, calls, theta0
 
 
 @pytest.mark.parametrize("scheduled", [False, True])

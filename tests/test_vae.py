@@ -88,7 +88,7 @@ def test_psnr_closed_form():
 
 def checkpoint(model):
     return dict(
-        stage="vae", nerv_config=dataclasses.asdict(model.nerv_config), model=model.state_dict(),
+        stage="vae", nerv_config=dataclasses.asdict(model.nerv_config), ema=model.state_dict(),
         encoder_config=dataclasses.asdict(model.encoder_config),
     )  # fmt: skip
 
@@ -135,7 +135,8 @@ def test_training_minimizes_the_squared_error_and_the_kl_to_a_standard_normal(tm
 
     monkeypatch.setattr(VAE, "encode", keep_posterior)
     monkeypatch.setattr(VAE, "decode", keep_frames)
-    monkeypatch.setattr(utils.RunLog, "log", lambda self, step, **values: logged.append(values))
+    monkeypatch.setattr(utils.RunLog, "add", lambda self, **values: logged.append(values))
+    monkeypatch.setattr(utils.RunLog, "step", lambda self, step: False)
     options = "--steps 2 --batch-size 4 --kl-weight 0.01 --decode-frames 4 --bf16 off --out vae.pt --run-dir run"
     monkeypatch.setattr("sys.argv", ["vae.py", *options.split()])
     monkeypatch.chdir(tmp_path)

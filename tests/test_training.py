@@ -1,0 +1,281 @@
+"""What keeps a long training right: resuming, several processes, steps to skip, checkpoints on a bad day."""
+
+import csv
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, script
+
+import data
+import utils
+import vae
+from utils import UserError
+
+ADVERSARIAL = "--gan-weight 0.1 --gan-start 2 --gan-warmup 1 --gan-every 2 --r1-every 1 --gan-width 2"
+
+
+def losses_of(run_dir):
+    with open(run_dir / "losses.csv") as f:
+        return [{k: float(v) for k, v in row.items() if v and k != "seconds"} for row in csv.DictReader(f)]
+
+
+def same(a, b):
+    """Whether two nested checkpoints hold the same bits."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# ------------------------------------------------------------------------------------------------------------------- resuming
+
+
+def train_and_kill(cwd, program, *args):
+    """Start a training and kill -9 it once it has written a checkpoint; returns the step of that checkpoint."""
+    out = cwd / (program[:3] + ".pt")
+    with open(cwd / "killed", "w") as log:
+        process = subprocess.Popen([sys.executable, str(ROOT / program), *args], cwd=cwd, stdout=log, stderr=log)
+    deadline = time.time() + 60
+    while not out.exists() and time.time() < deadline:
+        assert process.poll() is None, (cwd / "killed").read_text()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return utils.load_checkpoint(out, program[:3], "")["step"]
+
+
+@pytest.mark.parametrize(
+    "program, options",
+    [
+        ("vae.py", f"--steps 20 --save-every 10 --log-every 2 --batch-size 4 --accumulate 2 {ADVERSARIAL}"),
+        ("dit.py", "--steps 20 --save-every 10 --log-every 2 --batch-size 4 --num-latents 32 --seed 5"),
+    ],
+)
+def test_a_killed_training_goes_on_exactly(trained, tmp_path, program, options):
+    stage, options = program[:3], options.split()
+    if stage == "dit":
+        options += ["--ckpt", str(trained / "vae.pt")]
+    dirs = whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for cwd in dirs:
+        cwd.mkdir()
+    assert script(program, *options, cwd=whole).returncode == 0
+    assert train_and_kill(killed, program, *options) == 10
+    done = script(program, *options, "--resume", cwd=killed)
+    assert done.returncode == 0 and "going on after step 10" in done.stdout, done.stderr
+    a, b = (utils.load_checkpoint(cwd / f"{stage}.pt", stage, "") for cwd in dirs)
+    assert a["step"] == b["step"] == 20 and len(a["training"]) == (5 if stage == "vae" else 3)
+    for part in ("ema", "training"):
+        assert same(a[part], b[part])
+    first, second = (losses_of(cwd / "runs" / stage) for cwd in dirs)
+    assert first == second and [row["step"] for row in first] == list(range(2, 21, 2))
+
+
+def test_resume_without_a_checkpoint_starts_and_with_other_options_stops(trained, tmp_path):
+    args = ("--steps", 1, "--batch-size", 4, "--resume")
+    assert script("vae.py", *args, cwd=tmp_path).returncode == 0
+    done = script("vae.py", *args, "--lr", 0.5, cwd=tmp_path)
+    assert done.returncode == 2 and "--lr 0.001, not 0.5" in done.stderr
+    done = script("vae.py", "--steps", 2, *args[2:], cwd=tmp_path)  # longer is fine
+    assert done.returncode == 0 and utils.load_checkpoint(tmp_path / "vae.pt", "vae", "")["step"] == 2
+
+
+# ---------------------------------------------------------------------------------------------------------- several processes
+
+
+def torchrun(processes, *args, cwd):
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *launch, *map(str, args)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=150, env=env)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_two_processes_train_as_one(trained, tmp_path):
+    # The same global batch: batch norm, R1, noise, data order and the averaged gradient all have a part in this.
+    options = f"--steps 6 --batch-size 8 --log-every 1 {ADVERSARIAL}".split()
+    for name, processes in (("one", 1), ("two", 2)):
+        (tmp_path / name).mkdir()
+        torchrun(processes, ROOT / "vae.py", *options, cwd=tmp_path / name)
+    one, two = (losses_of(tmp_path / name / "runs" / "vae") for name in ("one", "two"))
+    assert len(one) == 6 and set(one[-1]) == {"step", "loss", "l2", "kl", "gan"}
+    assert {"disc_loss", "disc_margin"} < set(one[2])  # gan_start 2, every second step
+    for a, b in zip(one, two):
+        margins = [row.pop("disc_margin", 0.0) for row in (a, b)]  # near zero, where rounding is all there is
+        assert a == pytest.approx(b, rel=2e-4) and margins[0] == pytest.approx(margins[1], abs=1e-3)
+    a, b = (utils.load_checkpoint(tmp_path / name / "vae.pt", "vae", "")["ema"] for name in ("one", "two"))
+    assert all(torch.allclose(a[k], b[k], rtol=1e-3, atol=1e-4) for k in a)
+
+
+@pytest.mark.parametrize("cache", ["--cache-latents", "--no-cache-latents"])
+def test_two_processes_train_as_one_in_stage_2(trained, tmp_path, cache):
+    options = f"--steps 5 --batch-size 8 --log-every 1 --num-latents 21 --cond-frames 5 {cache} --ckpt {trained}/vae.pt".split()
+    for name, processes in (("one", 1), ("two", 2)):
+        (tmp_path / name).mkdir()
+        torchrun(processes, ROOT / "dit.py", *options, cwd=tmp_path / name)
+    one, two = (losses_of(tmp_path / name / "runs" / "dit") for name in ("one", "two"))
+    assert len(one) == 5
+    for a, b in zip(one, two):
+        assert a == pytest.approx(b, rel=2e-4)
+
+
+def test_accumulated_parts_have_the_gradient_of_the_whole():
+    # Without batch norm in training mode a batch in two parts is the batch.
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(3, 1), torch.randn(8, 3)
+    layer(x).square().mean().backward()
+    whole = layer.weight.grad.clone()
+    layer.zero_grad()
+    stream = data.Stream(8, 8, parts=2)
+    batches = iter(stream)
+    for _ in range(2):
+        (layer(x[next(batches)]).square().mean() / 2).backward()
+    torch.testing.assert_close(layer.weight.grad, whole)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    assert utils.rows_per_process(32, 2, 8) == 2
+    with pytest.raises(UserError, match="--batch-size 20 .* multiple of 8"):
+        utils.rows_per_process(20, 1, 8)
+
+
+def test_random_numbers_of_a_step_depend_on_seed_and_step_alone():
+    draw = [torch.randn(4, generator=utils.step_generator("cpu", *at)) for at in ((0, 1), (0, 1), (0, 2), (1, 1))]
+    assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2]) and not torch.equal(draw[0], draw[3])
+
+
+# ------------------------------------------------------------------------------------------------------------------- the step
+
+
+def test_batch_norm_is_that_of_torch():
+    torch.manual_seed(0)
+    ours, theirs = vae.BatchNorm(5), torch.nn.BatchNorm1d(5)
+    for norm in (ours, theirs):
+        norm.weight.data, norm.bias.data = torch.arange(1.0, 6), torch.arange(5.0)
+    x = 3 * torch.randn(64, 5) + 2
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [norm(i) for norm, i in zip((ours, theirs), inputs)]
+    torch.testing.assert_close(*outputs)
+    probe = torch.randn(64, 5)
+    torch.testing.assert_close(*(torch.autograd.grad((o * probe).sum(), i)[0] for o, i in zip(outputs, inputs)))
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+    torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=0.02, atol=0)  # ours without n / (n - 1)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_leaves_everything_as_it_was(broken):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 2)
+    norm = vae.BatchNorm(2)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1, fused=True)
+    step = utils.FiniteStep("cpu")
+
+    def train(x):
+        optimizer.zero_grad()
+        loss = norm(layer(x)).pow(3).mean()
+        loss.backward()
+        step(optimizer, layer.parameters(), loss, 1.0, 0.1)
+
+    def state():
+        return [t.clone() for t in (*layer.parameters(), norm.running_mean, norm.running_var)] + [
+            v.clone() for s in optimizer.state.values() for v in s.values()
+        ]
+
+    train(torch.randn(4, 3))
+    before = state()
+    train(torch.tensor([[broken, 0, 0], [1, 2, 3]]))
+    assert step.skipped == step.in_a_row == 1 and all(map(torch.equal, before, state()))
+    train(torch.randn(4, 3))
+    assert step.skipped == 1 and step.in_a_row == 0 and not any(map(torch.equal, before, state()))
+
+
+def test_a_run_of_skipped_steps_ends_with_the_step_and_the_clips_named():
+    layer, step = torch.nn.Linear(1, 1), utils.FiniteStep("cpu")
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    shapes, stream = data.Shapes(length=9), data.Stream(9, 2)
+    for i in range(step.LIMIT):
+        step.check(i, shapes, stream)
+        loss = layer(torch.tensor([[float("nan")]])).sum()
+        loss.backward()
+        step(optimizer, layer.parameters(), loss, 1.0, 0.1)
+    named = ".*".join(f"clip {i % 9}" for i in stream.batch(step.LIMIT - 1))
+    with pytest.raises(UserError, match=f"20 steps in a row, last in step {step.LIMIT} .*{named}"):
+        step.check(step.LIMIT - 1, shapes, stream)
+
+
+def test_gradients_are_clipped_to_the_largest_norm():
+    layer = torch.nn.Linear(2, 1, bias=False)
+    layer.weight.grad = torch.tensor([[30.0, 40.0]])
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, fused=True)
+    before = layer.weight.detach().clone()
+    utils.FiniteStep("cpu")(optimizer, layer.parameters(), torch.tensor(0.0), 0.5, 1.0)
+    torch.testing.assert_close(before - layer.weight, torch.tensor([[0.3, 0.4]]))
+
+
+def test_ema_is_a_moving_average_of_parameters_and_buffers():
+    ema, model = vae.BatchNorm(2), vae.BatchNorm(2)
+    model.weight.data.fill_(2.0), model.running_mean.fill_(4.0)
+    utils.update_ema(ema, model, 0.75)
+    assert ema.weight.tolist() == [1.25, 1.25] and ema.running_mean.tolist() == [1.0, 1.0]
+
+
+# ----------------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_full_disk_is_reported_and_the_old_checkpoint_survives(tmp_path):
+    # A limit on the size of files stands for the end of the disk. In the middle of a training it goes on; at the end not.
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); import utils\n"
+        "def main():\n"
+        "    utils.save_checkpoint('vae.pt', stage='vae', step=1)\n"
+        "    utils.save_checkpoint('vae.pt', final=False, stage='vae', step=2, x=torch.zeros(100_000))\n"
+        "    print('goes on')\n"
+        "    utils.save_checkpoint('vae.pt', stage='vae', step=3, x=torch.zeros(100_000))\n"
+        "utils.run(main)\n"
+    )
+    command = [sys.executable, "-c", code, str(ROOT)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=small_files)
+    assert done.returncode == 2 and done.stdout == "goes on\n"
+    assert done.stderr.count("cannot write the checkpoint vae.pt") == 2 and "Traceback" not in done.stderr
+    assert "the one from before is as it was; training goes on" in done.stderr and "File too large" in done.stderr
+    assert utils.load_checkpoint(tmp_path / "vae.pt", "vae", "")["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["vae.pt"]
+
+
+def test_checkpoints_hold_the_revision_and_all_of_a_training(trained):
+    for stage in ("vae", "dit"):
+        ckpt = utils.load_checkpoint(trained / f"{stage}.pt", stage, "")
+        assert ckpt["revision"] == utils.git_revision()
+        assert {"format", "stage", "step", "config", "classes", "ema", "training"} < set(ckpt)
+        assert ckpt["training"]["optimizer"]["state"] and ckpt["training"]["skipped"] == 0
+    assert "training" not in ckpt["vae"]  # what using stage 1 does not take
+
+
+def test_the_log_is_for_tensorboard_too_where_it_is_installed(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = utils.RunLog(tmp_path / "run", 4, 2)
+    for step in range(4):
+        log.add(loss=torch.tensor(float(step)))
+        log.step(step)
+    log.video(4, "samples", data.to_frames(data.Shapes()[0][0]))
+    log.close()
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(2, 0.5), (4, 2.5)]
+    assert events.Images("samples")[0].encoded_image_string[:6] == b"GIF89a"
+    assert [row["loss"] for row in losses_of(tmp_path / "run")] == [0.5, 2.5]
