@@ -1,0 +1,221 @@
+"""What it costs, computed and measured: `python bench.py costs | train | processes | latents`, one table each.
+
+costs      parameters, latent size, FLOPs and memory of the presets, from shapes alone (no weights are made)
+train      both training loops as they are, steps and clips per second, memory, eager against compiled
+processes  two processes with one thread each against one with two, at equal global batch
+latents    stage 2 with --cache-latents against encoding at every step
+"""
+
+import csv
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import dit
+import nerv
+import utils
+import vae
+from utils import option
+
+
+@dataclass
+class Config:
+    preset: str = option("what", "nano", "of train", choices=list(nerv.CONFIGS))
+    batch_size: int = option("what", 16, "clips per step")
+    steps: int = option("what", 40, "steps of each run; the first quarter is not counted")
+    workers: int = option("what", 0, "data loading processes")
+
+
+def table(header, rows):
+    """Print rows as a Markdown table."""
+    rows = [header, ["---"] * len(header), *rows]
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(header))]
+    for row in rows:
+        print("| " + " | ".join(f"{cell!s:<{width}}" for cell, width in zip(row, widths)) + " |", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- computed
+
+
+def attention_flops(query, key, value, *args, out_shape=None, **kwargs):
+    """2 products of [L, L] by d for each of B heads: what the counter does not know of the CPU's fused attention."""
+    B, heads, L, d = query
+    return 4 * B * heads * L * key[2] * d
+
+
+def forward_costs(run):
+    """FLOPs of run(), and bytes that it keeps for the backward pass beside parameters. Fake tensors will do."""
+    kept = {}
+
+    def pack(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes(), tensor  # held, so that ids stay apart
+        return tensor
+
+    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
+    with FlopCounterMode(display=False, custom_mapping=fused) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            run()
+    return counter.get_total_flops(), sum(size for size, _ in kept.values())
+
+
+def costs(config):
+    """Every preset at 128² and 256², 16 and 128 frames: one clip, all of its frames decoded, float32."""
+    rows = []
+    for name in ["nano", *(f"{size}{kind}" for size in "SBL" for kind in ("", "-256", "-long", "-256 long"))]:
+        preset, _, long = name.partition(" ")
+        c, encoder_config = nerv.CONFIGS[preset], vae.ENCODERS[preset]
+        if long:
+            c, encoder_config = dataclasses.replace(c, num_frames=128), dataclasses.replace(encoder_config, patch=(8, 16, 16))
+        with FakeTensorMode():
+            model, denoiser = vae.VAE(c, encoder_config), dit.DiT(dit.DiTConfig(c.num_tokens, c.token_dim, **dit.SIZES[preset]))
+            video, label = torch.empty(2, c.num_frames, 3, c.resolution, c.resolution), torch.zeros(1, dtype=torch.long)
+            z = torch.empty(1, c.num_tokens, c.token_dim)
+            encode, encode_kept = forward_costs(partial(model.encode, video))  # two clips, for the batch norm
+            denoise, denoise_kept = forward_costs(partial(denoiser, z, label, label))
+        with torch.device("meta"):  # not as a CPU, on which three output channels are padded to 16
+            z, t = torch.empty(1, c.num_tokens, c.token_dim), torch.empty(c.num_frames)
+            decode, decode_kept = forward_costs(partial(nerv.NeRV(c), z, t))
+        numbers = 3 * c.num_frames * c.resolution**2 / (c.num_tokens * c.token_dim)
+        rows.append([
+            name, f"{c.num_frames} × {c.resolution}²", f"{model.nerv.num_kernel_weights() / 1e6:.2f} M",
+            f"{count(model.nerv):.2f} M", f"{count(model.encoder):.1f} M", f"{count(denoiser):.1f} M",
+            f"{c.num_tokens} × {c.token_dim}", f"{numbers:.0f} : 1", f"{encode / 2e9:.1f}", f"{decode / 1e9:.1f}",
+            f"{denoise / 1e9:.1f}", f"{encode_kept / 2**31:.2f}", f"{decode_kept / 2**30:.2f}", f"{denoise_kept / 2**30:.2f}",
+        ])  # fmt: skip
+    table(
+        ["preset", "clip", "kernels", "decoder", "encoder", "denoiser", "tokens", "clip : latent", "encode", "decode",
+         "denoise once", "encode keeps", "decode keeps", "denoise keeps"], rows,
+    )  # fmt: skip
+    print("\nkernels: entries of one video's kernels; decoder: learned parameters, heads of the multi-head affine included;")
+    print("encode, decode, denoise once: GFLOP of one clip's forward pass; keeps: GiB for its backward pass, in float32")
+
+
+def count(network):
+    """Parameters, in millions."""
+    return sum(p.numel() for p in network.parameters()) / 1e6
+
+
+# ---------------------------------------------------------------------------------------------------------------- measured
+
+
+def seconds_per_step(command, directory, steps, threads=None):
+    """Run a training loop and time it by its own losses.csv: (seconds a step after the first quarter, what it printed)."""
+    first = max(1, steps // 4)
+    command = [*command, "--steps", steps, "--log-every", first, "--save-every", 10**9]
+    command += ["--out", directory / "out.pt", "--run-dir", directory / "run"]
+    env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    done = subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise utils.UserError(f"{' '.join(map(str, command))} failed: {done.stderr[-500:]}")
+    with open(directory / "run" / "losses.csv") as f:
+        rows = list(csv.DictReader(f))
+    elapsed = float(rows[-1]["seconds"]) - float(rows[0]["seconds"])
+    return elapsed / (int(rows[-1]["step"]) - int(rows[0]["step"])), done.stdout
+
+
+def script(name):
+    return Path(__file__).with_name(name)
+
+
+def matrix_peak(device, size=8192):
+    """FLOP per second of a bfloat16 matrix product, the best of several."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    best = float("inf")
+    for _ in range(12):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        a @ b
+        end.record()
+        torch.cuda.synchronize()
+        best = min(best, start.elapsed_time(end) / 1000)
+    return 2 * size**3 / best
+
+
+def train(config):
+    """Both loops on the built-in shapes at the preset's size, without LPIPS, whose weights may not be here."""
+    cuda = torch.cuda.is_available()
+    peak = matrix_peak("cuda") if cuda else None
+    print(f"{torch.cuda.get_device_name() if cuda else 'no CUDA device: CPU'}; bf16 matrix peak "
+          f"{f'{peak / 1e12:.0f} TFLOP/s' if cuda else 'not measured'}")  # fmt: skip
+    c = nerv.CONFIGS[config.preset]
+    with FakeTensorMode():
+        model = vae.VAE(c, vae.ENCODERS[config.preset])
+        video = torch.empty(2, c.num_frames, 3, c.resolution, c.resolution)
+        frames = 2 if config.preset == "nano" else min(16, c.num_frames)
+        flops, _ = forward_costs(lambda: model.decode(model.encode(video)[0], torch.empty(frames)))
+        denoiser = dit.DiT(dit.DiTConfig(c.num_tokens, c.token_dim, **dit.SIZES[config.preset]))
+        z, two = torch.empty(2, c.num_tokens, c.token_dim), torch.empty(2, dtype=torch.long)
+        denoise, _ = forward_costs(lambda: denoiser(z, two, two))
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        directory = Path(directory)
+        shared = ["--batch-size", config.batch_size, "--workers", config.workers]
+        first = [script("vae.py"), "--dataset", "shapes", "--preset", config.preset, "--lpips", "none", *shared]
+        seconds_per_step([*first, "--compile", "off"], directory / "a", 4)  # a checkpoint for stage 2
+        second = [script("dit.py"), "--ckpt", directory / "a" / "out.pt", "--num-latents", 512, "--cache-latents"]
+        second += ["--batch-size", config.batch_size]
+        # Forward and backward are three forwards; scheduled sampling adds a second pass in a quarter of the steps.
+        for name, command, work in (("vae.py", first, 1.5 * flops), ("dit.py", second, 1.5 * 1.25 * denoise)):
+            for compiled in ("off", "on") if cuda else ("off",):
+                seconds, out = seconds_per_step([*command, "--compile", compiled], directory / "b", config.steps)
+                memory = [line.split()[-2] for line in out.splitlines() if line.startswith("peak memory")]
+                share = f"{100 * work * config.batch_size / seconds / peak:.1f} %" if cuda else "not measured"
+                rows.append([
+                    name, config.preset, config.batch_size, "compiled" if compiled == "on" else "eager", f"{1 / seconds:.2f}",
+                    f"{config.batch_size / seconds:.1f}", f"{memory[0]} GiB", share,
+                ])  # fmt: skip
+    table(["loop", "preset", "batch", "mode", "steps / s", "clips / s", "memory", "share of the matrix peak"], rows)
+
+
+def processes(config):
+    """Data-parallel training on the CPU; the second run has twice the processes and half the threads in each."""
+    rows, speeds = [], []
+    launch = ["-m", "torch.distributed.run", "--standalone"]
+    for count, threads in ((1, 2), (2, 1), (1, 2), (2, 1)):  # twice, for the spread
+        with tempfile.TemporaryDirectory() as directory:
+            command = [*launch, f"--nproc_per_node={count}", script("vae.py"), "--batch-size", config.batch_size]
+            seconds, _ = seconds_per_step(command, Path(directory), config.steps, threads)
+        speeds.append(config.batch_size / seconds)
+        rows.append([count, threads, f"{speeds[-1]:.2f}"])
+    table(["processes", "threads each", "clips / s"], rows)
+    print(f"two processes reach {(speeds[1] + speeds[3]) / (speeds[0] + speeds[2]):.2f} of one's throughput per core")
+
+
+def latents(config):
+    """Stage 2 of the nano preset, with the cache and without."""
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        directory = Path(directory)
+        seconds_per_step([script("vae.py")], directory / "a", 4)
+        shared = [script("dit.py"), "--ckpt", directory / "a" / "out.pt", "--batch-size", config.batch_size]
+        for name in ("--cache-latents", "--no-cache-latents"):
+            start = time.time()
+            seconds, _ = seconds_per_step([*shared, name], directory / name, config.steps)
+            rows.append([name, f"{1 / seconds:.2f}", f"{time.time() - start - config.steps * seconds:.0f} s"])
+    table(["", "steps / s", "start and end, encoding into the cache included"], rows)
+
+
+TOPICS = {"costs": costs, "train": train, "processes": processes, "latents": latents}
+
+
+def main():
+    if len(sys.argv) < 2 or sys.argv[1] not in TOPICS:
+        print(__doc__)
+        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
+    config = utils.parse_options(Config, __doc__, argv=sys.argv[2:])
+    TOPICS[sys.argv[1]](config)
+
+
+if __name__ == "__main__":
+    utils.run(main)
