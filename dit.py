@@ -322,17 +322,14 @@ def main():
     dit_config = DiTConfig(c.num_tokens, c.token_dim, len(classes), cond_frames, **SIZES[config.preset])
     model = DiT(dit_config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
-    )
-    parts = {"model": model, "optimizer": optimizer}  # what goes on from a checkpoint, beside ema
-    start, skipped, latent_scale = 0, 0, None
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
+    parts = {"model": model, "step": utils.FiniteStep(model, optimizer, config.grad_clip)}  # what goes on, beside ema
+    start, latent_scale = 0, None
     if ckpt := utils.resume(config, "dit", FREE):
         ema.load_state_dict(ckpt["ema"])
         for name, part in parts.items():
             part.load_state_dict(ckpt["training"][name])
-        start, skipped, latent_scale = ckpt["step"], ckpt["training"]["skipped"], ckpt["latent_scale"]
-    finite_step = utils.FiniteStep(device, skipped)
+        start, latent_scale = ckpt["step"], ckpt["latent_scale"]
     alpha, sigma = noise_schedule(device)
 
     # Latents: encoded once, or anew at every step. The first ones set the scale that brings them to unit deviation.
@@ -358,7 +355,7 @@ def main():
         vae.encoder.compile()
 
     def save(step, final=False):
-        training = {name: part.state_dict() for name, part in parts.items()} | {"skipped": int(finite_step.skipped)}
+        training = {name: part.state_dict() for name, part in parts.items()}
         utils.save_checkpoint(
             config.out, final, stage="dit", step=step, config=dataclasses.asdict(config), classes=classes,
             dit_config=dataclasses.asdict(dit_config), latent_scale=latent_scale,
@@ -398,9 +395,8 @@ def main():
             if config.cache_latents:
                 chosen = torch.randint(len(latents), size[:1], generator=host)
 
-            optimizer.zero_grad(set_to_none=True)
-            for part in range(config.accumulate):
-                place = (part * world + rank) * rows
+            for turn in range(config.accumulate):
+                place = (turn * world + rank) * rows
                 mine = slice(place, place + rows)  # this process's clips in the batch
                 with utils.autocast(device, config.bf16):
                     if config.cache_latents:
@@ -421,11 +417,11 @@ def main():
                 (loss / config.accumulate).backward()
                 log.add(loss=loss / 2 if scheduled else loss)
 
-            finite_step(optimizer, model.parameters(), loss, config.grad_clip, lr)
+            parts["step"](loss, lr)
             utils.update_ema(ema, model, min(config.ema, (1 + step) / (10 + step)))  # forgets the random start quickly
             done = step + 1
             if log.step(step):
-                finite_step.check(step, train_set, stream)
+                parts["step"].check(step, train_set, stream)
             if done % config.save_every == 0 and done < config.steps and rank == 0:
                 preview(done)
                 save(done)
@@ -436,6 +432,7 @@ def main():
         save(done, final=True)
         preview(done)
         log.print(f"wrote {config.out} after {done} steps, {time.time() - log.start:.0f} s; sheets are in {config.run_dir}")
+        log.print(f"peak memory {utils.peak_memory(device):.2f} GiB")
     log.close()
 
 

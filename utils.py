@@ -24,6 +24,7 @@ import hashlib
 import io
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -217,7 +218,7 @@ def learning_rate(step, steps, peak, warmup):
 
 
 class FiniteStep:
-    """Optimizer steps with the gradient averaged over processes and clipped; those that are not finite are skipped.
+    """Optimizer steps of a network, its gradient averaged over processes and clipped; those not finite are skipped.
 
     All of it stays on the device, so that a GPU never waits for the host: the fused optimizers leave weights and moments as
     they are where found_inf is 1. `check` reads the counters, at the steps at which the log is read anyway.
@@ -225,37 +226,58 @@ class FiniteStep:
 
     LIMIT = 20  # skipped steps in a row that end a training
 
-    def __init__(self, device, skipped=0):
-        self.skipped = torch.tensor(float(skipped), device=device)
-        self.in_a_row = torch.tensor(0.0, device=device)
+    def __init__(self, network, optimizer, max_norm):
+        self.parameters, self.optimizer, self.max_norm = list(network.parameters()), optimizer, max_norm
+        self.skipped, self.in_a_row = torch.zeros(2, device=self.parameters[0].device).unbind()
+        self.reported = 0
 
-    def __call__(self, optimizer, parameters, loss, max_norm, lr):
-        """A step of size lr from the .grad of the parameters and the loss (0-d) of this process."""
-        parameters = [p for p in parameters if p.grad is not None]
+    def __call__(self, loss, lr):
+        """A step of size lr from the .grad of the parameters, which it clears; loss is 0-d and this process's."""
+        loss, parameters = loss.detach(), [p for p in self.parameters if p.grad is not None]
         if dist.is_initialized():
-            flat = torch.cat([loss.detach().float().view(1), *(p.grad.flatten() for p in parameters)])
+            flat = torch.cat([loss.float().view(1), *(p.grad.flatten() for p in parameters)])
             dist.all_reduce(flat)
             flat /= dist.get_world_size()
             loss, *parts = flat.split([1, *(p.numel() for p in parameters)])
             for p, part in zip(parameters, parts):
                 p.grad = part.view_as(p)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        bad = (~torch.isfinite(norm + loss.detach().sum())).float()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
+        bad = (~torch.isfinite(norm + loss.sum())).float()
         self.skipped += bad
-        self.in_a_row = (self.in_a_row + bad) * bad
-        for group in optimizer.param_groups:
+        self.in_a_row.copy_((self.in_a_row + bad) * bad)
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
-        optimizer.grad_scale, optimizer.found_inf = None, bad
-        optimizer.step()
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def check(self, step, dataset, stream):
-        """UserError after LIMIT skipped steps in a row, with the names of the clips of the last one."""
-        if self.in_a_row >= self.LIMIT:
+        """A line where steps were skipped; UserError after LIMIT of them in a row, with the clips of the last one."""
+        skipped, in_a_row = int(self.skipped), int(self.in_a_row)
+        if skipped > self.reported:
+            tqdm.write(f"warning: {skipped} steps skipped so far, not finite", file=sys.stderr)
+            self.reported = skipped
+        if in_a_row >= self.LIMIT:
             clips = ", ".join(dataset.name(i) for i in stream.batch(step)[:4])
             raise UserError(
-                f"the loss or its gradient was not finite in {int(self.in_a_row)} steps in a row, last in step {step + 1} "
-                f"with the clips {clips}, …: look at them, or go on from the last checkpoint with a smaller --lr"
+                f"the loss or its gradient was not finite in {in_a_row} steps in a row, last in step {step + 1} with the "
+                f"clips {clips}, …: look at them, or go on from the last checkpoint with a smaller --lr"
             )
+
+    def state_dict(self):
+        return {"optimizer": self.optimizer.state_dict(), "skipped": int(self.skipped)}
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.skipped.fill_(state["skipped"])
+        self.reported = state["skipped"]
+
+
+def peak_memory(device):
+    """The most memory that this process has held, in GiB: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 @torch.no_grad()

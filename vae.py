@@ -275,20 +275,19 @@ def main():
         discriminator = losses.Discriminator(losses.DiscriminatorConfig(config.gan_width))
         discriminator.to(device, memory_format=torch.channels_last_3d)  # twice as fast on a CPU
 
-    def adamw(network, lr):
-        return torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
+    def adamw(network):
+        optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
+        return utils.FiniteStep(network, optimizer, config.grad_clip)
 
-    optimizer = adamw(vae, config.lr)
-    disc_optimizer = adamw(discriminator, config.lr) if discriminator else None
-    parts = {"vae": vae, "optimizer": optimizer, "discriminator": discriminator, "disc_optimizer": disc_optimizer}
-    parts = {name: part for name, part in parts.items() if part}  # all that goes on from a checkpoint, beside ema
-    start, skipped = 0, 0
+    parts = {"model": vae, "step": adamw(vae)}  # all that goes on from a checkpoint, beside ema
+    if discriminator:
+        parts |= {"discriminator": discriminator, "disc_step": adamw(discriminator)}
+    start = 0
     if ckpt := utils.resume(config, "vae", FREE):
         ema.load_state_dict(ckpt["ema"])
         for name, part in parts.items():
             part.load_state_dict(ckpt["training"][name])
-        start, skipped = ckpt["step"], ckpt["training"]["skipped"]
-    finite_step = utils.FiniteStep(device, skipped)
+        start = ckpt["step"]
     stream = data.Stream(len(train_set), config.batch_size, config.seed, start, config.accumulate, rank, world)
     batches = data.endless(train_set, stream, config.workers, device)
     log = utils.RunLog(config.run_dir, config.steps, config.log_every, start, rank)
@@ -303,7 +302,7 @@ def main():
             network.compile()
 
     def save(step, final=False):
-        training = {name: part.state_dict() for name, part in parts.items()} | {"skipped": int(finite_step.skipped)}
+        training = {name: part.state_dict() for name, part in parts.items()}
         utils.save_checkpoint(
             config.out, final, stage="vae", step=step, config=dataclasses.asdict(config), classes=list(train_set.classes),
             nerv_config=dataclasses.asdict(nerv_config), encoder_config=dataclasses.asdict(vae.encoder_config),
@@ -339,9 +338,8 @@ def main():
             lazy = (step - config.gan_start) // config.gan_every % config.r1_every == 0
             r1_weight = config.r1_weight * config.r1_every if lazy else 0.0
 
-            optimizer.zero_grad(set_to_none=True)
-            for part in range(config.accumulate):
-                place = (part * world + rank) * rows  # of this process's clips in the batch
+            for turn in range(config.accumulate):
+                place = (turn * world + rank) * rows  # of this process's clips in the batch
                 video = next(batches)[0].to(device, non_blocking=True)  # [B, T, 3, H, W]
                 with utils.autocast(device, config.bf16):
                     mean, logvar = vae.encode(video)
@@ -368,14 +366,14 @@ def main():
                     (disc_loss / config.accumulate).backward()
                     log.add(disc_loss=disc_loss, disc_margin=margin)
 
-            finite_step(optimizer, vae.parameters(), loss, config.grad_clip, lr)
+            parts["step"](loss, lr)
             utils.update_ema(ema, vae, min(config.ema, (1 + step) / (10 + step)))  # forgets the random start quickly
             if update:
-                finite_step(disc_optimizer, discriminator.parameters(), disc_loss, config.grad_clip, lr * config.gan_lr)
-                disc_optimizer.zero_grad(set_to_none=True)
+                parts["disc_step"](disc_loss, lr * config.gan_lr)
             done = step + 1
             if log.step(step):
-                finite_step.check(step, train_set, stream)
+                for name in parts.keys() & {"step", "disc_step"}:
+                    parts[name].check(step, train_set, stream)
             if done % config.save_every == 0 and done < config.steps and rank == 0:
                 preview(done)
                 save(done)
@@ -386,6 +384,7 @@ def main():
         save(done, final=True)
         log.print(f"held-out PSNR {preview(done):.2f} dB after {done} steps, {time.time() - log.start:.0f} s")
         log.print(f"wrote {config.out}; losses and sheets are in {config.run_dir}")
+        log.print(f"peak memory {utils.peak_memory(device):.2f} GiB")
     log.close()
 
 

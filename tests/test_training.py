@@ -72,7 +72,7 @@ def test_a_killed_training_goes_on_exactly(trained, tmp_path, program, options):
     done = script(program, *options, "--resume", cwd=killed)
     assert done.returncode == 0 and "going on after step 10" in done.stdout, done.stderr
     a, b = (utils.load_checkpoint(cwd / f"{stage}.pt", stage, "") for cwd in dirs)
-    assert a["step"] == b["step"] == 20 and len(a["training"]) == (5 if stage == "vae" else 3)
+    assert a["step"] == b["step"] == 20 and len(a["training"]) == (4 if stage == "vae" else 2)
     for part in ("ema", "training"):
         assert same(a[part], b[part])
     first, second = (losses_of(cwd / "runs" / stage) for cwd in dirs)
@@ -178,13 +178,12 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(broken):
     layer = torch.nn.Linear(3, 2)
     norm = vae.BatchNorm(2)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1, fused=True)
-    step = utils.FiniteStep("cpu")
+    step = utils.FiniteStep(layer, optimizer, 1.0)
 
     def train(x):
-        optimizer.zero_grad()
         loss = norm(layer(x)).pow(3).mean()
         loss.backward()
-        step(optimizer, layer.parameters(), loss, 1.0, 0.1)
+        step(loss, 0.1)
 
     def state():
         return [t.clone() for t in (*layer.parameters(), norm.running_mean, norm.running_var)] + [
@@ -200,14 +199,14 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(broken):
 
 
 def test_a_run_of_skipped_steps_ends_with_the_step_and_the_clips_named():
-    layer, step = torch.nn.Linear(1, 1), utils.FiniteStep("cpu")
-    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    layer = torch.nn.Linear(1, 1)
+    step = utils.FiniteStep(layer, torch.optim.AdamW(layer.parameters(), fused=True), 1.0)
     shapes, stream = data.Shapes(length=9), data.Stream(9, 2)
     for i in range(step.LIMIT):
         step.check(i, shapes, stream)
         loss = layer(torch.tensor([[float("nan")]])).sum()
         loss.backward()
-        step(optimizer, layer.parameters(), loss, 1.0, 0.1)
+        step(loss, 0.1)
     named = ".*".join(f"clip {i % 9}" for i in stream.batch(step.LIMIT - 1))
     with pytest.raises(UserError, match=f"20 steps in a row, last in step {step.LIMIT} .*{named}"):
         step.check(step.LIMIT - 1, shapes, stream)
@@ -218,7 +217,7 @@ def test_gradients_are_clipped_to_the_largest_norm():
     layer.weight.grad = torch.tensor([[30.0, 40.0]])
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, fused=True)
     before = layer.weight.detach().clone()
-    utils.FiniteStep("cpu")(optimizer, layer.parameters(), torch.tensor(0.0), 0.5, 1.0)
+    utils.FiniteStep(layer, optimizer, 0.5)(torch.tensor(0.0), 1.0)
     torch.testing.assert_close(before - layer.weight, torch.tensor([[0.3, 0.4]]))
 
 
@@ -260,7 +259,7 @@ def test_checkpoints_hold_the_revision_and_all_of_a_training(trained):
         ckpt = utils.load_checkpoint(trained / f"{stage}.pt", stage, "")
         assert ckpt["revision"] == utils.git_revision()
         assert {"format", "stage", "step", "config", "classes", "ema", "training"} < set(ckpt)
-        assert ckpt["training"]["optimizer"]["state"] and ckpt["training"]["skipped"] == 0
+        assert ckpt["training"]["step"]["optimizer"]["state"] and ckpt["training"]["step"]["skipped"] == 0
     assert "training" not in ckpt["vae"]  # what using stage 1 does not take
 
 
