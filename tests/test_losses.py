@@ -122,7 +122,7 @@ def test_r1_has_the_gradient_of_finite_differences(monkeypatch):
             with torch.enable_grad():
                 ends.append(discriminator_loss(discriminator, real, frames, r1_weight=100.0)[0].item())
             weight -= sign * 1e-5 * direction
-    assert (grad * direction).sum().item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-5)
+    assert (grad * direction).sum().item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-3)
 
 
 def test_the_decoder_gets_a_gradient_and_the_discriminators_step_gives_it_none():
