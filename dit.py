@@ -333,9 +333,9 @@ def main():
     alpha, sigma = noise_schedule(device)
 
     # Latents: encoded once, or anew at every step. The first ones set the scale that brings them to unit deviation.
-    stream = data.Stream(len(train_set), config.batch_size, config.seed, start, config.accumulate, rank, world)
+    count = (config.num_latents or 10 * len(train_set)) if config.cache_latents else len(train_set)
+    stream = data.Stream(count, config.batch_size, config.seed, start, config.accumulate, rank, world)
     if config.cache_latents:
-        count = config.num_latents or 10 * len(train_set)
         key = {"vae": utils.fingerprint(vae), "dataset": where, "count": count, "cond_frames": cond_frames}
         directory = Path(config.out).with_suffix(".latents")
         latents, labels = cached_latents(directory, key, vae, train_set, count, cond_frames, device, rank, world)
@@ -384,8 +384,8 @@ def main():
         for step in range(start, config.steps):
             lr = utils.learning_rate(step, config.steps, config.lr, config.warmup)
             # The random numbers of the whole batch, of which this process uses its rows.
-            host = utils.step_generator("cpu", config.seed - 1, step)
-            scheduled = torch.rand((), generator=host).item() < config.scheduled_sampling
+            coin = torch.rand((), generator=utils.step_generator("cpu", config.seed - 1, step)).item()  # no wait for a GPU
+            scheduled = coin < config.scheduled_sampling
             random = utils.step_generator(device, config.seed, step)
             size = (config.batch_size, c.num_tokens, c.token_dim)
             posterior_noise = torch.randn(size, generator=random, device=device)
@@ -393,7 +393,7 @@ def main():
             t = torch.randint(1 if scheduled else 0, NUM_STEPS, size[:1], generator=random, device=device)
             drop = torch.rand(size[:1], generator=random, device=device)
             if config.cache_latents:
-                chosen = torch.randint(len(latents), size[:1], generator=host)
+                chosen = torch.tensor(stream.batch(step)) % len(latents)
 
             for turn in range(config.accumulate):
                 place = (turn * world + rank) * rows

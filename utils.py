@@ -258,7 +258,7 @@ class FiniteStep:
             tqdm.write(f"warning: {skipped} steps skipped so far, not finite", file=sys.stderr)
             self.reported = skipped
         if in_a_row >= self.LIMIT:
-            clips = ", ".join(dataset.name(i) for i in stream.batch(step)[:4])
+            clips = ", ".join(dataset.name(i % stream.length) for i in stream.batch(step)[:4])
             raise UserError(
                 f"the loss or its gradient was not finite in {in_a_row} steps in a row, last in step {step + 1} with the "
                 f"clips {clips}, …: look at them, or go on from the last checkpoint with a smaller --lr"
