@@ -24,7 +24,7 @@ import data
 import dit
 import utils
 from utils import UserError, option
-from vae import psnr, reconstruct
+from vae import fine_power, psnr, reconstruct
 
 
 @dataclass
@@ -142,6 +142,7 @@ def main():
     decoded = reconstruct(vae, clips, device)
     still = clips.mean(1, keepdim=True).expand_as(clips)
     rows.append(("PSNR of held-out reconstructions", f"{psnr(clips, decoded):.2f} dB"))
+    rows.append(("power of fine detail kept", f"{100 * fine_power(decoded) / fine_power(clips):.1f} %"))
     rows.append(("PSNR of each clip's own time average", f"{psnr(clips, still):.2f} dB"))
 
     if stage1["dataset"] == "shapes":  # drawn at any time, so that what happens between and after the frames is known

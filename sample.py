@@ -18,7 +18,7 @@ import data
 import dit
 import utils
 from utils import UserError, option
-from vae import load_vae, psnr
+from vae import fine_power, load_vae, psnr
 
 
 @dataclass
@@ -176,7 +176,8 @@ def main():
         real, _ = sampler.read(config.reconstruct)
         decoded = sampler.decode(sampler.encode(real))
         if decoded.shape == real.shape:
-            print(f"PSNR {psnr(real, decoded):.2f} dB")
+            fine = fine_power(decoded) / fine_power(real)
+            print(f"PSNR {psnr(real, decoded):.2f} dB, {100 * fine:.1f} % of the power of fine detail")
         real = real[:, sampler.t.round().long().clamp(max=real.shape[1] - 1)]  # the nearest real frame to each position
         rows = [clip for pair in zip(real, decoded) for clip in pair]
         sampler.write("reconstruct", rows, ["real", "reconstructed"] * len(real))

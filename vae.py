@@ -184,6 +184,14 @@ def psnr(clips, reconstructions):
     return (10 * torch.log10(4 / mse.clamp_min(1e-10))).mean().item()
 
 
+def fine_power(clips):
+    """Mean power of frames [..., H, W] at spatial frequencies above a quarter cycle per pixel: what blur takes away."""
+    size = clips.shape[-1]
+    power = torch.fft.fft2(clips, norm="ortho").abs().square()
+    frequency = torch.fft.fftfreq(size)
+    return power[..., torch.hypot(frequency[:, None], frequency[None, :]) > 0.25].mean().item()
+
+
 # --------------------------------------------------------------------------------------------------------------- training
 
 
