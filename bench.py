@@ -7,7 +7,6 @@ latents    stage 2 with --cache-latents against encoding at every step
 """
 
 import csv
-import dataclasses
 import os
 import subprocess
 import sys
@@ -72,13 +71,13 @@ def forward_costs(run):
 def costs(config):
     """Every preset at 128² and 256², 16 and 128 frames: one clip, all of its frames decoded, float32."""
     rows = []
-    for name in ["nano", *(f"{size}{kind}" for size in "SBL" for kind in ("", "-256", "-long", "-256 long"))]:
-        preset, _, long = name.partition(" ")
-        c, encoder_config = nerv.CONFIGS[preset], vae.ENCODERS[preset]
-        if long:
-            c, encoder_config = dataclasses.replace(c, num_frames=128), dataclasses.replace(encoder_config, patch=(8, 16, 16))
+    for name in sorted(nerv.CONFIGS, key=lambda name: ["n", "S", "B", "L"].index(name[0])):
+        c = nerv.CONFIGS[name]
         with FakeTensorMode():
-            model, denoiser = vae.VAE(c, encoder_config), dit.DiT(dit.DiTConfig(c.num_tokens, c.token_dim, **dit.SIZES[preset]))
+            model, denoiser = (
+                vae.VAE(c, vae.ENCODERS[name]),
+                dit.DiT(dit.DiTConfig(c.num_tokens, c.token_dim, **dit.SIZES[name])),
+            )
             video, label = torch.empty(2, c.num_frames, 3, c.resolution, c.resolution), torch.zeros(1, dtype=torch.long)
             z = torch.empty(1, c.num_tokens, c.token_dim)
             encode, encode_kept = forward_costs(partial(model.encode, video))  # two clips, for the batch norm

@@ -307,7 +307,7 @@ def main():
     rows = utils.rows_per_process(config.batch_size, config.accumulate, world)  # clips that this process takes at a time
     utils.make_parent(config.out)
     vae_ckpt = utils.load_checkpoint(config.ckpt, "vae", "python vae.py")
-    vae_ckpt.pop("training")  # stage 2 uses stage 1 and does not go on with it
+    vae_ckpt.pop("training", None)  # stage 2 uses stage 1 and does not go on with it
     stage1, classes = vae_ckpt["config"], vae_ckpt["classes"]
     config.dataset, config.data_dir = config.dataset or stage1["dataset"], config.data_dir or stage1["data_dir"]
     vae = load_vae(vae_ckpt).to(device)
@@ -336,7 +336,13 @@ def main():
     count = (config.num_latents or 10 * len(train_set)) if config.cache_latents else len(train_set)
     stream = data.Stream(count, config.batch_size, config.seed, start, config.accumulate, rank, world)
     if config.cache_latents:
-        key = {"vae": utils.fingerprint(vae), "dataset": where, "count": count, "cond_frames": cond_frames}
+        key = {
+            "vae": utils.fingerprint(vae),
+            "dataset": where,
+            "videos": len(train_set),
+            "count": count,
+            "cond_frames": cond_frames,
+        }
         directory = Path(config.out).with_suffix(".latents")
         latents, labels = cached_latents(directory, key, vae, train_set, count, cond_frames, device, rank, world)
         first = latents[:1024].float()

@@ -51,8 +51,9 @@ CONFIGS = {
     "L": NeRVConfig(width=512, stem_fraction=2),
 }
 for name in "SBL":
-    CONFIGS[f"{name}-256"] = replace(CONFIGS[name], resolution=256, num_tokens=160)  # one more block
     CONFIGS[f"{name}-long"] = replace(CONFIGS[name], num_frames=128)
+    CONFIGS[f"{name}-256"] = replace(CONFIGS[name], resolution=256, num_tokens=160)  # one more block
+    CONFIGS[f"{name}-256-long"] = replace(CONFIGS[f"{name}-256"], num_frames=128)
 
 
 def sinusoid(position, dim, length):

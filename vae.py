@@ -38,10 +38,9 @@ class EncoderConfig:
 
 
 # The paper's ViT whatever the decoder. Larger and longer clips have larger patches, so that there are 4,096 of them always.
-ENCODERS = {name: EncoderConfig() for name in nerv.CONFIGS}
-for name in "SBL":
-    ENCODERS[f"{name}-256"] = EncoderConfig(patch=(1, 16, 16))
-    ENCODERS[f"{name}-long"] = EncoderConfig(patch=(8, 8, 8))
+ENCODERS = {
+    name: EncoderConfig(patch=(c.num_frames // 16, c.resolution // 16, c.resolution // 16)) for name, c in nerv.CONFIGS.items()
+}
 ENCODERS["nano"] = EncoderConfig(width=128, depth=3, heads=4, patch=(4, 8, 8))
 
 

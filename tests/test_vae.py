@@ -76,6 +76,19 @@ def test_encoder_of_the_paper(preset):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("preset", [name for name in CONFIGS if name != "nano"])
+def test_larger_and_longer_presets_have_as_many_patches(preset):
+    c = CONFIGS[preset]
+    assert (c.resolution, c.num_tokens) == ((256, 160) if "256" in preset else (128, 128))
+    assert c.num_frames == (128 if "long" in preset else 16)
+    with torch.device("meta"):
+        model = VAE(c, ENCODERS[preset])
+        video = torch.empty(1, c.num_frames, 3, c.resolution, c.resolution)
+        assert model.encoder.position.shape == (4096, 896)
+        assert model.eval().encode(video)[0].shape == (1, c.num_tokens, 128)
+        assert model.decode(torch.empty(1, c.num_tokens, 128), torch.empty(2)).shape == (1, 2, 3, c.resolution, c.resolution)
+
+
 def test_psnr_closed_form():
     clips = torch.zeros(2, 4, 3, 8, 8)
     other = clips.clone()
