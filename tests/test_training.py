@@ -254,6 +254,24 @@ def test_a_full_disk_is_reported_and_the_old_checkpoint_survives(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["vae.pt"]
 
 
+def test_a_kill_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):
+    path = tmp_path / "vae.pt"
+    utils.save_checkpoint(path, stage="vae", step=0)
+    steps = []
+    for delay in (0.02, 0.05, 0.07, 0.11, 0.13):
+        child = os.fork()
+        if child == 0:  # saves until it is killed
+            for step in range(1, 10**9):
+                utils.save_checkpoint(path, stage="vae", step=step, x=torch.full((300_000,), float(step)))
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        ckpt = utils.load_checkpoint(path, "vae", "")
+        steps.append(ckpt["step"])
+        assert ckpt["step"] == 0 or (ckpt["x"] == ckpt["step"]).all()
+    assert max(steps) > 0
+
+
 def test_checkpoints_hold_the_revision_and_all_of_a_training(trained):
     for stage in ("vae", "dit"):
         ckpt = utils.load_checkpoint(trained / f"{stage}.pt", stage, "")
