@@ -239,8 +239,8 @@ class FiniteStep:
             dist.all_reduce(flat)
             flat /= dist.get_world_size()
             loss, *parts = flat.split([1, *(p.numel() for p in parameters)])
-            for p, part in zip(parameters, parts):
-                p.grad = part.view_as(p)
+            # Copied, not assigned: a fused optimizer wants each gradient in the memory format of its parameter.
+            torch._foreach_copy_([p.grad for p in parameters], [part.view_as(p) for p, part in zip(parameters, parts)])
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
         bad = (~torch.isfinite(norm + loss.sum())).float()
         self.skipped += bad
