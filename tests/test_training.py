@@ -260,9 +260,13 @@ def test_a_kill_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):
     steps = []
     for delay in (0.02, 0.05, 0.07, 0.11, 0.13):
         child = os.fork()
-        if child == 0:  # saves until it is killed
-            for step in range(1, 10**9):
-                utils.save_checkpoint(path, stage="vae", step=step, x=torch.full((300_000,), float(step)))
+        if child == 0:
+            try:
+                torch.set_num_threads(1)  # the threads of the parent are not here
+                for step in range(1, 10**9):  # saves until it is killed
+                    utils.save_checkpoint(path, stage="vae", step=step, x=torch.full((300_000,), float(step)))
+            finally:
+                os._exit(1)
         time.sleep(delay)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
