@@ -209,11 +209,11 @@ TOPICS = {"costs": costs, "train": train, "processes": processes, "latents": lat
 
 
 def main():
-    if len(sys.argv) < 2 or sys.argv[1] not in TOPICS:
-        print(__doc__)
-        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
-    config = utils.parse_options(Config, __doc__, argv=sys.argv[2:])
-    TOPICS[sys.argv[1]](config)
+    topic = sys.argv[1] if len(sys.argv) > 1 else ""
+    config = utils.parse_options(Config, __doc__, argv=sys.argv[2:] if topic in TOPICS else sys.argv[1:])
+    if topic not in TOPICS:
+        raise utils.UserError(f"name a topic first: {', '.join(TOPICS)}")
+    TOPICS[topic](config)
 
 
 if __name__ == "__main__":
