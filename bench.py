@@ -74,10 +74,8 @@ def costs(config):
     for name in sorted(nerv.CONFIGS, key=lambda name: ["n", "S", "B", "L"].index(name[0])):
         c = nerv.CONFIGS[name]
         with FakeTensorMode():
-            model, denoiser = (
-                vae.VAE(c, vae.ENCODERS[name]),
-                dit.DiT(dit.DiTConfig(c.num_tokens, c.token_dim, **dit.SIZES[name])),
-            )
+            model = vae.VAE(c, vae.ENCODERS[name])
+            denoiser = dit.DiT(dit.DiTConfig(c.num_tokens, c.token_dim, **dit.SIZES[name]))
             video, label = torch.empty(2, c.num_frames, 3, c.resolution, c.resolution), torch.zeros(1, dtype=torch.long)
             z = torch.empty(1, c.num_tokens, c.token_dim)
             encode, encode_kept = forward_costs(partial(model.encode, video))  # two clips, for the batch norm

@@ -210,10 +210,6 @@ class Config:
     save_every: int = option("output", 500, "steps between checkpoints and sample sheets")
 
 
-# What may differ on --resume.
-FREE = ("steps", "workers", "device", "bf16", "compile", "accumulate", "out", "run_dir", "log_every", "save_every")
-
-
 def preset_defaults(args):
     """The defaults that the stage-1 checkpoint implies; without one, those of the paper's sizes."""
     try:
@@ -235,16 +231,16 @@ def encode_given(vae, video, cond_frames):
 
 @torch.no_grad()
 def encode_batch(vae, video, cond_frames):
-    """Clips [B, T, 3, H, W] -> [B, 3, N, d]: the posterior's mean, its deviation, and the tokens of the given frames."""
+    """Clips [B, T, 3, H, W] -> [B, 2, N, d]: the posterior's mean and deviation; [B, 3, N, d] with the given frames' tokens."""
     mean, logvar = vae.encode(video)
-    given = encode_given(vae, video, cond_frames) if cond_frames else torch.zeros_like(mean)
-    return torch.stack([mean, torch.exp(0.5 * logvar), given], 1)
+    given = [encode_given(vae, video, cond_frames)] if cond_frames else []
+    return torch.stack([mean, torch.exp(0.5 * logvar), *given], 1)
 
 
 def cached_latents(directory, key, vae, train_set, count, cond_frames, device, rank=0, world=1, batch_size=64):
     """encode_batch of clips 0 … count - 1 (data.Stream numbers them past len) and their labels, from a cache on disk.
 
-    Returns memory-mapped (latents [count, 3, N, d] in half precision, labels [count]). The files are plain .npy, without
+    Returns memory-mapped (latents [count, 2 or 3, N, d] in half precision, labels [count]). The files are plain .npy, without
     pickles. Each process encodes its share. `key` says what is in the cache; one with another key is written anew.
     """
     directory, c = Path(directory), vae.nerv_config
@@ -254,7 +250,9 @@ def cached_latents(directory, key, vae, train_set, count, cond_frames, device, r
         if rank == 0:
             directory.mkdir(parents=True, exist_ok=True)
             key_file.unlink(missing_ok=True)
-            np.lib.format.open_memmap(latents_file, "w+", np.float16, (count, 3, c.num_tokens, c.token_dim))
+            np.lib.format.open_memmap(
+                latents_file, "w+", np.float16, (count, 3 if cond_frames else 2, c.num_tokens, c.token_dim)
+            )
             np.lib.format.open_memmap(labels_file, "w+", np.int64, (count,))
         utils.wait_for_all()
         latents, labels = np.load(latents_file, mmap_mode="r+"), np.load(labels_file, mmap_mode="r+")
@@ -325,7 +323,7 @@ def main():
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
     parts = {"model": model, "step": utils.FiniteStep(model, optimizer, config.grad_clip)}  # what goes on, beside ema
     start, latent_scale = 0, None
-    if ckpt := utils.resume(config, "dit", FREE):
+    if ckpt := utils.resume(config, "dit"):
         ema.load_state_dict(ckpt["ema"])
         for name, part in parts.items():
             part.load_state_dict(ckpt["training"][name])
@@ -369,16 +367,19 @@ def main():
         )  # fmt: skip
         log.write()
 
+    # What previews show: a sample of every class, of ten at most; in frame prediction, held-out clips and how they go on.
+    shown, real, known = torch.linspace(0, len(classes) - 1, min(10, len(classes)), device=device).round().long(), [], None
+    titles = [classes[i] for i in shown]
+    if cond_frames:
+        test_set = data.open_dataset(*where, "test", c.resolution, c.num_frames, stage1["stride"], classes=classes)
+        real, shown = (x.to(device) for x in data.fixed_clips(test_set, 6))
+        with torch.no_grad():
+            known = latent_scale * encode_given(vae, real, cond_frames)
+        titles = ["real", f"from {cond_frames} frames"] * len(real)
+
     def preview(step):
-        """A sheet with one sample per class, of ten classes at most; in frame prediction, below the real clips."""
-        shown = torch.linspace(0, len(classes) - 1, min(10, len(classes)), device=device).round().long()
-        real, given, titles = [], None, [classes[i] for i in shown]
-        if cond_frames:
-            test_set = data.open_dataset(*where, "test", c.resolution, c.num_frames, stage1["stride"], classes=classes)
-            real, shown = (x.to(device) for x in data.fixed_clips(test_set, 6))
-            given = latent_scale * encode_given(vae, real, cond_frames)
-            titles = ["real", f"from {cond_frames} frames"] * len(real)
-        tokens = generate(ema, shown, seed=config.seed, given=given) / latent_scale
+        """A sheet with one sample per class; in frame prediction, below the real clips."""
+        tokens = generate(ema, shown, seed=config.seed, given=known) / latent_scale
         clips = vae.decode(tokens, torch.arange(c.num_frames, device=device))
         if cond_frames:
             clips = torch.stack([real, clips], 1).flatten(0, 1)
@@ -411,10 +412,10 @@ def main():
                     else:
                         video, label = (x.to(device, non_blocking=True) for x in next(batches))
                         encoded = encode_batch(vae, video, cond_frames)
-                    mean, deviation, given = (latent_scale * encoded).unbind(1)  # each [B, N, d]
+                    mean, deviation, *given = (latent_scale * encoded).unbind(1)  # each [B, N, d]
                     theta0 = mean + deviation * posterior_noise[mine]  # a draw from the posterior, of unit deviation
                     # Classifier-free guidance needs the model without a condition; prediction, with frames of unknown class.
-                    given = given * (drop[mine] >= config.drop_condition)[:, None, None]
+                    given = given[0] * (drop[mine] >= config.drop_condition)[:, None, None] if given else None
                     no_class = drop[mine] < config.drop_condition * (2 if cond_frames else 1)
                     label = torch.where(no_class, len(classes), label)
                     loss = diffusion_loss(

@@ -83,10 +83,10 @@ class Sampler:
         c = self.config
         if self.dit is None:
             raise UserError(f"{c.ckpt} has no stage 2: generating takes a checkpoint of `python dit.py`")
-        cond_frames = self.dit.config.cond_frames
-        if given is not None and not cond_frames:
-            raise UserError(f"{c.ckpt} does not predict frames: train one with `python dit.py --cond-frames 5`")
         if given is not None:
+            cond_frames = self.dit.config.cond_frames
+            if not cond_frames:
+                raise UserError(f"{c.ckpt} does not predict frames: train one with `python dit.py --cond-frames 5`")
             parts = given.split(c.batch_size)
             given = torch.cat([dit.encode_given(self.vae, part.to(self.device), cond_frames) for part in parts])
             given = given * self.latent_scale

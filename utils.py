@@ -341,18 +341,21 @@ def git_revision():
         return ""
 
 
-def resume(config, stage, free=()):
+# Settings that do not change what a training has learned so far, and may differ on --resume.
+FREE = {"steps", "workers", "device", "bf16", "compile", "accumulate", "out", "resume", "run_dir", "log_every", "save_every"}
+
+
+def resume(config, stage):
     """The checkpoint that --resume goes on from, or None: --out, where it exists and resuming was asked for.
 
-    A setting that differs from the checkpoint's is an error, but for those named in free, which do not change what is learned
-    so far.
+    A setting that differs from the checkpoint's, and is not in FREE, is an error.
     """
     if not (config.resume and Path(config.out).is_file()):
         return None
     ckpt = load_checkpoint(config.out, stage, f"python {stage}.py")
     now, then = dataclasses.asdict(config), ckpt["config"]
     for name in now.keys() | then.keys():
-        if name not in free and name != "resume" and now.get(name) != then.get(name):
+        if name not in FREE and now.get(name) != then.get(name):
             option = "--" + name.replace("_", "-")
             raise UserError(
                 f"{config.out} was trained with {option} {then.get(name)}, not {now.get(name)}: give the same options to "

@@ -240,10 +240,6 @@ class Config:
     save_every: int = option("output", 500, "steps between checkpoints and previews")
 
 
-# What may differ on --resume.
-FREE = ("steps", "workers", "device", "bf16", "compile", "accumulate", "out", "run_dir", "log_every", "save_every")
-
-
 def preset_defaults(args):
     """The defaults that --preset and --dataset imply."""
     name = args.preset or ("nano" if args.dataset == "shapes" else "S")
@@ -290,7 +286,7 @@ def main():
     if discriminator:
         parts |= {"discriminator": discriminator, "disc_step": adamw(discriminator)}
     start = 0
-    if ckpt := utils.resume(config, "vae", FREE):
+    if ckpt := utils.resume(config, "vae"):
         ema.load_state_dict(ckpt["ema"])
         for name, part in parts.items():
             part.load_state_dict(ckpt["training"][name])
@@ -379,8 +375,9 @@ def main():
                 parts["disc_step"](disc_loss, lr * config.gan_lr)
             done = step + 1
             if log.step(step):
-                for name in parts.keys() & {"step", "disc_step"}:
-                    parts[name].check(step, train_set, stream)
+                for part in parts.values():
+                    if isinstance(part, utils.FiniteStep):
+                        part.check(step, train_set, stream)
             if done % config.save_every == 0 and done < config.steps and rank == 0:
                 preview(done)
                 save(done)
