@@ -96,11 +96,27 @@ class VideoFolder(Dataset):
     anywhere in its video, in testing in the middle. Index i is video i % len: i, i + len, i + 2 len, … are other clips of
     it, drawn from i and nothing else, so that a training that knows its step knows its data. Decoded videos are kept in
     memory, at the training size, until they fill cache_gb; the rest are decoded anew each time.
+
+    flip mirrors half of the training clips. crop_scale < 1 cuts each of them out of its frames, a square whose side is that
+    share of the frame's or more: decoded larger, so that the smallest one still has the training size.
     """
 
-    def __init__(self, root, split="train", resolution=64, num_frames=16, stride=1, cache_gb=2.0, classes=None):
+    def __init__(
+        self,
+        root,
+        split="train",
+        resolution=64,
+        num_frames=16,
+        stride=1,
+        classes=None,
+        flip=False,
+        crop_scale=1.0,
+        cache_gb=2.0,
+    ):
         self.root, self.split, self.resolution = Path(root), split, resolution
         self.num_frames, self.stride, self.cache_left = num_frames, stride, cache_gb * 2**30
+        self.augment = split == "train" and (flip or crop_scale < 1)
+        self.flip, self.decoded_size = flip, round(resolution / crop_scale) if split == "train" else resolution
         self.cache = {}
         if not self.root.is_dir():
             raise UserError(f"there is no directory {root}: name one that holds videos with --data-dir")
@@ -127,7 +143,7 @@ class VideoFolder(Dataset):
 
     def video(self, path):
         if path not in self.cache:
-            frames = read_video(path, self.resolution)
+            frames = read_video(path, self.decoded_size)
             if frames.nbytes > self.cache_left:
                 return frames
             self.cache_left -= frames.nbytes
@@ -142,8 +158,19 @@ class VideoFolder(Dataset):
                 f"{path} has {len(frames)} frames, and a clip takes {span}: use fewer --num-frames or a smaller --stride"
             )
         last = len(frames) - span
-        start = random.Random(i).randint(0, last) if self.split == "train" else last // 2
-        return to_clip(frames[start : start + span : self.stride]), label
+        rng = random.Random(i)
+        start = rng.randint(0, last) if self.split == "train" else last // 2
+        clip = to_clip(frames[start : start + span : self.stride])
+        return (self.vary(clip, rng) if self.augment else clip), label
+
+    def vary(self, clip, rng):
+        """One random square of the clip [T, 3, H, W], the same in all frames, at the training size; mirrored or not."""
+        side = rng.randint(self.resolution, self.decoded_size)
+        x, y = (rng.randint(0, self.decoded_size - side) for _ in range(2))
+        clip = clip[..., y : y + side, x : x + side]
+        if side > self.resolution:
+            clip = F.interpolate(clip, (self.resolution, self.resolution), mode="bilinear", antialias=True)
+        return clip.flip(-1) if self.flip and rng.random() < 0.5 else clip
 
 
 UCF_HELP = (
@@ -152,8 +179,8 @@ UCF_HELP = (
 )
 
 
-def open_dataset(name, data_dir, split, resolution, num_frames, stride=1, classes=None):
-    """The data set that --dataset and --data-dir name.
+def open_dataset(name, data_dir, split, resolution, num_frames, stride=1, classes=None, flip=False, crop_scale=1.0):
+    """The data set that --dataset and --data-dir name; the built-in shapes are neither mirrored nor cropped.
 
     split "test" of a folder is its sibling test/ where data_dir is called train, else the same videos cut at their middle.
     """
@@ -168,7 +195,7 @@ def open_dataset(name, data_dir, split, resolution, num_frames, stride=1, classe
     root = Path(data_dir)
     if split == "test" and root.name == "train" and (root.parent / "test").is_dir():
         root = root.parent / "test"
-    return VideoFolder(root, split, resolution, num_frames, stride, classes=classes)
+    return VideoFolder(root, split, resolution, num_frames, stride, classes, flip, crop_scale)
 
 
 class Stream(Sampler):

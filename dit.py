@@ -25,6 +25,7 @@ import nerv
 import utils
 from utils import UserError, option
 from vae import Attention, load_vae
+from vae import Config as Stage1
 
 # ------------------------------------------------------------------------------------------------------------------ model
 
@@ -306,14 +307,14 @@ def main():
     utils.make_parent(config.out)
     vae_ckpt = utils.load_checkpoint(config.ckpt, "vae", "python vae.py")
     vae_ckpt.pop("training", None)  # stage 2 uses stage 1 and does not go on with it
-    stage1, classes = vae_ckpt["config"], vae_ckpt["classes"]
+    stage1, classes = dataclasses.asdict(Stage1()) | vae_ckpt["config"], vae_ckpt["classes"]
     config.dataset, config.data_dir = config.dataset or stage1["dataset"], config.data_dir or stage1["data_dir"]
     vae = load_vae(vae_ckpt).to(device)
     c, cond_frames = vae.nerv_config, config.cond_frames
     if not 0 <= cond_frames < c.num_frames:
         raise UserError(f"--cond-frames {cond_frames}: stage 1 has clips of {c.num_frames} frames, use 0 … {c.num_frames - 1}")
-    where = (config.dataset, config.data_dir)
-    train_set = data.open_dataset(*where, "train", c.resolution, c.num_frames, stage1["stride"], classes=classes)
+    where, varied = (config.dataset, config.data_dir), {name: stage1[name] for name in ("flip", "crop_scale")}
+    train_set = data.open_dataset(*where, "train", c.resolution, c.num_frames, stage1["stride"], classes, **varied)
     if list(train_set.classes) != classes:
         raise UserError(f"{config.ckpt} was trained on the classes {classes}, and {config.dataset} has {train_set.classes}")
     torch.manual_seed(config.seed)
@@ -337,7 +338,7 @@ def main():
         key = {
             "vae": utils.fingerprint(vae),
             "dataset": where,
-            "videos": len(train_set),
+            "clips": [len(train_set), stage1["stride"], varied],
             "count": count,
             "cond_frames": cond_frames,
         }

@@ -353,12 +353,13 @@ def resume(config, stage):
     if not (config.resume and Path(config.out).is_file()):
         return None
     ckpt = load_checkpoint(config.out, stage, f"python {stage}.py")
-    now, then = dataclasses.asdict(config), ckpt["config"]
-    for name in now.keys() | then.keys():
-        if name not in FREE and now.get(name) != then.get(name):
+    now = dataclasses.asdict(config)
+    then = dataclasses.asdict(type(config)()) | ckpt["config"]  # an option that is newer than the checkpoint was at its default
+    for name in now:
+        if name not in FREE and now[name] != then[name]:
             option = "--" + name.replace("_", "-")
             raise UserError(
-                f"{config.out} was trained with {option} {then.get(name)}, not {now.get(name)}: give the same options to "
+                f"{config.out} was trained with {option} {then[name]}, not {now[name]}: give the same options to "
                 f"--resume, or start anew with another --out"
             )
     return ckpt

@@ -202,6 +202,8 @@ class Config:
     dataset: str = option("data", "shapes", "built-in shapes, any folder of videos, or UCF-101", choices=data.DATASETS)
     data_dir: str = option("data", "", "directory of videos, classes from its sub-folders (ucf: data/UCF-101)")
     stride: int = option("data", 1, "frames of the video per frame of the clip")
+    flip: bool = option("data", False, "mirror half of the training clips, left to right")
+    crop_scale: float = option("data", 1.0, "train on random squares of the frames, their side this share of it or more")
     workers: int = option("data", 0, "data loading processes")
     preset: str = option("model", "", "sizes to start from; nano for shapes, else S, unless named", choices=list(nerv.CONFIGS))
     resolution: int = option("model", 128, "height and width in pixels: 32, 64, 128, 256")
@@ -255,6 +257,8 @@ def main():
     config = utils.parse_options(Config, __doc__, preset_defaults)
     utils.check_positive(config, "steps", "batch_size", "accumulate", "decode_frames", "stride", *SIZES)
     utils.check_positive(config, "log_every", "save_every", "gan_every", "r1_every", "gan_width")
+    if not 0.25 <= config.crop_scale <= 1:
+        raise UserError(f"--crop-scale {config.crop_scale}: it is a share of the frame's side, 0.25 to 1")
     device, rank, world = utils.start_processes(config.device)
     rows = utils.rows_per_process(config.batch_size, config.accumulate, world)  # clips that this process takes at a time
     if rows * world < 2:
@@ -269,7 +273,8 @@ def main():
         raise UserError(str(error)) from None
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
     clip_options = (config.resolution, config.num_frames, config.stride)
-    train_set = data.open_dataset(config.dataset, config.data_dir, "train", *clip_options)
+    varied = {"flip": config.flip, "crop_scale": config.crop_scale}
+    train_set = data.open_dataset(config.dataset, config.data_dir, "train", *clip_options, **varied)
     test_set = data.open_dataset(config.dataset, config.data_dir, "test", *clip_options, classes=train_set.classes)
     held_out, _ = data.fixed_clips(test_set, 64)
     perceptual = losses.LPIPS(config.lpips).to(device) if config.lpips != "none" else None

@@ -396,3 +396,19 @@ def test_shapes_can_be_drawn_between_their_frames():
     assert np.array_equal(shapes.draw(3, [2, 5.0]), shapes.draw(3)[[2, 5]])
     left, between, right = (shapes.draw(0, [t]).astype(float) for t in (3, 3.5, 4))  # class 0 moves sideways, fast at t = 4
     assert min(abs(between - left).mean(), abs(between - right).mean()) > 0.3 * abs(left - right).mean() > 0
+
+
+def test_flips_and_crops_are_of_training_clips_and_follow_from_the_index(tmp_path):
+    ramp = torch.linspace(-1, 1, 64).expand(4, 3, 64, 64)  # brighter to the right
+    write_mp4(tmp_path / "clip", ramp)
+    plain = VideoFolder(tmp_path, "train", 32, num_frames=4)[0][0]
+    flipping, cropping = (VideoFolder(tmp_path, "train", 32, 4, **kw) for kw in ({"flip": True}, {"crop_scale": 0.5}))
+    clips = [flipping[i][0] for i in range(20)]
+    mirrored = [torch.equal(clip, plain.flip(-1)) for clip in clips]
+    assert all(m or torch.equal(clip, plain) for m, clip in zip(mirrored, clips)) and 3 < sum(mirrored) < 17
+    spans = [(cropping[i][0][0, 0, 0, -1] - cropping[i][0][0, 0, 0, 0]).item() / 2 for i in range(40)]
+    assert 0.4 < min(spans) < 0.6 and 0.85 < max(spans) < 1.05, "of the ramp's height, what a crop can see"
+    assert all(cropping[i][0].shape == (4, 3, 32, 32) for i in range(40))
+    assert torch.equal(cropping[7][0], cropping[7][0]) and not torch.equal(cropping[7][0], cropping[8][0])
+    test = VideoFolder(tmp_path, "test", 32, num_frames=4, flip=True, crop_scale=0.5)
+    assert all(torch.equal(test[i][0], plain) for i in range(20))
