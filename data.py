@@ -1,46 +1,55 @@
-"""Videos in, videos out: the built-in shapes, folders of real videos, and files that people can watch.
+"""Data sets: the built-in shapes, and the videos that people have on their disks. Clips go out in a fixed order, fast.
 
-A clip is float32 [T, 3, H, W] in [-1, 1] with an integer label; frames in files and caches are uint8 [T, H, W, 3].
+A data set gives `dataset[i]` -> (uint8 frames [T, H, W, 3], label), for any i >= 0; i, i + len, i + 2 len, … are other clips of
+the same video. The networks take `video.to_clip` of that. The first thing to run on a new data set is
+
+python data.py --dataset ucf --preview out.png      eight clips, counts of classes, lengths, sizes, and what is no good
+python data.py --dataset ucf --prepare              decode all of it once, into a cache that training reads (cache.py)
 """
 
+import collections
+import csv
+import hashlib
 import itertools
-import logging
 import math
+import os
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
-from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
-from utils import UserError
+import utils
+import video
+from cache import FrameCache, prepare
+from utils import UserError, option
 
-# It warns, for every file, that the frames come out at another size than they are stored at: that is the point of scaling.
-logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)
-
-DATASETS = ("shapes", "folder", "ucf")
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
+DATASETS = ("shapes", "folder", "ucf", "kinetics", "taichi", "sky")
+AUTO_CACHE = 8 * 2**30  # bytes of frames up to which a training prepares a cache without being asked
 
 
 SHAPES = ("square", "triangle", "ring")
 MOTIONS = ("sideways", "updown", "circle")
 
 
-class Shapes(Dataset):
+class Shapes:
     """One bright shape moves over a background of two muted colours; class = shape × motion, drawn when asked for.
 
-    Clip i of a split is the same at every call and on every machine: its random numbers are seeded by (seed, split, i).
-    Classes take turns, so that any run of len(classes) neighbours holds one clip of each.
+    Clip i of a role, train or test, is the same at every call and on every machine: its random numbers are seeded by
+    (seed, role, i). Classes take turns, so that any run of len(classes) neighbours holds one clip of each.
     """
 
     classes = tuple(f"{shape}_{motion}" for shape in SHAPES for motion in MOTIONS)
+    decodes = False
 
-    def __init__(self, split="train", resolution=32, num_frames=16, length=None, seed=0):
-        self.split, self.resolution, self.num_frames, self.seed = split, resolution, num_frames, seed
-        self.length = length or {"train": 8192, "test": 512}[split]
+    def __init__(self, role="train", resolution=32, num_frames=16, length=None, seed=0):
+        self.role, self.resolution, self.num_frames, self.seed = role, resolution, num_frames, seed
+        self.length = length or {"train": 8192, "test": 512}[role]
         self.cache = {}  # drawn once: frames by index
 
     def __len__(self):
@@ -50,7 +59,7 @@ class Shapes(Dataset):
         i %= self.length
         if i not in self.cache:
             self.cache[i] = self.draw(i)
-        return to_clip(self.cache[i]), i % len(self.classes)
+        return self.cache[i], i % len(self.classes)
 
     def name(self, i):
         return f"clip {i % self.length}"
@@ -60,7 +69,7 @@ class Shapes(Dataset):
         t = np.arange(self.num_frames) if t is None else np.asarray(t)
         label = i % len(self.classes)
         shape, motion = SHAPES[label // len(MOTIONS)], MOTIONS[label % len(MOTIONS)]
-        rng = np.random.default_rng([self.seed, self.split == "test", i])
+        rng = np.random.default_rng([self.seed, self.role == "test", i])
         # Paths are sines and circles around a centre, one turn in a clip; lengths are in half frame widths.
         phase, radius, reach = rng.uniform(-math.pi / 4, math.pi / 4), rng.uniform(0.42, 0.52), rng.uniform(0.25, 0.4)
         centre = rng.uniform(-0.08, 0.08, 2)
@@ -89,116 +98,288 @@ class Shapes(Dataset):
         return (video * 255).round().astype(np.uint8)
 
 
-class VideoFolder(Dataset):
-    """Clips from a directory of videos; the classes are its sub-folders, in alphabetical order.
+# --------------------------------------------------------------------------------------------- layouts, as they are distributed
 
-    A directory that holds videos and no sub-folders of videos is one class, named after it. In training the clip starts
-    anywhere in its video, in testing in the middle. Index i is video i % len: i, i + len, i + 2 len, … are other clips of
-    it, drawn from i and nothing else, so that a training that knows its step knows its data. Decoded videos are kept in
-    memory, at the training size, until they fill cache_gb; the rest are decoded anew each time.
 
-    flip mirrors half of the training clips. crop_scale < 1 cuts each of them out of its frames, a square whose side is that
-    share of the frame's or more: decoded larger, so that the smallest one still has the training size.
+def find_folder(root, role, split):
+    """Any directory of videos (video.list_videos); classes are its sub-folders, or one class where there are none.
+
+    Of a directory with train/ in it, or of one called train, the role "test" is the test/ or val/ beside, where there is one.
+    """
+    if (root / "train").is_dir():
+        root = root / "train"
+    if role == "test" and root.name == "train":
+        root = next((root.parent / name for name in TEST_NAMES if (root.parent / name).is_dir()), root)
+    paths, others = video.list_videos(root)
+    items = [(path, parts[0] if len(parts := path.relative_to(root).parts) > 1 else "") for path in paths]
+    notes = [f"{n} files {suffix or 'without a suffix'}" for suffix, n in sorted(others.items())]
+    return root, items, sorted({name for _, name in items}), notes
+
+
+def find_ucf(root, role, split):
+    """UCF-101: Class/v_Class_g01_c01.avi. All 13,320 videos, as in the paper; split 1, 2 or 3 takes the official lists."""
+    root = locate(root, "UCF-101", lambda p: next(p.glob("*/v_*_g*_c*.*"), None))
+    everything = [(path, path.parent.name) for path in sorted(root.glob("*/v_*_g*_c*.*"))]
+    classes = sorted({name for _, name in everything})
+    if not split:
+        return root, everything, classes, []
+    name = f"{role}list{split:02d}.txt"
+    folders = [p / q for p in (root, root.parent) for q in ("ucfTrainTestlist", "")]
+    file = next((p / name for p in folders if (p / name).is_file()), None)
+    if file is None:
+        raise UserError(f"--split {split} takes {name} of UCF101TrainTestSplits-RecognitionTask.zip: unpack it beside {root}")
+    listed = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+    items = [(root / name, name.split("/")[0]) for name in listed if (root / name).is_file()]
+    return root, items, classes, missing(listed, items)
+
+
+def find_kinetics(root, role, split):
+    """Kinetics: a CSV (label, youtube_id, time_start, time_end) and train/, val/ with files per class or flat.
+
+    Files are ID_START_END.mp4 with six digits each, or ID.mp4; many are gone. Without a CSV, classes are the sub-folders.
+    """
+    root = locate(root, "Kinetics", lambda p: any((p / name).is_dir() for name in ("train", "val", "validate")))
+    names = ("train",) if role == "train" else TEST_NAMES
+    folder = next((root / name for name in names if (root / name).is_dir()), root / "train")
+    paths, _ = video.list_videos(folder)
+    tables = [p for p in (*root.glob("*.csv"), *root.glob("*/*.csv")) if any(n in p.stem for n in (folder.name, *names))]
+    if not tables:
+        items = [(path, path.relative_to(folder).parts[0]) for path in paths if path.parent != folder]
+        return root, items, sorted({name for _, name in items}), []
+    with open(sorted(tables)[0], newline="", encoding="utf-8") as f:
+        rows = [row for row in csv.DictReader(f) if row.get("label")]
+    by_stem, items = {path.stem: path for path in paths}, []
+    for row in rows:
+        start, end = (int(float(row.get(k) or 0)) for k in ("time_start", "time_end"))
+        path = by_stem.get(f"{row['youtube_id']}_{start:06d}_{end:06d}") or by_stem.get(row["youtube_id"])
+        if path:
+            items.append((path, row["label"]))
+    return root, items, sorted({row["label"] for row in rows}), missing(rows, items)
+
+
+def find_taichi(root, role, split):
+    """TaiChi-HD: train/ and test/ with MP4s or folders of frames; one class. The paper takes every fourth frame."""
+    root = locate(root, "TaiChi-HD", lambda p: (p / "train").is_dir())
+    folder = next((root / n for n in TEST_NAMES if (root / n).is_dir()), root) if role == "test" else root / "train"
+    return root, [(path, "taichi") for path in video.list_videos(folder)[0]], ["taichi"], []
+
+
+def find_sky(root, role, split):
+    """Sky Timelapse: sky_train/ and sky_test/ with folders of frames at any depth; one class."""
+    root = locate(root, "Sky Timelapse", lambda p: (p / "sky_train").is_dir())
+    return root, [(path, "sky") for path in video.list_videos(root / f"sky_{role}")[0]], ["sky"], []
+
+
+TEST_NAMES = ("test", "val", "validate", "validation")
+FIND = {"folder": find_folder, "ucf": find_ucf, "kinetics": find_kinetics, "taichi": find_taichi, "sky": find_sky}
+DEFAULT_DIRS = {"ucf": "data/UCF-101", "kinetics": "data/kinetics600", "taichi": "data/taichi", "sky": "data/sky_timelapse"}
+SOURCES = {
+    "ucf": "https://www.crcv.ucf.edu/data/UCF101.php",
+    "kinetics": "https://github.com/cvdfoundation/kinetics-dataset",
+    "taichi": "https://github.com/AliaksandrSiarohin/video-preprocessing",
+    "sky": "https://github.com/weixiong-ur/mdgan",
+}
+
+
+def locate(root, what, fits):
+    """root itself, a directory in it, or the one it is in: the first that is laid out as the data set is."""
+    for place in (root, *sorted(p for p in root.iterdir() if p.is_dir()), root.absolute().parent):
+        if fits(place):
+            return place
+    raise UserError(f"{root} does not look like {what}: {LOOKS[what]}; name the right directory with --data-dir")
+
+
+LOOKS = {
+    "UCF-101": "it should hold ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi and so on",
+    "Kinetics": "it should hold train/ and val/, and a CSV for each that names the classes unless they are sub-folders",
+    "TaiChi-HD": "it should hold train/ and test/ with MP4s or folders of frames",
+    "Sky Timelapse": "it should hold sky_train/ and sky_test/",
+}
+
+
+def missing(listed, items):
+    return [f"{len(listed) - len(items)} of {len(listed)} videos in the list are not there"] if len(items) < len(listed) else []
+
+
+def find_videos(config, role):
+    """What --dataset, --data-dir and --split name: (root, [(path, class name)], class names, notes on what was left out)."""
+    name = config.dataset
+    root = Path(config.data_dir or DEFAULT_DIRS.get(name, ""))
+    if not config.data_dir and name == "folder":
+        raise UserError("--dataset folder needs --data-dir PATH, a directory of videos with a sub-folder per class")
+    if not root.is_dir():
+        where = f": download it, see {SOURCES[name]}, or name the place with --data-dir" if name in SOURCES else ""
+        raise UserError(f"there is no directory {root}{where or ': name one that holds videos with --data-dir'}")
+    root, items, classes, notes = FIND[name](root, role, config.split)
+    if not items:
+        raise UserError(f"{root} holds no videos ({' '.join(video.VIDEO_SUFFIXES)}, frames): name another with --data-dir")
+    return root, items, classes, notes
+
+
+# ------------------------------------------------------------------------------------------------------------ clips of videos
+
+
+class Videos:
+    """Clips of videos on a disk: from a cache of decoded frames, or decoded when asked for, as many frames as it takes.
+
+    items are (path, label). In training a clip starts anywhere in its video, in testing in the middle, and so does each clip
+    depend on i and nothing else. flip mirrors half of the training clips. crop_scale < 1 cuts each of them out of its frames, a
+    square whose side is that share of the frame's or more.
+
+    A video that gives no clip is named once with its reason, and the next one takes its place; UserError where none is left.
     """
 
-    def __init__(
-        self,
-        root,
-        split="train",
-        resolution=64,
-        num_frames=16,
-        stride=1,
-        classes=None,
-        flip=False,
-        crop_scale=1.0,
-        cache_gb=2.0,
-    ):
-        self.root, self.split, self.resolution = Path(root), split, resolution
-        self.num_frames, self.stride, self.cache_left = num_frames, stride, cache_gb * 2**30
-        self.augment = split == "train" and (flip or crop_scale < 1)
-        self.flip, self.decoded_size = flip, round(resolution / crop_scale) if split == "train" else resolution
-        self.cache = {}
-        if not self.root.is_dir():
-            raise UserError(f"there is no directory {root}: name one that holds videos with --data-dir")
-        files = sorted(p for p in self.root.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
-        if not files:
-            raise UserError(f"{root} holds no videos ({' '.join(VIDEO_SUFFIXES)}): name a directory that does with --data-dir")
-        only = (
-            classes[0] if classes and len(classes) == 1 else self.root.resolve().name
-        )  # the class of files with no sub-folder
-        names = [p.relative_to(self.root).parts[0] if p.parent != self.root else only for p in files]
-        self.classes = tuple(classes or sorted(set(names)))
-        unknown = sorted(set(names) - set(self.classes))
-        if unknown:
-            raise UserError(
-                f"{root} has the class {unknown[0]!r}, which the checkpoint was not trained on: {list(self.classes)}"
-            )
-        self.items = [(path, self.classes.index(name)) for path, name in zip(files, names)]
+    def __init__(self, items, classes, role, config, root=None, cache=None):
+        c = config
+        self.classes, self.role, self.cache, self.decodes = tuple(classes), role, cache, cache is None
+        self.resolution, self.num_frames, self.stride, self.fps = c.resolution, c.num_frames, c.stride, c.fps
+        self.flip, self.size = c.flip and role == "train", decoded_size(c, role)
+        self.span = (c.num_frames - 1) * c.stride + 1  # frames of the video from the first to the last of a clip
+        self.items, self.bad, self.lock = list(items), {}, threading.Lock()
+        if cache:  # all that is wrong is known by now
+            names = [os.path.relpath(path, root) for path, _ in self.items]
+            for k, name in enumerate(names):
+                if name in cache.skipped:
+                    self.bad[k] = cache.skipped[name]
+                elif len(cache.frames(name)) < self.span:
+                    self.bad[k] = self.too_short(len(cache.frames(name)))
+            for k, reason in list(self.bad.items())[:20]:
+                report(f"skipping {video.printable(self.items[k][0])}: {reason}")
+            if len(self.bad) > 20:
+                report(f"skipping {len(self.bad) - 20} more, see {cache.directory / 'index.jsonl'}")
+            if len(self.bad) == len(self.items):
+                raise self.nothing_left()
+            good = [k for k in range(len(self.items)) if k not in self.bad]
+            self.items, self.views, self.bad = [self.items[k] for k in good], [cache.frames(names[k]) for k in good], {}
 
     def __len__(self):
         return len(self.items)
 
     def name(self, i):
-        return str(self.items[i % len(self.items)][0])
-
-    def video(self, path):
-        if path not in self.cache:
-            frames = read_video(path, self.decoded_size)
-            if frames.nbytes > self.cache_left:
-                return frames
-            self.cache_left -= frames.nbytes
-            self.cache[path] = frames
-        return self.cache[path]
+        return video.printable(self.items[i % len(self.items)][0])
 
     def __getitem__(self, i):
-        path, label = self.items[i % len(self.items)]
-        frames, span = self.video(path), (self.num_frames - 1) * self.stride + 1
-        if len(frames) < span:
-            raise UserError(
-                f"{path} has {len(frames)} frames, and a clip takes {span}: use fewer --num-frames or a smaller --stride"
-            )
-        last = len(frames) - span
-        rng = random.Random(i)
-        start = rng.randint(0, last) if self.split == "train" else last // 2
-        clip = to_clip(frames[start : start + span : self.stride])
-        return (self.vary(clip, rng) if self.augment else clip), label
+        for k in range(i % len(self), i % len(self) + len(self)):
+            k %= len(self)
+            if k not in self.bad:
+                try:
+                    return self.clip(k, i), self.items[k][1]
+                except video.BadVideo as error:
+                    with self.lock:
+                        if k not in self.bad:
+                            self.bad[k] = error.reason
+                            report(f"skipping {error}")
+        raise self.nothing_left()
 
-    def vary(self, clip, rng):
-        """One random square of the clip [T, 3, H, W], the same in all frames, at the training size; mirrored or not."""
-        side = rng.randint(self.resolution, self.decoded_size)
-        x, y = (rng.randint(0, self.decoded_size - side) for _ in range(2))
-        clip = clip[..., y : y + side, x : x + side]
+    def clip(self, k, i):
+        """Clip number i, of video k: uint8 [T, H, W, 3]."""
+        length = len(self.views[k]) if self.cache else self.length(k)
+        if length < self.span:
+            raise video.BadVideo(self.items[k][0], self.too_short(length))
+        rng = random.Random(i) if self.role == "train" else None
+        start = rng.randrange(length - self.span + 1) if rng else (length - self.span) // 2
+        if self.cache:
+            frames = self.views[k][start : start + self.span : self.stride]
+        else:
+            frames = self.decode(k, start)
+        return self.vary(frames, rng) if rng and (self.flip or self.size > self.resolution) else frames
+
+    def length(self, k):
+        """Frames of video k at the rate it is read at, by its header."""
+        info = video.probe(self.items[k][0])
+        return round(info.frames * self.fps / info.fps) if self.fps and info.fps else info.frames
+
+    def decode(self, k, start):
+        path = self.items[k][0]
+        frames = video.read_frames(path, self.size, start, self.span, self.fps)[:: self.stride]
+        if len(frames) < self.num_frames and start:  # the header promises more than there is
+            frames = video.read_frames(path, self.size, 0, self.span, self.fps)[:: self.stride]
+        if len(frames) < self.num_frames:
+            raise video.BadVideo(path, self.too_short((len(frames) - 1) * self.stride + 1))
+        return frames
+
+    def vary(self, frames, rng):
+        """A random square of the frames [T, H, W, 3], the same in all of them, at the training size; mirrored or not."""
+        side = rng.randint(self.resolution, self.size)
+        x, y = (rng.randint(0, self.size - side) for _ in range(2))
+        frames = frames[:, y : y + side, x : x + side]
         if side > self.resolution:
-            clip = F.interpolate(clip, (self.resolution, self.resolution), mode="bilinear", antialias=True)
-        return clip.flip(-1) if self.flip and rng.random() < 0.5 else clip
+            size = (self.resolution, self.resolution)
+            frames = video.to_frames(F.interpolate(video.to_clip(frames), size, mode="bilinear", antialias=True))
+        return np.ascontiguousarray(frames[:, :, ::-1]) if self.flip and rng.random() < 0.5 else frames
+
+    def too_short(self, length):
+        return f"it has {length} frames, and a clip takes {self.span} (--num-frames, --stride)"
+
+    def nothing_left(self):
+        path, reason = next((self.items[k][0], reason) for k, reason in self.bad.items())
+        return UserError(f"none of the {len(self.items)} videos can be used; {video.printable(path)}, for one: {reason}")
 
 
-UCF_HELP = (
-    "UCF-101 is not at {root}: download UCF101.rar from https://www.crcv.ucf.edu/data/UCF101.php, unpack it there so that "
-    "{root} holds ApplyEyeMakeup, ApplyLipstick, …, or name the place with --data-dir"
-)
+def report(line):
+    """One line to the person at the keyboard, above the progress bar, from the first process."""
+    if utils.rank() == 0:
+        tqdm.write(line)
 
 
-def open_dataset(name, data_dir, split, resolution, num_frames, stride=1, classes=None, flip=False, crop_scale=1.0):
-    """The data set that --dataset and --data-dir name; the built-in shapes are neither mirrored nor cropped.
+def decoded_size(config, role):
+    """Height and width of the frames that clips are cut from: larger where random squares are, so that none is enlarged."""
+    return round(config.resolution / config.crop_scale) if role == "train" else config.resolution
 
-    split "test" of a folder is its sibling test/ where data_dir is called train, else the same videos cut at their middle.
+
+def cache_directory(config, root, size):
+    """Where the frames of all videos under root are kept, at this size and rate: a name that says it, and a hash."""
+    root = Path(root).resolve()
+    rate = f"-{config.fps:g}fps" if config.fps else ""
+    digest = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
+    return Path(config.cache_dir) / f"{root.parent.name}-{root.name}-{size}{rate}-{digest}"
+
+
+def estimated_bytes(paths, size, fps):
+    """What the frames of these videos will take, from the headers of a few of them."""
+    frames = []
+    for path in paths[:: len(paths) // 16 + 1]:
+        try:
+            info = video.probe(path)
+            frames.append(info.frames * fps / info.fps if fps and info.fps else info.frames)
+        except video.BadVideo:
+            frames.append(0)
+    return sum(frames) / len(frames) * len(paths) * size**2 * 3
+
+
+def open_dataset(config, role, classes=None):
+    """The data set of any settings with the options of Config below; role "train" or "test".
+
+    Where there is no other data for it, "test" is the middle of the training videos. With classes, labels follow that list,
+    and a class that is not in it is an error. Small data sets are prepared at once (AUTO_CACHE); larger ones are read from
+    their cache where there is one, and decoded as training goes where there is none.
     """
-    if name == "shapes":
-        return Shapes(split, resolution, num_frames)
-    if name == "ucf" and not data_dir:
-        data_dir = "data/UCF-101"
-    if name == "ucf" and not Path(data_dir).is_dir():
-        raise UserError(UCF_HELP.format(root=data_dir))
-    if not data_dir:
-        raise UserError("--dataset folder needs --data-dir PATH, a directory of videos with a sub-folder per class")
-    root = Path(data_dir)
-    if split == "test" and root.name == "train" and (root.parent / "test").is_dir():
-        root = root.parent / "test"
-    return VideoFolder(root, split, resolution, num_frames, stride, classes, flip, crop_scale)
+    if config.dataset == "shapes":
+        return Shapes(role, config.resolution, config.num_frames)
+    root, items, names, _ = find_videos(config, role)
+    if names == [""]:  # no sub-folders
+        names = [classes[0] if classes and len(classes) == 1 else root.resolve().name]
+        items = [(path, names[0]) for path, _ in items]
+    if unknown := [name for name in names if name not in (classes or names)]:
+        raise UserError(f"{root} has the class {unknown[0]!r}, which the checkpoint was not trained on: {list(classes)}")
+    number = {name: k for k, name in enumerate(classes or names)}
+    items = [(path, number[name]) for path, name in items]
+    cache, paths, size = None, [path for path, _ in items], decoded_size(config, role)
+    if config.cache != "off":
+        directory = cache_directory(config, root, size)
+        there = (directory / "index.jsonl").is_file()
+        if there or config.cache == "on" or estimated_bytes(paths, size, config.fps) <= AUTO_CACHE:
+            if utils.rank() == 0:
+                prepare(directory, root, paths, size, config.fps)
+            utils.wait_for_all()
+            cache = FrameCache(directory)
+    return Videos(items, classes or names, role, config, root, cache)
 
 
-class Stream(Sampler):
+# ----------------------------------------------------------------------------------------------------------- batches
+
+
+class Stream:
     """The order in which a training sees its clips: lists of indices into a data set, without end.
 
     Every clip comes once in a pass, each pass in a new order that follows from the seed alone. A global batch is the next
@@ -232,102 +413,132 @@ class Stream(Sampler):
                 yield batch[first : first + rows]
 
 
-def endless(dataset, stream, workers=0, device=None):
-    """Batches (clips [B, T, 3, H, W], labels [B]) of a data set in the order of a Stream, without end."""
+def endless(dataset, stream, workers=-1, device=None):
+    """Batches (uint8 frames [B, T, H, W, 3], labels [B]) of a data set in the order of a Stream, without end.
+
+    workers: threads that decode ahead, each with a decoder process; -1 is all cores of this process where there is something to
+    decode, and none where clips are ready to copy. On a CPU, a batch is overwritten when the next but one is asked for.
+    """
     pin = device is not None and device.type == "cuda"
-    return iter(DataLoader(dataset, batch_sampler=stream, num_workers=workers, pin_memory=pin))
+    if workers < 0:
+        workers = max(1, os.cpu_count() // utils.local_processes()) if dataset.decodes else 0
+    used = collections.deque(maxlen=2)
+
+    def together(clips):
+        frames, labels = zip(*clips)
+        shape = (len(frames), *frames[0].shape)
+        if pin:  # memory that the GPU reads while this process goes on, and that is not given out again before it has
+            batch = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        elif len(used) == 2:  # memory that is new costs more than the copy
+            batch = used.popleft()
+        else:
+            batch = torch.empty(shape, dtype=torch.uint8)
+        used.append(batch)
+        for row, clip in zip(batch.numpy(), frames):
+            row[...] = clip
+        return batch, torch.tensor(labels)
+
+    if workers == 0:
+        for indices in stream:
+            yield together([dataset[i] for i in indices])
+        return
+    pool, ahead = ThreadPoolExecutor(workers), collections.deque()
+    try:
+        for indices in stream:
+            ahead.append([pool.submit(dataset.__getitem__, i) for i in indices])
+            if len(ahead) > 2 and sum(map(len, ahead)) > 2 * workers:
+                yield together([clip.result() for clip in ahead.popleft()])
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def fixed_clips(dataset, count):
     """The first clips of a data set spread over its length, the same at every call: (clips [count, …], labels [count])."""
     step = max(1, len(dataset) // count)
     items = [dataset[i] for i in range(0, len(dataset), step)][:count]
-    return torch.stack([clip for clip, _ in items]), torch.tensor([label for _, label in items])
+    return torch.stack([video.to_clip(frames) for frames, _ in items]), torch.tensor([label for _, label in items])
 
 
-# ------------------------------------------------------------------------------------------------------- files to look at
+# ------------------------------------------------------------------------------------------------------------------- preview
 
 
-def to_clip(frames):
-    """uint8 frames [T, H, W, 3] -> float32 clip [T, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.array(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
+@dataclass
+class Config:
+    dataset: str = option(
+        "data", "shapes", "built-in shapes, any folder of videos, or one as it is distributed", choices=DATASETS
+    )
+    data_dir: str = option("data", "", "where it is; classes of a folder are its sub-folders")
+    split: int = option("data", 0, "official split of UCF-101; 0 is all videos", choices=[0, 1, 2, 3])
+    resolution: int = option("data", 128, "height and width in pixels; shorter side scaled, centre cut out")
+    num_frames: int = option("data", 16, "frames of a clip")
+    stride: int = option("data", 1, "frames of the video per frame of the clip")
+    fps: float = option("data", 0.0, "frames per second that videos are read at; 0 is their own")
+    flip: bool = option("data", False, "mirror half of the training clips, left to right")
+    crop_scale: float = option("data", 1.0, "train on random squares of the frames, their side this share of it or more")
+    cache: str = option("data", "auto", "frames on disk: auto for small data sets", choices=["auto", "on", "off"])
+    cache_dir: str = option("data", "data/cache", "directory of the caches")
+    prepare: bool = option("what", False, "decode everything once, into a cache; goes on where it was stopped")
+    verify: bool = option("what", False, "check every frame of the cache against its hash")
+    preview: str = option("what", "", "PNG to write eight clips into")
 
 
-def to_frames(clip):
-    """Clip [..., T, 3, H, W] in [-1, 1] -> numpy uint8 frames [..., T, H, W, 3]."""
-    return ((clip.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).byte().movedim(-3, -1).contiguous().numpy()
+def describe(root, items, notes, span, skipped):
+    """What a data set holds, in lines: videos of each class, lengths, sizes, and what is left out and why."""
+    skipped, infos = dict(skipped), {}
+
+    def look(item):
+        try:
+            infos[item[0]] = video.probe(item[0])
+        except video.BadVideo as error:
+            skipped.setdefault(os.path.relpath(item[0], root), error.reason)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        collections.deque(tqdm(pool.map(look, items), "looking", len(items), unit="video", dynamic_ncols=True), maxlen=0)
+    counts = collections.Counter(name for path, name in items if path in infos)
+    yield f"{len(infos)} videos of {len(counts)} classes in {root}"
+    for name, count in sorted(counts.items()):
+        yield f"    {name or root.name:32}{count:6}"
+    if infos:
+        frames = np.array([info.frames for info in infos.values()])
+        seconds = np.array([info.frames / info.fps for info in infos.values() if info.fps])
+        yield f"frames    {frames.min()} to {frames.max()}, median {np.median(frames):.0f}"
+        if len(seconds):
+            yield f"seconds   {seconds.min():.1f} to {seconds.max():.1f}, {seconds.sum() / 3600:.2f} hours in all"
+        sizes = collections.Counter(f"{info.width} x {info.height}" for info in infos.values()).most_common()
+        more = f", {len(sizes) - 5} other sizes" if len(sizes) > 5 else ""
+        yield "sizes     " + ", ".join(f"{size} ({count})" for size, count in sizes[:5]) + more
+        if short := int((frames < span).sum()):
+            yield f"too short {short}, of which a clip of {span} frames cannot be cut"
+    for note in notes:
+        yield f"left out  {note}"
+    for name, reason in sorted(skipped.items()):
+        yield f"skipped   {video.printable(name)}: {reason}"
 
 
-def read_video(path, resolution):
-    """All frames of a video file, shorter side scaled to the resolution, centre crop: uint8 [T, resolution, resolution, 3].
-
-    Raises UserError, with the file's name, where nothing can be decoded.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"there is no file {path}")
-    side = f"{resolution}:{resolution}"
-    filters = f"scale={side}:force_original_aspect_ratio=increase:flags=area,crop={side}"
-    reader = imageio_ffmpeg.read_frames(str(path), output_params=["-vf", filters])
-    try:
-        next(reader)  # a description of the file comes first
-        frames = [np.frombuffer(frame, np.uint8) for frame in reader]
-    except (OSError, RuntimeError, StopIteration, IndexError, KeyError, AssertionError):
-        frames = []
-    if not frames or frames[0].size != resolution * resolution * 3:
-        raise UserError(f"{path} cannot be decoded as a video: it is damaged, or not a video")
-    return np.stack(frames).reshape(-1, resolution, resolution, 3)
-
-
-def tile(clips):
-    """Clips [B, T, 3, H, W] side by side, as many rows as columns or one fewer: one clip [T, 3, rows * H, columns * W]."""
-    clips = torch.stack(list(clips))
-    columns = math.ceil(math.sqrt(len(clips)))
-    rows = math.ceil(len(clips) / columns)
-    blank = clips.new_ones(rows * columns - len(clips), *clips.shape[1:])
-    grid = torch.cat([clips, blank]).unflatten(0, (rows, columns))  # [rows, columns, T, 3, H, W]
-    return grid.permute(2, 3, 0, 4, 1, 5).flatten(4).flatten(2, 3)
+def main():
+    config = utils.parse_options(Config, __doc__)
+    utils.check_positive(config, "resolution", "num_frames", "stride")
+    skipped = {}
+    if config.dataset != "shapes":
+        root, items, _, notes = find_videos(config, "train")
+        if config.prepare or config.verify:
+            directory = cache_directory(config, root, decoded_size(config, "train"))
+            if config.prepare:
+                prepare(directory, root, [path for path, _ in items], decoded_size(config, "train"), config.fps)
+            cache = FrameCache(directory, config.verify)
+            skipped, size = cache.skipped, sum(view.nbytes for view in cache.files.values()) / 2**30
+            print(
+                f"{directory} holds {len(cache.entries)} videos, {size:.2f} GiB" + (", all as written" if config.verify else "")
+            )
+        for line in describe(root, items, notes, (config.num_frames - 1) * config.stride + 1, skipped):
+            print(line)
+    if config.preview:
+        dataset = open_dataset(config, "train")
+        clips, labels = fixed_clips(dataset, 8)
+        utils.make_parent(config.preview)
+        video.write_sheet(config.preview, clips, [dataset.classes[k] for k in labels])
+        print(f"wrote {config.preview}")
 
 
-def enlarge(frames, smallest=128):
-    """Repeat pixels of small frames [T, H, W, 3] a whole number of times, so that a person can see them."""
-    factor = max(1, smallest // frames.shape[1])
-    return frames.repeat(factor, 1).repeat(factor, 2)
-
-
-def mark(clip):
-    """The clip [T, 3, H, W] with an orange edge: frames that were given, not made."""
-    clip, edge = clip.clone(), max(1, clip.shape[-1] // 32)
-    inside = F.pad(torch.ones(clip.shape[-2] - 2 * edge, clip.shape[-1] - 2 * edge, dtype=torch.bool), (edge,) * 4)
-    return torch.where(inside, clip, torch.tensor([1.0, 0.2, -1.0])[:, None, None])
-
-
-def write_video(path, clip, fps=12):
-    """A clip [T, 3, H, W], H and W even, as path.mp4 (H.264) and path.gif, small ones enlarged."""
-    path, frames = Path(path), enlarge(to_frames(clip))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    size = frames.shape[2], frames.shape[1]
-    writer = imageio_ffmpeg.write_frames(f"{path}.mp4", size, fps=fps, quality=8, macro_block_size=2, ffmpeg_log_level="error")
-    writer.send(None)
-    for frame in frames:
-        writer.send(np.ascontiguousarray(frame))
-    writer.close()
-    images = [Image.fromarray(frame) for frame in frames]
-    images[0].save(f"{path}.gif", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
-
-
-def write_sheet(path, rows, titles=None, columns=8):
-    """A contact sheet as PNG: rows are videos [T, 3, H, W], columns are frames spread over each; titles stand to the left."""
-    strips = []
-    for clip in rows:
-        picks = np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int)
-        strips.append(np.concatenate(list(enlarge(to_frames(clip[picks]), 64)), 1))  # [H, columns * W, 3]
-    margin = max([7 * len(t) for t in titles]) + 8 if titles else 0
-    height = strips[0].shape[0]
-    image = Image.new("RGB", (margin + max(s.shape[1] for s in strips), len(strips) * (height + 2)), "white")
-    draw = ImageDraw.Draw(image)
-    for i, strip in enumerate(strips):
-        image.paste(Image.fromarray(strip), (margin, i * (height + 2)))
-        if titles:
-            draw.text((4, i * (height + 2) + height // 2 - 6), titles[i], fill="black")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
+if __name__ == "__main__":
+    utils.run(main)

@@ -24,7 +24,9 @@ import data
 import dit
 import utils
 from utils import UserError, option
+from vae import Config as Stage1
 from vae import fine_power, psnr, reconstruct
+from video import to_clip, write_sheet
 
 
 @dataclass
@@ -68,8 +70,8 @@ def train_classifier(train_set, num_classes, clips, device, batch_size=32, seed=
     for step in utils.tqdm(range(steps), desc="judge", unit="step", dynamic_ncols=True, mininterval=1):
         for group in optimizer.param_groups:
             group["lr"] = utils.learning_rate(step, steps, 3e-3, 20)
-        video, label = (x.to(device) for x in next(batches))
-        loss = F.cross_entropy(judge(video), label)
+        frames, label = (x.to(device) for x in next(batches))
+        loss = F.cross_entropy(judge(to_clip(frames)), label)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -88,7 +90,7 @@ def nearest_clips(clips, train_set, count=None):
     """For each clip the training clip with the smallest mean squared pixel difference: (clips, differences)."""
     best, found = torch.full((len(clips),), float("inf")), torch.zeros_like(clips)
     for i in utils.tqdm(range(count or len(train_set)), desc="nearest", unit="clip", dynamic_ncols=True, mininterval=1):
-        candidate = train_set[i][0]
+        candidate = to_clip(train_set[i][0])
         distance = (clips - candidate).square().mean((1, 2, 3, 4))
         closer = distance < best
         best[closer], found[closer] = distance[closer], candidate
@@ -135,9 +137,7 @@ def main():
     ckpt = utils.load_checkpoint(dit_pt, "dit", "python demo.py")
     model, vae, scale = dit.load_dit(ckpt)
     device, c, classes, stage1 = torch.device("cpu"), vae.nerv_config, ckpt["classes"], ckpt["vae"]["config"]
-    where = (stage1["dataset"], stage1["data_dir"])
-    train_set = data.open_dataset(*where, "train", c.resolution, c.num_frames, stage1["stride"], classes)
-    test_set = data.open_dataset(*where, "test", c.resolution, c.num_frames, stage1["stride"], classes)
+    train_set, test_set = (data.open_dataset(Stage1(**stage1), role, classes) for role in ("train", "test"))
     clips, labels = data.fixed_clips(test_set, 20 * len(classes))
     decoded = reconstruct(vae, clips, device)
     still = clips.mean(1, keepdim=True).expand_as(clips)
@@ -147,12 +147,12 @@ def main():
 
     if stage1["dataset"] == "shapes":  # drawn at any time, so that what happens between and after the frames is known
         few, length = range(64), c.num_frames
-        encoded = torch.stack([test_set[i][0] for i in few])
+        encoded = torch.stack([to_clip(test_set[i][0]) for i in few])
         for name, t in (
             ("between the frames", torch.arange(length - 1) + 0.5),
             ("2 frames beyond the end", length + torch.arange(2.0)),
         ):
-            truth = torch.stack([data.to_clip(test_set.draw(i, t)) for i in few])
+            truth = torch.stack([to_clip(test_set.draw(i, t)) for i in few])
             rows.append((f"PSNR {name}, never trained on", f"{psnr(truth, reconstruct(vae, encoded, device, t)):.2f} dB"))
 
     judge = train_classifier(train_set, len(classes), config.judge_clips, device)
@@ -167,7 +167,7 @@ def main():
     shown = generated[:: config.per_class][:10]
     nearest, difference = nearest_clips(shown, train_set)
     pairs = [clip for pair in zip(shown, nearest) for clip in pair]
-    data.write_sheet(out / "nearest.png", pairs, ["generated", "nearest real"] * len(shown))
+    write_sheet(out / "nearest.png", pairs, ["generated", "nearest real"] * len(shown))
     rows.append(("generated to nearest training clip", f"{psnr(shown, nearest):.2f} dB, see {out}/nearest.png"))
     print()
     for name, value in rows:

@@ -26,6 +26,7 @@ import utils
 from utils import UserError, option
 from vae import Attention, load_vae
 from vae import Config as Stage1
+from video import tile, to_clip, to_frames, write_sheet
 
 # ------------------------------------------------------------------------------------------------------------------ model
 
@@ -186,7 +187,8 @@ class Config:
     data_dir: str = option("data", "", "default: the one the checkpoint was trained on")
     cache_latents: bool = option("data", False, "encode clips once, into a cache on disk beside --out, not anew at every step")
     num_latents: int = option("data", 0, "clips in the cache; 0: ten of every video")
-    workers: int = option("data", 0, "data loading processes")
+    cache_dir: str = option("data", "data/cache", "directory of the caches of decoded frames")
+    workers: int = option("data", -1, "threads that decode where there is no cache; -1 is all cores")
     preset: str = option("model", "", "size of the denoiser; that of stage 1 unless named", choices=list(SIZES))
     cond_frames: int = option("model", 0, "frame prediction from so many given frames (the paper: 5); 0 generates whole clips")
     steps: int = option("training", 1_000_000, "optimizer steps")
@@ -261,7 +263,7 @@ def cached_latents(directory, key, vae, train_set, count, cond_frames, device, r
         bar = utils.tqdm(total=count, desc="encoding", unit="clip", dynamic_ncols=True, mininterval=1, disable=rank > 0)
         for i in range(shares[rank].start, shares[rank].stop, batch_size):
             clips = [train_set[j] for j in range(i, min(i + batch_size, shares[rank].stop))]
-            video = torch.stack([clip for clip, _ in clips]).to(device)
+            video = torch.stack([to_clip(frames) for frames, _ in clips]).to(device)
             latents[i : i + len(clips)] = encode_batch(vae, video, cond_frames).half().cpu().numpy()
             labels[i : i + len(clips)] = [label for _, label in clips]
             bar.update(len(clips) * world)
@@ -313,8 +315,9 @@ def main():
     c, cond_frames = vae.nerv_config, config.cond_frames
     if not 0 <= cond_frames < c.num_frames:
         raise UserError(f"--cond-frames {cond_frames}: stage 1 has clips of {c.num_frames} frames, use 0 … {c.num_frames - 1}")
-    where, varied = (config.dataset, config.data_dir), {name: stage1[name] for name in ("flip", "crop_scale")}
-    train_set = data.open_dataset(*where, "train", c.resolution, c.num_frames, stage1["stride"], classes, **varied)
+    # The clips of stage 1, but for what was said otherwise here.
+    source = Stage1(**stage1 | {"dataset": config.dataset, "data_dir": config.data_dir, "cache_dir": config.cache_dir})
+    train_set = data.open_dataset(source, "train", classes)
     if list(train_set.classes) != classes:
         raise UserError(f"{config.ckpt} was trained on the classes {classes}, and {config.dataset} has {train_set.classes}")
     torch.manual_seed(config.seed)
@@ -335,19 +338,15 @@ def main():
     count = (config.num_latents or 10 * len(train_set)) if config.cache_latents else len(train_set)
     stream = data.Stream(count, config.batch_size, config.seed, start, config.accumulate, rank, world)
     if config.cache_latents:
-        key = {
-            "vae": utils.fingerprint(vae),
-            "dataset": where,
-            "clips": [len(train_set), stage1["stride"], varied],
-            "count": count,
-            "cond_frames": cond_frames,
-        }
+        names = ("dataset", "data_dir", "split", "stride", "fps", "flip", "crop_scale")
+        key = {name: getattr(source, name) for name in names} | {"vae": utils.fingerprint(vae), "videos": len(train_set)}
+        key |= {"count": count, "cond_frames": cond_frames}
         directory = Path(config.out).with_suffix(".latents")
         latents, labels = cached_latents(directory, key, vae, train_set, count, cond_frames, device, rank, world)
         first = latents[:1024].float()
     else:
         batches = data.endless(train_set, stream, config.workers, device)
-        first = torch.cat([encode_batch(vae, train_set[i][0][None].to(device), 0) for i in range(256)])
+        first = torch.cat([encode_batch(vae, to_clip(train_set[i][0])[None].to(device), 0) for i in range(256)])
     if latent_scale is None:
         latent_scale = 1 / (first[:, 0].var() + first[:, 1].square().mean()).sqrt().item()
     log = utils.RunLog(config.run_dir, config.steps, config.log_every, start, rank)
@@ -372,7 +371,7 @@ def main():
     shown, real, known = torch.linspace(0, len(classes) - 1, min(10, len(classes)), device=device).round().long(), [], None
     titles = [classes[i] for i in shown]
     if cond_frames:
-        test_set = data.open_dataset(*where, "test", c.resolution, c.num_frames, stage1["stride"], classes=classes)
+        test_set = data.open_dataset(source, "test", classes)
         real, shown = (x.to(device) for x in data.fixed_clips(test_set, 6))
         with torch.no_grad():
             known = latent_scale * encode_given(vae, real, cond_frames)
@@ -384,8 +383,8 @@ def main():
         clips = vae.decode(tokens, torch.arange(c.num_frames, device=device))
         if cond_frames:
             clips = torch.stack([real, clips], 1).flatten(0, 1)
-        data.write_sheet(f"{config.run_dir}/step{step:07d}.png", clips.cpu(), titles)
-        log.video(step, "samples", data.to_frames(data.tile(clips)))
+        write_sheet(f"{config.run_dir}/step{step:07d}.png", clips.cpu(), titles)
+        log.video(step, "samples", to_frames(tile(clips)))
 
     done = start  # finished steps
     with utils.Interrupt() as interrupt:
@@ -411,8 +410,8 @@ def main():
                         encoded, label = latents[chosen[mine]].float(), labels[chosen[mine]]
                         encoded, label = encoded.to(device, non_blocking=True), label.to(device, non_blocking=True)
                     else:
-                        video, label = (x.to(device, non_blocking=True) for x in next(batches))
-                        encoded = encode_batch(vae, video, cond_frames)
+                        frames, label = (x.to(device, non_blocking=True) for x in next(batches))
+                        encoded = encode_batch(vae, to_clip(frames), cond_frames)
                     mean, deviation, *given = (latent_scale * encoded).unbind(1)  # each [B, N, d]
                     theta0 = mean + deviation * posterior_noise[mine]  # a draw from the posterior, of unit deviation
                     # Classifier-free guidance needs the model without a condition; prediction, with frames of unknown class.

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import data
 import dit
 import utils
+import video
 from utils import UserError, option
 from vae import fine_power, load_vae, psnr
 
@@ -37,6 +37,7 @@ class Config:
     time_scale: float = option("time", 1.0, "decoded frames per frame of the training clips; 8 makes 128 of 16")
     extrapolate: float = option("time", 0.0, "go on for this many frames beyond the end of the clip")
     stride: int = option("time", 1, "frames of a FILE per frame of its clip")
+    read_fps: float = option("time", 0.0, "frames per second that a FILE is read at; 0 is its own")
     fps: float = option("time", 12.0, "frames per second of what is written")
     steps: int = option("sampling", 50, "evaluations of the denoiser, 1 to 1000")
     sampler: str = option("sampling", "ddim", "deterministic, or ancestral", choices=["ddim", "ddpm"])
@@ -101,12 +102,12 @@ class Sampler:
         c, stride, clips, lengths = self.vae.nerv_config, self.config.stride, [], []
         span = ((needed or c.num_frames) - 1) * stride + 1
         for file in files:
-            frames = data.read_video(file, c.resolution)
+            frames = video.read_frames(file, c.resolution, 0, (c.num_frames - 1) * stride + 1, self.config.read_fps)
             if len(frames) < span:
                 raise UserError(f"{file} has {len(frames)} frames, and {span} are needed: use a smaller --stride")
-            frames = frames[::stride][: c.num_frames]
+            frames = frames[::stride]
             lengths.append(len(frames))
-            clips.append(data.to_clip(np.pad(frames, [(0, c.num_frames - len(frames)), (0, 0), (0, 0), (0, 0)])))
+            clips.append(video.to_clip(np.pad(frames, [(0, c.num_frames - len(frames)), (0, 0), (0, 0), (0, 0)])))
         return torch.stack(clips), lengths
 
     @torch.no_grad()
@@ -123,9 +124,9 @@ class Sampler:
         folder = f"{self.config.out_dir}/{name}"
         utils.make_parent(folder)
         for i, (clip, title) in enumerate(zip(clips, titles)):
-            data.write_video(f"{folder}/{i:02d}_{title}", clip, self.config.fps)
-        data.write_sheet(f"{folder}.png", clips, titles)
-        data.write_video(folder, data.tile(clips), self.config.fps)
+            video.write_video(f"{folder}/{i:02d}_{title}", clip, self.config.fps)
+        video.write_sheet(f"{folder}.png", clips, titles)
+        video.write_video(folder, video.tile(clips), self.config.fps)
         print(f"wrote {folder}.png, {folder}.mp4, {folder}.gif and each video in {folder}/")
 
 
@@ -143,7 +144,7 @@ def predict(sampler, config):
     decoded = sampler.decode(tokens).unflatten(0, (len(real), config.count))
     rows, titles, scores = [], [], []
     for clip, length, samples in zip(real, lengths, decoded):
-        marked = data.mark(clip[:cond_frames])
+        marked = video.mark(clip[:cond_frames])
         if length == len(clip):  # the file says how it really went on
             rows.append(torch.cat([marked, clip[sampler.t.round().long().clamp(max=length - 1)]]))
             titles.append("real")

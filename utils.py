@@ -181,6 +181,16 @@ def average_over_ranks(x):
     return dist_nn.all_reduce(x) / dist.get_world_size()
 
 
+def rank():
+    """The number of this process among those of a training; 0 where it is alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_processes():
+    """How many processes of a training share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def wait_for_all():
     """Until every process has come here."""
     if dist.is_initialized():
@@ -342,7 +352,21 @@ def git_revision():
 
 
 # Settings that do not change what a training has learned so far, and may differ on --resume.
-FREE = {"steps", "workers", "device", "bf16", "compile", "accumulate", "out", "resume", "run_dir", "log_every", "save_every"}
+FREE = {
+    "steps",
+    "cache",
+    "cache_dir",
+    "workers",
+    "device",
+    "bf16",
+    "compile",
+    "accumulate",
+    "out",
+    "resume",
+    "run_dir",
+    "log_every",
+    "save_every",
+}
 
 
 def resume(config, stage):

@@ -23,6 +23,7 @@ import losses
 import nerv
 import utils
 from utils import UserError, option
+from video import tile, to_clip, to_frames, write_sheet
 
 # ------------------------------------------------------------------------------------------------------------------ model
 
@@ -199,12 +200,18 @@ SIZES = ("resolution", "num_frames", "num_tokens", "token_dim", "width")  # of t
 
 @dataclass
 class Config:
-    dataset: str = option("data", "shapes", "built-in shapes, any folder of videos, or UCF-101", choices=data.DATASETS)
-    data_dir: str = option("data", "", "directory of videos, classes from its sub-folders (ucf: data/UCF-101)")
+    dataset: str = option(
+        "data", "shapes", "built-in shapes, any folder of videos, or one as it is distributed", choices=data.DATASETS
+    )
+    data_dir: str = option("data", "", "where it is; classes of a folder are its sub-folders")
+    split: int = option("data", 0, "official split of UCF-101; 0 is all videos", choices=[0, 1, 2, 3])
     stride: int = option("data", 1, "frames of the video per frame of the clip")
+    fps: float = option("data", 0.0, "frames per second that videos are read at; 0 is their own")
     flip: bool = option("data", False, "mirror half of the training clips, left to right")
     crop_scale: float = option("data", 1.0, "train on random squares of the frames, their side this share of it or more")
-    workers: int = option("data", 0, "data loading processes")
+    cache: str = option("data", "auto", "decoded frames on disk; auto: of small data sets", choices=["auto", "on", "off"])
+    cache_dir: str = option("data", "data/cache", "directory of these caches")
+    workers: int = option("data", -1, "threads that decode where there is no cache; -1 is all cores")
     preset: str = option("model", "", "sizes to start from; nano for shapes, else S, unless named", choices=list(nerv.CONFIGS))
     resolution: int = option("model", 128, "height and width in pixels: 32, 64, 128, 256")
     num_frames: int = option("model", 16, "T, frames of a clip")
@@ -246,6 +253,8 @@ def preset_defaults(args):
     """The defaults that --preset and --dataset imply."""
     name = args.preset or ("nano" if args.dataset == "shapes" else "S")
     defaults = {k: getattr(nerv.CONFIGS[name], k) for k in SIZES} | {"preset": name}
+    if args.dataset == "taichi":
+        defaults["stride"] = 4  # as in the paper
     if name == "nano":  # small enough for two CPU cores, and nothing to download
         defaults.update(steps=1500, batch_size=16, decode_frames=2, lr=1e-3, warmup=50, kl_weight=1e-6, ema=0.99)
         defaults.update(lpips="none", gan_weight=0.0, gan_start=1000, gan_warmup=100, gan_every=1, gan_lr=1.0, gan_width=8)
@@ -272,10 +281,8 @@ def main():
     except ValueError as error:
         raise UserError(str(error)) from None
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
-    clip_options = (config.resolution, config.num_frames, config.stride)
-    varied = {"flip": config.flip, "crop_scale": config.crop_scale}
-    train_set = data.open_dataset(config.dataset, config.data_dir, "train", *clip_options, **varied)
-    test_set = data.open_dataset(config.dataset, config.data_dir, "test", *clip_options, classes=train_set.classes)
+    train_set = data.open_dataset(config, "train")
+    test_set = data.open_dataset(config, "test", train_set.classes)
     held_out, _ = data.fixed_clips(test_set, 64)
     perceptual = losses.LPIPS(config.lpips).to(device) if config.lpips != "none" else None
     discriminator = None
@@ -322,8 +329,8 @@ def main():
         """A sheet of held-out clips, each real one above its reconstruction; returns their PSNR."""
         reconstructions = reconstruct(ema, held_out, device)
         pairs = [clip for pair in zip(held_out[:6], reconstructions[:6]) for clip in pair]
-        data.write_sheet(f"{config.run_dir}/step{step:07d}.png", pairs, ["real", "reconstructed"] * 6)
-        log.video(step, "real_and_reconstructed", data.to_frames(data.tile(pairs)))
+        write_sheet(f"{config.run_dir}/step{step:07d}.png", pairs, ["real", "reconstructed"] * 6)
+        log.video(step, "real_and_reconstructed", to_frames(tile(pairs)))
         return psnr(held_out, reconstructions)
 
     num_decoded = min(config.decode_frames, config.num_frames)
@@ -348,7 +355,7 @@ def main():
 
             for turn in range(config.accumulate):
                 place = (turn * world + rank) * rows  # of this process's clips in the batch
-                video = next(batches)[0].to(device, non_blocking=True)  # [B, T, 3, H, W]
+                video = to_clip(next(batches)[0].to(device, non_blocking=True))  # uint8 [B, T, H, W, 3] -> [B, T, 3, H, W]
                 with utils.autocast(device, config.bf16):
                     mean, logvar = vae.encode(video)
                     tokens = mean + torch.exp(0.5 * logvar) * noise[place : place + rows]

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
+import video  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
@@ -23,8 +24,8 @@ def script(name, *args, cwd, **kw):
 
 
 def write_mp4(path, clip):
-    """Only the MP4 of data.write_video: a folder of clips with a GIF beside each would hold every video twice."""
-    data.write_video(path, clip)
+    """Only the MP4 of video.write_video: a folder of clips with a GIF beside each would hold every video twice."""
+    video.write_video(path, clip)
     Path(f"{path}.gif").unlink()
     return Path(f"{path}.mp4")
 
@@ -36,9 +37,9 @@ def folder(tmp_path_factory):
     shapes = data.Shapes(length=72)
     for name in ("ring_circle", "square_updown"):
         for i in range(4):
-            clip, label = shapes[shapes.classes.index(name) + 9 * i]
+            frames, label = shapes[shapes.classes.index(name) + 9 * i]
             assert shapes.classes[label] == name
-            write_mp4(root / ("test" if i == 3 else "train") / name / f"{i}", clip)
+            write_mp4(root / ("test" if i == 3 else "train") / name / f"{i}", video.to_clip(frames))
     return root
 
 

@@ -1,7 +1,7 @@
 import random
 from collections import Counter
+from dataclasses import replace
 
-import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -9,21 +9,11 @@ from conftest import ROOT, write_mp4
 from PIL import Image
 
 import data
-from data import (
-    Shapes,
-    Stream,
-    VideoFolder,
-    endless,
-    fixed_clips,
-    open_dataset,
-    read_video,
-    tile,
-    to_clip,
-    to_frames,
-    write_sheet,
-)
+import video
+from data import Config, Shapes, Stream, endless, fixed_clips, open_dataset
 from utils import UserError
 from vae import psnr
+from video import to_clip
 
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -33,28 +23,42 @@ def counting_clip(length=24, height=32, width=32):
     return (torch.arange(length) / 12 - 1).view(-1, 1, 1, 1).expand(-1, 3, height, width).contiguous()
 
 
-def numbers(clip):
-    """The frame numbers of a clip cut from counting_clip."""
-    return [round(v) for v in ((clip.mean((1, 2, 3)) + 1) * 12).tolist()]
+def numbers(frames):
+    """The frame numbers of frames cut from counting_clip."""
+    return [round(v * 12 / 127.5) for v in frames.mean((1, 2, 3)).tolist()]
+
+
+def clip(dataset, i):
+    return to_clip(dataset[i][0])
+
+
+@pytest.fixture(params=["on", "off"])
+def settings(request, tmp_path_factory):
+    """Settings of a folder at 32 x 32, with a cache and without: what comes out has to be the same."""
+    where = str(tmp_path_factory.mktemp("cache"))
+    return Config("folder", resolution=32, cache=request.param, cache_dir=where)
+
+
+def videos(settings, root, role="train", classes=None, **kw):
+    return open_dataset(replace(settings, data_dir=str(root), **kw), role, classes)
 
 
 # -------------------------------------------------------------------------------------------------------------------- shapes
 
 
 def test_shapes_are_deterministic_and_in_range():
-    clip, label = Shapes()[5]
-    again, _ = Shapes()[5]
-    assert clip.shape == (16, 3, 32, 32) and clip.dtype == torch.float32
-    assert torch.equal(clip, again) and label == 5
-    assert -1 <= clip.min() < -0.1 and 0.5 < clip.max() <= 1
-    assert not torch.equal(clip, Shapes(seed=1)[5][0])
-    assert not torch.equal(clip, Shapes()[5 + 9][0])
+    frames, label = Shapes()[5]
+    assert frames.shape == (16, 32, 32, 3) and frames.dtype == np.uint8 and label == 5
+    assert np.array_equal(frames, Shapes()[5][0])
+    assert frames.min() < 110 and frames.max() > 190
+    assert not np.array_equal(frames, Shapes(seed=1)[5][0])
+    assert not np.array_equal(frames, Shapes()[5 + 9][0])
 
 
 def test_shapes_do_not_depend_on_global_random_state():
-    clip = Shapes()[3][0]
+    frames = Shapes()[3][0]
     np.random.seed(7), random.seed(7), torch.manual_seed(7)
-    assert torch.equal(Shapes()[3][0], clip)
+    assert np.array_equal(Shapes()[3][0], frames)
 
 
 def test_shapes_show_all_classes_in_turn():
@@ -64,7 +68,7 @@ def test_shapes_show_all_classes_in_turn():
 
 
 def test_test_shapes_are_others_than_train_shapes():
-    train, test = (torch.stack([Shapes(split)[i][0] for i in range(18)]) for split in ("train", "test"))
+    train, test = (torch.stack([clip(Shapes(role), i) for i in range(18)]) for role in ("train", "test"))
     distance = (train[:, None] - test[None]).square().mean((2, 3, 4, 5))
     assert distance.min() > 1e-3
 
@@ -80,250 +84,281 @@ def bright_centre(clip):
 def test_shapes_move_as_their_class_says():
     shapes = Shapes()
     for i in range(9):
-        clip, label = shapes[i]
-        motion = shapes.classes[label].split("_")[1]
-        across, down = (bright_centre(clip).amax(0) - bright_centre(clip).amin(0)).tolist()
+        motion = shapes.classes[label := shapes[i][1]].split("_")[1]
+        path = bright_centre(clip(shapes, i))
+        across, down = (path.amax(0) - path.amin(0)).tolist()
         assert (across > 0.1) == (motion in ("sideways", "circle")), (shapes.classes[label], across, down)
         assert (down > 0.1) == (motion in ("updown", "circle")), (shapes.classes[label], across, down)
 
 
 def test_shapes_at_other_sizes():
-    assert Shapes("test", 64, 8)[0][0].shape == (8, 3, 64, 64)
-    small, large = Shapes(resolution=32)[1][0], Shapes(resolution=64)[1][0]
+    assert Shapes("test", 64, 8)[0][0].shape == (8, 64, 64, 3)
+    small, large = clip(Shapes(resolution=32), 1), clip(Shapes(resolution=64), 1)
     assert (torch.nn.functional.avg_pool2d(large, 2) - small).abs().mean() < 0.01  # the same scene
 
 
-# --------------------------------------------------------------------------------------------------------------------- files
-
-
-def test_frames_and_clips_are_inverse():
-    frames = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
-    clip = to_clip(frames)
-    assert clip.shape == (2, 3, 4, 4) and clip[1, 2, 3, 0] == pytest.approx(frames[1, 3, 0, 2] / 127.5 - 1)
-    assert (to_frames(clip) == frames).all()
-    assert to_frames(torch.tensor([-9.0, 9.0]).view(1, 1, 1, 2).expand(1, 3, 1, 2))[0, 0, :, 0].tolist() == [0, 255]
-
-
-@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
-def test_video_comes_back_from_a_file(tmp_path, suffix):
-    clip = Shapes()[4][0]
-    data.write_video(tmp_path / "new" / "folder" / "clip", clip)
-    frames = read_video(f"{tmp_path}/new/folder/clip{suffix}", 32)
-    assert frames.shape == (16, 32, 32, 3) and frames.dtype == np.uint8
-    assert psnr(to_clip(frames)[None], clip[None]) > 25
-
-
-def test_files_carry_frame_rate_and_a_size_that_can_be_seen(tmp_path):
-    data.write_video(tmp_path / "clip", Shapes()[0][0], fps=10)
-    meta = next(imageio_ffmpeg.read_frames(str(tmp_path / "clip.mp4")))
-    assert meta["fps"] == 10 and meta["size"] == (128, 128)
-    with Image.open(tmp_path / "clip.gif") as image:
-        assert image.n_frames == 16 and image.size == (128, 128) and image.info["duration"] == 100
-
-
-def raw_video(path, frames):
-    """A video with none of data.write_video's steps, so that its size may be odd."""
-    frames = np.ascontiguousarray(frames)
-    if path.suffix == ".gif":
-        images = [Image.fromarray(f) for f in frames]
-        images[0].save(path, save_all=True, append_images=images[1:], duration=100)
-    else:
-        writer = imageio_ffmpeg.write_frames(
-            str(path), frames.shape[2:0:-1], fps=10, macro_block_size=1, pix_fmt_out="yuv444p", ffmpeg_log_level="error"
-        )
-        writer.send(None)
-        for frame in frames:
-            writer.send(frame)
-        writer.close()
-    return path
-
-
-@pytest.mark.parametrize("height, width", [(24, 64), (64, 24), (37, 53), (53, 37), (9, 11), (33, 33), (180, 32)])
-@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
-def test_any_size_is_scaled_and_cut_to_its_centre(tmp_path, height, width, suffix):
-    # Red ends that a centre crop leaves out, a green square in the middle.
-    frames = np.zeros((5, height, width, 3), np.uint8)
-    short, long = min(height, width), max(height, width)
-    edge = (long - short) // 2
-    frames[..., 1] = 200 + 4 * np.arange(5)[:, None, None]  # frames differ: a GIF keeps equal ones only once
-    if edge > 4:
-        ends = frames if height > width else frames.transpose(0, 2, 1, 3)
-        ends[:, : edge - 2] = ends[:, -edge + 2 :] = (255, 0, 0)
-    out = read_video(raw_video(tmp_path / f"clip{suffix}", frames), 32)
-    assert out.shape == (5, 32, 32, 3)
-    inner = out[:, 3:-3, 3:-3].reshape(-1, 3).astype(int)
-    assert abs(inner - (0, 208, 0)).max() < 45
-
-
-def test_colours_and_orientation_survive(tmp_path):
-    frames = np.zeros((3, 32, 32, 3), np.uint8)
-    frames[:, :16, :16], frames[:, :16, 16:], frames[:, 16:, :16] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-    frames[:, 31, 31] = np.arange(3)[:, None] * 50  # frames differ: a GIF keeps equal ones only once
-    for suffix in (".mp4", ".gif"):
-        out = read_video(raw_video(tmp_path / f"clip{suffix}", frames), 32)
-        assert abs(out[:, [6, 6, 26, 26], [6, 26, 6, 26]].astype(int) - frames[:, [6, 6, 26, 26], [6, 26, 6, 26]]).max() < 40
-
-
-def test_reading_says_nothing_on_the_terminal(tmp_path, capfd, caplog):
-    raw_video(tmp_path / "clip.mp4", np.zeros((3, 48, 64, 3), np.uint8))
-    read_video(tmp_path / "clip.mp4", 32)
-    assert not caplog.records and capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("content", [b"", b"this is not a video\n" * 40, bytes(range(256)) * 20])
-def test_what_is_not_a_video_is_a_user_error(tmp_path, content):
-    (tmp_path / "clip.mp4").write_bytes(content)
-    with pytest.raises(UserError, match="clip.mp4"):
-        read_video(tmp_path / "clip.mp4", 32)
-
-
-def test_a_missing_file_and_a_directory_are_user_errors(tmp_path):
-    for path in (tmp_path / "none.mp4", tmp_path):
-        with pytest.raises(UserError, match=path.name):
-            read_video(path, 32)
-
-
-def test_a_truncated_video_is_frames_or_a_user_error(tmp_path):
-    whole = write_mp4(tmp_path / "clip", Shapes()[0][0]).read_bytes()
-    for share in (0.2, 0.5, 0.9):
-        (tmp_path / "cut.mp4").write_bytes(whole[: int(share * len(whole))])
-        try:
-            assert read_video(tmp_path / "cut.mp4", 32).shape[1:] == (32, 32, 3)
-        except UserError as error:
-            assert "cut.mp4" in str(error)
-
-
-def test_sheet_has_a_row_for_each_video_and_a_column_for_each_frame(tmp_path):
-    clip = counting_clip(16)
-    write_sheet(tmp_path / "a" / "sheet.png", [clip, clip], ["one", "number two"])
-    with Image.open(tmp_path / "a" / "sheet.png") as image:
-        margin = image.width - 8 * 64
-        assert image.height == 2 * 66 and margin >= 7 * len("number two")
-        shades = [image.getpixel((margin + 64 * i + 32, 66 + 32))[0] for i in range(8)]
-    assert shades == sorted(shades) and shades[0] == 0 and shades[-1] == to_frames(clip)[15, 0, 0, 0]  # first to last
-    write_sheet(tmp_path / "few.png", [clip[:3]])
-    with Image.open(tmp_path / "few.png") as image:
-        assert image.size == (3 * 64, 66)
-
-
-@pytest.mark.parametrize("count, rows, columns", [(1, 1, 1), (2, 1, 2), (3, 2, 2), (5, 2, 3), (9, 3, 3)])
-def test_tile(count, rows, columns):
-    clips = torch.rand(count, 2, 3, 4, 6)
-    grid = tile(clips)
-    assert grid.shape == (2, 3, rows * 4, columns * 6)
-    for i in range(rows * columns):
-        part = grid[:, :, i // columns * 4 :, i % columns * 6 :][:, :, :4, :6]
-        assert torch.equal(part, clips[i]) if i < count else (part == 1).all()
+def test_shapes_can_be_drawn_between_their_frames():
+    shapes = Shapes()
+    assert np.array_equal(shapes.draw(3, [2, 5.0]), shapes.draw(3)[[2, 5]])
+    left, between, right = (shapes.draw(0, [t]).astype(float) for t in (3, 3.5, 4))  # class 0 moves sideways, fast at t = 4
+    assert min(abs(between - left).mean(), abs(between - right).mean()) > 0.3 * abs(left - right).mean() > 0
 
 
 # ------------------------------------------------------------------------------------------------------------------- folders
 
 
-def test_classes_are_the_sub_folders(folder):
-    train = VideoFolder(folder / "train", resolution=32)
+def test_classes_are_the_sub_folders(settings, folder):
+    train = videos(settings, folder / "train")
     assert train.classes == ("ring_circle", "square_updown")
     assert [label for _, label in train.items] == [0, 0, 0, 1, 1, 1]
-    clip, label = train[4]
-    assert clip.shape == (16, 3, 32, 32) and clip.dtype == torch.float32 and label == 1
+    frames, label = train[4]
+    assert frames.shape == (16, 32, 32, 3) and frames.dtype == np.uint8 and label == 1
     shapes = Shapes()
-    original = shapes[shapes.classes.index("square_updown") + 9][0]
-    assert psnr(clip[None], original[None]) > 25
+    original = clip(shapes, shapes.classes.index("square_updown") + 9)
+    assert psnr(to_clip(frames)[None], original[None]) > 25
 
 
-def test_labels_follow_the_classes_of_the_checkpoint(folder):
+def test_labels_follow_the_classes_of_the_checkpoint(settings, folder):
     known = ["a", "square_updown", "ring_circle"]
-    train = VideoFolder(folder / "train", resolution=32, classes=known)
+    train = videos(settings, folder / "train", classes=known)
     assert list(train.classes) == known and [label for _, label in train.items] == [2, 2, 2, 1, 1, 1]
     with pytest.raises(UserError, match="square_updown"):
-        VideoFolder(folder / "train", resolution=32, classes=["ring_circle"])
+        videos(settings, folder / "train", classes=["ring_circle"])
 
 
-def test_the_test_split_is_the_folder_beside_train(folder):
-    test = open_dataset("folder", str(folder / "train"), "test", 32, 16)
-    assert test.root == folder / "test" and len(test) == 2
-    same = open_dataset("folder", str(folder / "test"), "test", 32, 16)
-    assert same.root == folder / "test"
+@pytest.mark.parametrize("given", ["train", "."])
+def test_the_test_role_is_the_folder_beside_train(settings, folder, given):
+    train, test = (videos(settings, folder / given, role) for role in ("train", "test"))
+    assert [path.parts[-3] for path, _ in train.items] == ["train"] * 6
+    assert [path.parts[-3] for path, _ in test.items] == ["test"] * 2
+    assert [path.parts[-3] for path, _ in videos(settings, folder / "test", "test").items] == ["test"] * 2
 
 
-def test_a_folder_of_videos_is_one_class(tmp_path):
+def test_a_folder_of_videos_is_one_class(settings, tmp_path):
     write_mp4(tmp_path / "mine" / "clip", counting_clip())
-    assert VideoFolder(tmp_path / "mine", resolution=32).classes == ("mine",)
+    assert videos(settings, tmp_path / "mine").classes == ("mine",)
 
 
-def test_folders_train_and_test_without_classes(tmp_path):
-    for split in ("train", "test"):
-        write_mp4(tmp_path / split / "clip", counting_clip())
-    train = open_dataset("folder", str(tmp_path / "train"), "train", 32, 16)
-    test = open_dataset("folder", str(tmp_path / "train"), "test", 32, 16, classes=train.classes)
-    assert test.root == tmp_path / "test" and test[0][1] == train[0][1] == 0
+def test_folders_train_and_test_without_classes(settings, tmp_path):
+    for role in ("train", "test"):
+        write_mp4(tmp_path / role / "clip", counting_clip())
+    train = videos(settings, tmp_path / "train")
+    test = videos(settings, tmp_path / "train", "test", train.classes)
+    assert test.items[0][0].parent == tmp_path / "test" and test[0][1] == train[0][1] == 0
 
 
-def test_deeper_folders_and_other_files_are_fine(tmp_path):
+def test_deeper_folders_and_other_files_are_fine(settings, tmp_path):
     write_mp4(tmp_path / "b" / "deep" / "clip", counting_clip())
     (write_mp4(tmp_path / "a" / "clip", counting_clip())).rename(tmp_path / "a" / "clip.MP4")
     (tmp_path / "a" / "notes.txt").write_text("hello")
-    videos = VideoFolder(tmp_path, resolution=32)
-    assert videos.classes == ("a", "b") and len(videos) == 2 and videos[0][0].shape == (16, 3, 32, 32)
+    (tmp_path / "a" / ".hidden.mp4").write_text("hello")
+    train = videos(settings, tmp_path)
+    assert train.classes == ("a", "b") and len(train) == 2 and train[0][0].shape == (16, 32, 32, 3)
+    assert data.find_videos(replace(settings, data_dir=str(tmp_path)), "train")[3] == ["1 files .txt"]
 
 
 @pytest.mark.parametrize("stride", [1, 3])
-def test_stride_and_the_middle_of_a_test_video(tmp_path, stride):
+def test_stride_and_the_middle_of_a_test_video(settings, tmp_path, stride):
     write_mp4(tmp_path / "clip", counting_clip(24))
-    videos = VideoFolder(tmp_path, "test", 32, num_frames=6, stride=stride)
+    test = videos(settings, tmp_path, "test", num_frames=6, stride=stride)
     first = (24 - (5 * stride + 1)) // 2
-    assert numbers(videos[0][0]) == [first + stride * i for i in range(6)]
-    assert torch.equal(videos[0][0], videos[0][0])
+    assert numbers(test[0][0]) == [first + stride * i for i in range(6)]
+    assert np.array_equal(test[0][0], test[5][0])
 
 
-def test_train_clips_start_anywhere_and_the_index_says_where(tmp_path):
+def test_train_clips_start_anywhere_and_the_index_says_where(settings, tmp_path):
     write_mp4(tmp_path / "clip", counting_clip(8))
-    videos = VideoFolder(tmp_path, "train", 32, num_frames=3, stride=2)
-    starts = [tuple(numbers(videos[i][0])) for i in range(60)]
+    train = videos(settings, tmp_path, num_frames=3, stride=2)
+    starts = [tuple(numbers(train[i][0])) for i in range(30)]
     assert set(starts) == {(s, s + 2, s + 4) for s in range(4)}
     random.seed(1)
-    assert [tuple(numbers(videos[i][0])) for i in range(60)] == starts
+    assert [tuple(numbers(train[i][0])) for i in range(30)] == starts
 
 
-def test_a_video_may_be_exactly_as_long_as_a_clip_but_not_shorter(tmp_path):
+def test_a_rate_in_frames_per_second(settings, tmp_path):
+    video.write_video(tmp_path / "clip", counting_clip(24), fps=12)
+    (tmp_path / "clip.gif").unlink()
+    slow = videos(settings, tmp_path, "test", num_frames=5, fps=4.0)[0][0]
+    assert numbers(slow)[0] in range(3, 8) and [b - a for a, b in zip(numbers(slow), numbers(slow)[1:])] == [3, 3, 3, 3]
+    fast = numbers(videos(settings, tmp_path, "test", num_frames=9, fps=24.0)[0][0])
+    assert fast[-1] - fast[0] == 4 and fast == sorted(fast)
+
+
+def test_a_video_may_be_exactly_as_long_as_a_clip_but_not_shorter(settings, tmp_path, capsys):
     write_mp4(tmp_path / "clip", counting_clip(16))
-    assert numbers(VideoFolder(tmp_path, "train", 32, 16)[0][0]) == list(range(16))
-    assert numbers(VideoFolder(tmp_path, "train", 32, 6, stride=3)[0][0]) == list(range(0, 16, 3))
-    with pytest.raises(UserError, match="clip.mp4 has 16 frames, and a clip takes 17"):
-        VideoFolder(tmp_path, "train", 32, 17)[0]
+    assert numbers(videos(settings, tmp_path)[0][0]) == list(range(16))
+    assert numbers(videos(settings, tmp_path, num_frames=6, stride=3)[0][0]) == list(range(0, 16, 3))
+    with pytest.raises(UserError, match="none of the 1 videos.*clip.mp4, for one: it has 16 frames, and a clip takes 17"):
+        videos(settings, tmp_path, num_frames=17)[0]
+    write_mp4(tmp_path / "longer", counting_clip(17))
+    train = videos(settings, tmp_path, num_frames=17)
+    assert [numbers(train[i][0]) for i in range(4)] == [list(range(17))] * 4
+    assert capsys.readouterr().out.count("skipping") == 2, "once for each training"
 
 
-def test_cache_is_bounded_and_changes_nothing(folder):
-    frame_bytes = 16 * 32 * 32 * 3
-    full, tight = (VideoFolder(folder / "train", "test", 32, cache_gb=gb) for gb in (1, 2.5 * frame_bytes / 2**30))
-    for _ in range(2):
-        for i in range(len(full)):
-            assert torch.equal(full[i][0], tight[i][0])
-    assert len(full.cache) == 6 and len(tight.cache) == 2
+def test_flips_and_crops_are_of_training_clips_and_follow_from_the_index(settings, tmp_path):
+    ramp = torch.linspace(-1, 1, 64).expand(4, 3, 64, 64)  # brighter to the right
+    write_mp4(tmp_path / "clip", ramp)
+    plain = clip(videos(settings, tmp_path, num_frames=4), 0)
+    flipping, cropping = (videos(settings, tmp_path, num_frames=4, **kw) for kw in ({"flip": True}, {"crop_scale": 0.5}))
+    clips = [clip(flipping, i) for i in range(20)]
+    mirrored = [torch.equal(c, plain.flip(-1)) for c in clips]
+    assert all(m or torch.equal(c, plain) for m, c in zip(mirrored, clips)) and 3 < sum(mirrored) < 17
+    clips = [clip(cropping, i) for i in range(40)]
+    spans = [(c[0, 0, 0, -1] - c[0, 0, 0, 0]).item() / 2 for c in clips]
+    assert 0.4 < min(spans) < 0.6 and 0.85 < max(spans) < 1.05, "of the ramp's height, what a crop can see"
+    assert all(c.shape == (4, 3, 32, 32) for c in clips)
+    assert torch.equal(clip(cropping, 7), clips[7]) and not torch.equal(clips[7], clips[8])
+    test = videos(settings, tmp_path, "test", num_frames=4, flip=True, crop_scale=0.5)
+    assert all(torch.equal(clip(test, i), plain) for i in range(5))
 
 
-def test_missing_and_empty_folders(tmp_path):
+def test_missing_and_empty_folders(settings, tmp_path):
     for path, match in ((tmp_path / "none", "no directory"), (tmp_path, "holds no videos")):
         with pytest.raises(UserError, match=match):
-            VideoFolder(path)
+            videos(settings, path)
     with pytest.raises(UserError, match="--data-dir"):
-        open_dataset("folder", "", "train", 32, 16)
+        open_dataset(Config("folder"), "train")
     with pytest.raises(UserError, match="crcv.ucf.edu.*|/nowhere"):
-        open_dataset("ucf", "/nowhere", "train", 32, 16)
+        open_dataset(Config("ucf", "/nowhere"), "train")
+
+
+# ------------------------------------------------------------------------------------------------------------------- layouts
+
+
+def image(path, shade, size=(40, 40)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (shade, shade, shade)).save(path)
+
+
+def test_folders_of_frames_are_videos_in_the_order_of_their_numbers(settings, tmp_path):
+    for i in range(12):
+        image(tmp_path / "a" / "one" / f"frame_{i}.png", 10 * i)
+        image(tmp_path / "b" / f"{i:03d}.jpg", 20 * i)
+    train = videos(settings, tmp_path, num_frames=12)
+    assert train.classes == ("a", "b") or [str(p.name) for p, _ in train.items] == ["one", "b"]
+    assert [round(v / 10) for v in train[0][0].mean((1, 2, 3))] == list(range(12))
+    assert [round(v / 20) for v in train[1][0].mean((1, 2, 3))] == list(range(12))
+
+
+@pytest.mark.parametrize("across", [True, False])
+def test_strips_as_mocogan_has_them(settings, tmp_path, across):
+    frames = [np.full((24, 24, 3), 10 * i, np.uint8) for i in range(10)]
+    (tmp_path / "walk").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.concatenate(frames, 1 if across else 0)).save(tmp_path / "walk" / name)
+    train = videos(settings, tmp_path, num_frames=10)
+    assert train.classes == ("walk",) and len(train) == 2
+    assert [round(v / 10) for v in train[1][0].mean((1, 2, 3))] == list(range(10))
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".png", ".webp"])
+def test_animated_images_of_uneven_timing(settings, tmp_path, suffix):
+    frames = [Image.fromarray(np.full((32, 32, 3), 20 * i, np.uint8)) for i in range(5)]
+    for k, frame in enumerate(frames):
+        frame.putpixel((k, k), (255, 0, 0))
+    durations = [40, 40, 120, 40, 40]
+    frames[0].save(tmp_path / f"clip{suffix}", save_all=True, append_images=frames[1:], duration=durations)
+    shown = videos(settings, tmp_path, num_frames=7)[0][0]
+    assert [round(v / 20) for v in shown[:, 20, 10].mean(1)] == [0, 1, 2, 2, 2, 3, 4]
+
+
+@pytest.fixture
+def ucf(tmp_path):
+    for name in ("ApplyLipstick", "Archery"):
+        for group in (1, 8):
+            write_mp4(tmp_path / "data" / "UCF-101" / name / f"v_{name}_g{group:02d}_c01", counting_clip(16))
+    lists = tmp_path / "data" / "ucfTrainTestlist"
+    lists.mkdir()
+    (lists / "trainlist02.txt").write_text("Archery/v_Archery_g08_c01.mp4 2\nArchery/v_Archery_g09_c01.mp4 2\n")
+    (lists / "testlist02.txt").write_text("ApplyLipstick/v_ApplyLipstick_g01_c01.mp4\r\nArchery/v_Archery_g01_c01.mp4\r\n")
+    return replace(Config("ucf"), resolution=32, cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("level", ["data", "data/UCF-101", "data/UCF-101/Archery"])
+def test_ucf_from_one_level_up_or_down(ucf, tmp_path, level):
+    train = open_dataset(replace(ucf, data_dir=str(tmp_path / level)), "train")
+    assert train.classes == ("ApplyLipstick", "Archery") and len(train) == 4 and train[3][1] == 1
+
+
+def test_official_splits_of_ucf(ucf, tmp_path):
+    ucf = replace(ucf, data_dir=str(tmp_path / "data" / "UCF-101"), split=2)
+    _, items, classes, notes = data.find_videos(ucf, "train")
+    assert [path.name for path, _ in items] == ["v_Archery_g08_c01.mp4"]
+    assert notes == ["1 of 2 videos in the list are not there"] and classes == ["ApplyLipstick", "Archery"]
+    test = open_dataset(ucf, "test")
+    assert [test.name(i).split("/")[-1][2:-4] for i in range(2)] == ["ApplyLipstick_g01_c01", "Archery_g01_c01"]
+    with pytest.raises(UserError, match="trainlist01.txt.*unpack"):
+        open_dataset(replace(ucf, split=1), "train")
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("level", [".", "train"])
+def test_kinetics_with_missing_files(tmp_path, flat, level):
+    rows = [("riding a bike", "abcdefghijk", 3, 13), ("yoga", "-_345678901", 10, 20), ("zumba", "gone4567890", 0, 10)]
+    for role, part in (("train", rows), ("val", rows[:1])):
+        lines = [f"{label},{name},{start},{end},{role}" for label, name, start, end in part]
+        (tmp_path / role).mkdir()
+        (tmp_path / f"{role}.csv").write_text("\n".join(["label,youtube_id,time_start,time_end,split", *lines]))
+        for label, name, start, end in part[:2]:
+            folder = tmp_path / role if flat else tmp_path / role / label
+            write_mp4(folder / f"{name}_{start:06d}_{end:06d}", counting_clip(16))
+    settings = Config("kinetics", str(tmp_path / level), resolution=32, cache_dir=str(tmp_path / "cache"))
+    _, items, _, notes = data.find_videos(settings, "train")
+    assert [(path.name[:11], name) for path, name in items] == [("abcdefghijk", "riding a bike"), ("-_345678901", "yoga")]
+    assert notes == ["1 of 3 videos in the list are not there"]
+    train = open_dataset(settings, "train")
+    assert train.classes == ("riding a bike", "yoga", "zumba"), "of the list, whatever is there"
+    assert len(open_dataset(settings, "test", train.classes)) == 1
+    for file in tmp_path.glob("*.csv"):
+        file.unlink()
+    if flat:
+        with pytest.raises(UserError, match="holds no videos"):
+            open_dataset(settings, "train")
+    else:
+        assert open_dataset(settings, "train").classes == ("riding a bike", "yoga")
+
+
+def test_taichi_and_sky(tmp_path):
+    for i in range(3):
+        image(tmp_path / "taichi" / "train" / "id#000001#000003.mp4" / f"{i:07d}.png", 10 * i)
+        image(tmp_path / "sky" / "sky_train" / "one" / "one_1" / f"one_frames_{i:08d}.jpg", 10 * i)
+        image(tmp_path / "sky" / "sky_test" / "two" / "two_1" / f"two_frames_{i:08d}.jpg", 10 * i)
+    write_mp4(tmp_path / "taichi" / "test" / "a#1#2", counting_clip(3))
+    shared = dict(resolution=32, num_frames=3, cache_dir=str(tmp_path / "cache"))
+    for name in ("taichi", "sky"):
+        for level in (f"{name}", f"{name}/{'sky_' if name == 'sky' else ''}train"):
+            for role in ("train", "test"):
+                dataset = open_dataset(Config(name, str(tmp_path / level), **shared), role)
+                assert dataset.classes == (name,) and len(dataset) == 1 and dataset[0][0].shape == (3, 32, 32, 3)
+
+
+@pytest.mark.parametrize("name", ["ucf", "kinetics", "taichi", "sky"])
+def test_what_does_not_look_like_the_data_set_is_explained(tmp_path, name):
+    (tmp_path / "a" / "photos").mkdir(parents=True)
+    with pytest.raises(UserError, match="does not look like.*should hold.*--data-dir"):
+        open_dataset(Config(name, str(tmp_path / "a")), "train")
+    with pytest.raises(UserError, match="https://"):
+        open_dataset(Config(name, str(tmp_path / "none")), "train")
 
 
 # ------------------------------------------------------------------------------------------------------------------- batches
 
 
-def test_each_clip_comes_once_in_a_pass():
-    clips = [(torch.full((1, 3, 2, 2), float(i)), i) for i in range(12)]
-    clips += clips + clips  # index i + 12 is clip i again
-    batches = endless(clips, Stream(12, 4, seed=3))
+class Numbers(list):
+    decodes = False
+
+
+@pytest.mark.parametrize("workers", [-1, 0, 3])
+def test_each_clip_comes_once_in_a_pass(workers):
+    clips = Numbers([(np.full((1, 2, 2, 3), i, np.uint8), i) for i in range(12)] * 3)  # index i + 12 is clip i again
+    batches = endless(clips, Stream(12, 4, seed=3), workers)
     passes = []
     for _ in range(3):
         labels = []
         for _ in range(3):
-            clip, label = next(batches)
-            assert clip.shape == (4, 1, 3, 2, 2) and (clip[:, 0, 0, 0, 0] == label).all()
+            frames, label = next(batches)
+            assert frames.shape == (4, 1, 2, 2, 3) and frames.dtype == torch.uint8 and (frames[:, 0, 0, 0, 0] == label).all()
             labels += label.tolist()
         assert Counter(labels) == Counter(range(12))
         passes.append(labels)
@@ -370,45 +405,19 @@ def test_fixed_clips_are_spread_and_the_same():
 
 
 @pytest.mark.skipif(not (SHARED / "weizmann").is_dir(), reason="shared/data is not here")
-def test_weizmann():
-    train = open_dataset("folder", str(SHARED / "weizmann" / "train"), "train", 32, 16)
-    test = open_dataset("folder", str(SHARED / "weizmann" / "train"), "test", 32, 16, classes=train.classes)
+def test_weizmann(settings):
+    train = videos(settings, SHARED / "weizmann" / "train")
+    test = videos(settings, SHARED / "weizmann" / "train", "test", train.classes)
     assert train.classes == ("bend", "jumping_jack", "wave_one_hand", "wave_two_hands")
     assert Counter(label for _, label in train.items) == {i: 16 for i in range(4)} and len(test) == 8
     clips, labels = fixed_clips(test, 8)
     assert clips.shape == (8, 16, 3, 32, 32) and labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert clips.std((1, 2, 3, 4)).min() > 0.05
     assert clips.diff(dim=1).abs().mean((1, 2, 3, 4)).min() > 1e-3  # people move
-    assert train[0][0].shape == (16, 3, 32, 32)
 
 
-@pytest.mark.skipif(not (SHARED / "clips").is_dir(), reason="shared/data is not here")
-@pytest.mark.parametrize("name", ["corrupted.mp4", "demo.mp4", "test.mp4", "video_90.mov"])
-def test_clips_from_the_wild_are_frames_or_a_user_error(name):
-    try:
-        assert read_video(SHARED / "clips" / name, 32).shape[1:] == (32, 32, 3)
-    except UserError as error:
-        assert name == "corrupted.mp4" and name in str(error)
-
-
-def test_shapes_can_be_drawn_between_their_frames():
-    shapes = Shapes()
-    assert np.array_equal(shapes.draw(3, [2, 5.0]), shapes.draw(3)[[2, 5]])
-    left, between, right = (shapes.draw(0, [t]).astype(float) for t in (3, 3.5, 4))  # class 0 moves sideways, fast at t = 4
-    assert min(abs(between - left).mean(), abs(between - right).mean()) > 0.3 * abs(left - right).mean() > 0
-
-
-def test_flips_and_crops_are_of_training_clips_and_follow_from_the_index(tmp_path):
-    ramp = torch.linspace(-1, 1, 64).expand(4, 3, 64, 64)  # brighter to the right
-    write_mp4(tmp_path / "clip", ramp)
-    plain = VideoFolder(tmp_path, "train", 32, num_frames=4)[0][0]
-    flipping, cropping = (VideoFolder(tmp_path, "train", 32, 4, **kw) for kw in ({"flip": True}, {"crop_scale": 0.5}))
-    clips = [flipping[i][0] for i in range(20)]
-    mirrored = [torch.equal(clip, plain.flip(-1)) for clip in clips]
-    assert all(m or torch.equal(clip, plain) for m, clip in zip(mirrored, clips)) and 3 < sum(mirrored) < 17
-    spans = [(cropping[i][0][0, 0, 0, -1] - cropping[i][0][0, 0, 0, 0]).item() / 2 for i in range(40)]
-    assert 0.4 < min(spans) < 0.6 and 0.85 < max(spans) < 1.05, "of the ramp's height, what a crop can see"
-    assert all(cropping[i][0].shape == (4, 3, 32, 32) for i in range(40))
-    assert torch.equal(cropping[7][0], cropping[7][0]) and not torch.equal(cropping[7][0], cropping[8][0])
-    test = VideoFolder(tmp_path, "test", 32, num_frames=4, flip=True, crop_scale=0.5)
-    assert all(torch.equal(test[i][0], plain) for i in range(20))
+@pytest.mark.skipif(not (SHARED / "weizmann").is_dir(), reason="shared/data is not here")
+def test_clips_are_the_same_with_a_cache_and_without(tmp_path):
+    where = dict(data_dir=str(SHARED / "weizmann" / "test"), resolution=32, cache_dir=str(tmp_path))
+    cached, decoded = (open_dataset(Config("folder", cache=cache, **where), "train") for cache in ("on", "off"))
+    assert all(np.array_equal(cached[i][0], decoded[i][0]) for i in range(16))

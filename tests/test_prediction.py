@@ -9,6 +9,7 @@ from conftest import script, write_mp4
 import data
 import dit
 import utils
+import video
 from dit import DiT, DiTConfig, cached_latents, encode_batch, encode_given, generate
 from vae import load_vae
 
@@ -33,14 +34,14 @@ def predictor(trained, tmp_path_factory):
 
 @torch.no_grad()
 def test_only_the_given_frames_reach_the_condition(stage1):
-    video = data.Shapes()[0][0][None]
-    given = encode_given(stage1, video, 5)
-    other = video.clone()
+    clip = video.to_clip(data.Shapes()[0][0])[None]
+    given = encode_given(stage1, clip, 5)
+    other = clip.clone()
     other[:, 5:] = torch.rand_like(other[:, 5:])
     assert torch.equal(encode_given(stage1, other, 5), given)
     other[:, 4] = 0.3
     assert not torch.equal(encode_given(stage1, other, 5), given)
-    zeros = torch.cat([video[:, :5], torch.zeros_like(video[:, 5:])], 1)
+    zeros = torch.cat([clip[:, :5], torch.zeros_like(clip[:, 5:])], 1)
     assert torch.equal(stage1.encode(zeros)[0], given)  # 5 given frames and 11 zero frames
 
 
@@ -104,9 +105,9 @@ def test_cache_holds_the_posteriors_and_is_read_again(stage1, tmp_path, monkeypa
     shapes = data.Shapes()
     args = (stage1, shapes, 11, 5, torch.device("cpu"))
     latents, labels = cached_latents(tmp_path / "c", {"a": 1}, *args, batch_size=4)
-    video = torch.stack([shapes[i][0] for i in range(11)])
+    clips = torch.stack([video.to_clip(shapes[i][0]) for i in range(11)])
     assert latents.shape == (11, 3, 32, 16) and labels.tolist() == [i % 9 for i in range(11)]
-    torch.testing.assert_close(latents.float(), encode_batch(stage1, video, 5), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(latents.float(), encode_batch(stage1, clips, 5), rtol=2e-3, atol=2e-3)
 
     def no_more(*args):
         raise AssertionError("encoded again")
@@ -131,7 +132,7 @@ def test_fingerprint_tells_networks_apart(stage1):
 
 
 def test_predict_real_videos(predictor, tmp_path):
-    long, short = data.Shapes()[0][0], data.Shapes()[5][0][:7]
+    long, short = video.to_clip(data.Shapes()[0][0]), video.to_clip(data.Shapes()[5][0])[:7]
     files = [write_mp4(tmp_path / "long", long), write_mp4(tmp_path / "short", short)]
     done = script(
         "sample.py",
@@ -153,7 +154,7 @@ def test_predict_real_videos(predictor, tmp_path):
     # The long one says how it went on; the short one has the given frames only.
     assert names == [f"{i:02d}_{n}.mp4" for i, n in enumerate(["real", *["predicted"] * 4])]
     assert re.search(r"PSNR of the 11 predicted frames \d+\.\d+ dB, of copies of the last given one \d+\.\d+ dB", done.stdout)
-    real, predicted = (data.read_video(out / "predict" / names[i], 32) for i in (0, 1))
+    real, predicted = (video.read_frames(out / "predict" / names[i], 32) for i in (0, 1))
     assert real.shape == predicted.shape == (16, 32, 32, 3)
     orange = abs(predicted.astype(int)[:, 0] - [255, 153, 0]).mean((1, 2)) < 60
     assert orange.tolist() == [True] * 5 + [False] * 11
@@ -162,7 +163,7 @@ def test_predict_real_videos(predictor, tmp_path):
 
 
 def test_predict_says_what_it_needs(predictor, trained, tmp_path):
-    short = write_mp4(tmp_path / "short", data.Shapes()[0][0][:4])
+    short = write_mp4(tmp_path / "short", video.to_clip(data.Shapes()[0][0])[:4])
     for ckpt, options, words in (
         (trained / "dit.pt", [], "--cond-frames 5"),
         (trained / "vae.pt", [], "no stage 2"),
@@ -174,6 +175,6 @@ def test_predict_says_what_it_needs(predictor, trained, tmp_path):
 
 def test_mark_draws_an_edge_and_leaves_the_clip_alone():
     clip = torch.zeros(2, 3, 64, 64)
-    marked = data.mark(clip)
+    marked = video.mark(clip)
     assert not clip.any() and not marked[:, :, 2:-2, 2:-2].any()
     assert torch.equal(marked[1, :, 1, 30], torch.tensor([1.0, 0.2, -1.0]))

@@ -293,7 +293,7 @@ def test_the_log_is_for_tensorboard_too_where_it_is_installed(tmp_path):
     for step in range(4):
         log.add(loss=torch.tensor(float(step)))
         log.step(step)
-    log.video(4, "samples", data.to_frames(data.Shapes()[0][0]))
+    log.video(4, "samples", data.Shapes()[0][0])
     log.close()
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()

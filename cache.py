@@ -1,0 +1,176 @@
+"""A data set decoded once: every frame of every video at the training size, memory-mapped, so that any clip is one copy away.
+
+directory/
+    frames-00.u8, …   uint8 frames [size, size, 3], one behind the other; one file for each decoder that worked on it
+    index.jsonl       what is in them, a line of JSON each:
+                          {"format": …, "key": {…}}                           what the cache is of
+                          {"video": name, "bytes": of the file, "file": 0, "start": frame, "frames": n, "hash": sha256}
+                          {"video": name, "bytes": of the file, "skipped": reason}
+                          {"complete": sha256 of all lines before}            there when all videos have been through
+
+A line is written when its frames are, so a run that was stopped goes on where it was. Nothing in a cache is ever executed.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import queue
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import video
+from utils import UserError
+
+FORMAT = "nerv-diffusion frames 1"
+
+
+def read_index(directory):
+    """(header or None, {video: entry}, complete) of an index, as far as it goes; what follows a damaged line is not read."""
+    header, entries, digest = None, {}, hashlib.sha256()
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        for line in open(Path(directory) / "index.jsonl", "rb"):
+            entry = json.loads(line)
+            if header is None:
+                header = {"format": entry["format"], "key": entry["key"]}
+            elif "complete" in entry:
+                return header, entries, entry["complete"] == digest.hexdigest()
+            else:
+                entries[entry["video"]] = entry
+            digest.update(line)
+    return header, entries, False
+
+
+def hash_of(path, begin, length):
+    """SHA-256 of bytes begin … begin + length of a file, read piece by piece."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        f.seek(begin)
+        while length > 0 and (piece := f.read(min(length, 2**20))):
+            digest.update(piece)
+            length -= len(piece)
+    return digest.hexdigest()
+
+
+def prepare(directory, root, videos, size, fps=0.0, workers=0):
+    """Decode videos (paths below root) into the cache at directory; those that are in it already stay as they are.
+
+    Uses all cores unless told otherwise, a decoder process on each; memory does not grow with the length of a video. Files that
+    cannot be decoded are noted with their reason. Returns the number of videos decoded now.
+    """
+    directory, workers = Path(directory), workers or os.cpu_count()
+    directory.mkdir(parents=True, exist_ok=True)
+    frame_bytes = size * size * 3
+    names = {os.fsdecode(os.path.relpath(path, root)): path for path in videos}
+    key = {"root": video.printable(Path(root).resolve()), "size": size, "fps": fps}
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it: then its work is found done
+        header, entries, complete = read_index(directory)
+        if header and header != {"format": FORMAT, "key": key}:
+            raise UserError(f"{directory} is a cache of {header}, not of {key}: remove it, or name another with --cache-dir")
+        todo = [name for name in names if entries.get(name, {}).get("bytes") != file_size(names[name])]
+        if complete and not todo:
+            return 0
+        with open(directory / "index.part", "w") as index:
+            for line in [{"format": FORMAT, "key": key}, *(entries[name] for name in entries if name not in todo)]:
+                index.write(json.dumps(line) + "\n")
+        os.replace(directory / "index.part", directory / "index.jsonl")
+        with contextlib.ExitStack() as stack:
+            index = stack.enter_context(open(directory / "index.jsonl", "a"))
+            files = queue.SimpleQueue()  # a worker takes one, appends to it, and gives it back
+            for k in range(workers):
+                file = stack.enter_context(open(directory / f"frames-{k:02d}.u8", "ab+"))
+                ends = [e["start"] + e["frames"] for name, e in entries.items() if e.get("file") == k]
+                file.truncate(max(ends, default=0) * frame_bytes)  # what a stopped run left without a line
+                files.put((k, file))
+            writing = threading.Lock()
+            bar = stack.enter_context(tqdm(total=len(todo), desc="preparing", unit="video", dynamic_ncols=True))
+
+            def work(name):
+                k, file = files.get()
+                entry = {"video": name, "bytes": file_size(names[name])}
+                try:
+                    start = file.seek(0, os.SEEK_END) // frame_bytes
+                    count = write_frames(names[name], size, fps, file)
+                    digest = hash_of(file.name, start * frame_bytes, count * frame_bytes)
+                    entry |= {"file": k, "start": start, "frames": count, "hash": digest}
+                except video.BadVideo as error:
+                    entry |= {"skipped": error.reason}
+                finally:
+                    files.put((k, file))
+                with writing:
+                    index.write(json.dumps(entry) + "\n")
+                    index.flush()
+                    bar.update()
+
+            with ThreadPoolExecutor(workers) as pool:
+                try:
+                    list(pool.map(work, todo))
+                except OSError as error:
+                    pool.shutdown(cancel_futures=True)
+                    raise UserError(f"cannot write the cache {directory}: {error.strerror}") from None
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+        lines = (directory / "index.jsonl").read_bytes()
+        with open(directory / "index.jsonl", "ab") as index:
+            index.write(json.dumps({"complete": hashlib.sha256(lines).hexdigest()}).encode() + b"\n")
+    return len(todo)
+
+
+def file_size(path):
+    """Bytes of a file, or the number of a directory's entries: what tells that a video is another one than it was."""
+    with contextlib.suppress(OSError):
+        return len(os.listdir(path)) if os.path.isdir(path) else os.stat(path).st_size
+    return -1
+
+
+def write_frames(path, size, fps, file):
+    """Append all frames of a video to an open file; returns how many."""
+    if video.video_kind(path) == "decoder":
+        return video.decode(path, size, file, fps)
+    frames = video.read_frames(path, size)
+    file.write(frames.tobytes())
+    file.flush()
+    return len(frames)
+
+
+class FrameCache:
+    """A prepared cache, opened: `frames(name)` is a memory-mapped uint8 [T, size, size, 3], `skipped` {name: reason}.
+
+    The index is checked against its hash, the frame files against their sizes, and of the videos a few, spread over the
+    whole, against theirs; all of them with verify=True. Raises UserError where something is not as it was written.
+    """
+
+    def __init__(self, directory, verify=False):
+        self.directory = Path(directory)
+        header, entries, complete = read_index(directory)
+        if not header or header["format"] != FORMAT or not complete:
+            raise UserError(f"{directory} is not a complete cache of frames: make it with `python data.py --prepare`")
+        try:
+            self.size, self.files = int(header["key"]["size"]), {}
+            self.skipped = {name: str(e["skipped"]) for name, e in entries.items() if "skipped" in e}
+            self.entries = {name: e for name, e in entries.items() if "skipped" not in e}
+            ends = {}
+            for e in self.entries.values():
+                ends[e["file"]] = max(ends.get(e["file"], 0), e["start"] + e["frames"])
+            for k, end in ends.items():
+                shape = (end, self.size, self.size, 3)
+                self.files[k] = np.memmap(self.directory / f"frames-{k:02d}.u8", np.uint8, "c", shape=shape)
+        except (OSError, KeyError, TypeError, ValueError):
+            raise UserError(f"the frames of {directory} are missing or too few: remove it and prepare it again") from None
+        names = list(self.entries)
+        for name in tqdm(names if verify else names[:: len(names) // 8 + 1], "verifying", unit="video", disable=not verify):
+            e, frame_bytes = self.entries[name], self.size**2 * 3
+            path = self.directory / f"frames-{e['file']:02d}.u8"
+            if hash_of(path, e["start"] * frame_bytes, e["frames"] * frame_bytes) != e["hash"]:
+                raise UserError(f"the frames of {name} in {directory} are not what was written: remove it and prepare it again")
+
+    def frames(self, name):
+        e = self.entries[name]
+        return self.files[e["file"]][e["start"] : e["start"] + e["frames"]]

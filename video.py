@@ -1,0 +1,361 @@
+"""Video files: any of them as frames, and frames as files that people can watch.
+
+Frames are uint8 [T, H, W, 3], as in files and caches; a clip is float32 [T, 3, H, W] in [-1, 1], as in networks.
+
+ffmpeg decodes, in a process of its own: a file that crashes it, or makes it hang, costs that file and no more. Every reader
+here scales the shorter side to the size that is asked for and cuts out the centre, with rotation and pixel aspect as players
+show them. Frames are evenly spaced in time: a file of variable frame rate is read at its nominal one.
+"""
+
+import functools
+import math
+import os
+import re
+import signal
+import stat
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import imageio_ffmpeg
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+
+from utils import UserError
+
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpg", ".mpeg", ".wmv", ".flv")
+IMAGE_SUFFIXES = (".png", ".apng", ".webp", ".jpg", ".jpeg", ".bmp")
+# Containers that hold pictures themselves; play lists, which make ffmpeg open other files and addresses, are not among them.
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,gif,apng,webp_anim,mpeg,mpegts,mpegvideo,asf,flv,h264,m4v"
+MAX_PIXELS = 2**27  # of one frame; more is a file that is made to fill the memory
+FASTEST = 121  # frames per second; nominal rates beyond are clock ticks, not frames
+TIME_LIMIT = 30.0  # seconds without a byte, after which a decoder counts as hanging
+
+
+NO_PICTURES = "it has no pictures"
+
+
+class BadVideo(UserError):
+    """A file that gives no frames: path and reason, on one line."""
+
+    def __init__(self, path, reason):
+        super().__init__(f"{printable(path)}: {reason}")
+        self.reason = reason
+
+
+def printable(path):
+    """A path as text that any terminal and any JSON takes, whatever bytes the name is made of."""
+    return os.fsencode(path).decode(errors="replace")
+
+
+# ---------------------------------------------------------------------------------------------------------- finding videos
+
+
+def list_videos(root):
+    """All videos under a directory: (paths in order, {suffix: count} of the files that are none).
+
+    A path is a video file, a directory of frames, an animated image, or a strip: one image with square frames side by side
+    or below each other, as MoCoGAN's data come. Hidden files are left out.
+    """
+    videos, others = [], {}
+    for directory, folders, files in os.walk(root):
+        folders.sort()
+        files = sorted((f for f in files if not f.startswith(".")), key=natural)
+        images = [f for f in files if f.lower().endswith(IMAGE_SUFFIXES)]
+        videos += [Path(directory, f) for f in files if f.lower().endswith(VIDEO_SUFFIXES)]
+        if images and image_kind(Path(directory, images[0])) != "still":
+            videos += [Path(directory, f) for f in images]
+        elif len(images) > 1:
+            videos.append(Path(directory))
+        for f in files:
+            if not f.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES):
+                others[Path(f).suffix] = others.get(Path(f).suffix, 0) + 1
+    return sorted(videos, key=str), others
+
+
+def natural(name):
+    """A sorting key that puts frame_2 before frame_10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def image_kind(path):
+    """ "animated", "strip" or "still", of an image file; a damaged one counts as a still."""
+    try:
+        with Image.open(path) as image:
+            short, long = sorted(image.size)
+            if getattr(image, "n_frames", 1) > 1:
+                return "animated"
+            return "strip" if long >= 2 * short and long % short == 0 else "still"
+    except Exception:  # whatever a damaged file makes the library raise
+        return "still"
+
+
+@functools.lru_cache(65536)
+def video_kind(path):
+    """How a path of list_videos is read: "frames" of a directory, "strip", or by the "decoder"."""
+    if Path(path).is_dir():
+        return "frames"
+    images = str(path).lower().endswith(IMAGE_SUFFIXES)
+    return "strip" if images and image_kind(path) == "strip" else "decoder"
+
+
+# --------------------------------------------------------------------------------------------------------- files to frames
+
+
+class Info(NamedTuple):
+    """What the header of a video says: number of frames, frames per second (0 for images), width and height as stored."""
+
+    frames: int
+    fps: float
+    width: int
+    height: int
+
+
+@functools.lru_cache(65536)
+def probe(path):
+    """The Info of a video. Raises BadVideo."""
+    if (kind := video_kind(path)) != "decoder":
+        files = frame_files(path) if kind == "frames" else [path]
+        if not files:
+            raise BadVideo(path, "it has no frames")
+        width, height = image_size(files[0])
+        if kind == "frames":
+            return Info(len(files), 0.0, width, height)
+        short, long = sorted((width, height))
+        return Info(long // short, 0.0, short, short)
+    check_readable(path)
+    text = run_decoder(path, decoder(path, "info"), subprocess.DEVNULL)  # without an output it describes its input
+    video = next((line for line in text.splitlines() if " Video: " in line and "attached pic" not in line), None)
+    if video is None:
+        raise BadVideo(path, explain(text) if " Audio: " not in text else NO_PICTURES)
+    size = re.search(r"\b(\d+)x(\d+)\b", re.sub(r"\b0x[0-9A-Fa-f]+", "", video))
+    width, height = (int(x) for x in size.groups()) if size else (0, 0)
+    rate = re.search(r"([\d.]+)(k?) tbr", video)
+    fps = float(rate[1]) * (1000 if rate[2] else 1) if rate else 25.0
+    fps = fps if fps <= FASTEST else 30.0
+    if duration := re.search(r"Duration: (\d+):(\d+):([\d.]+)", text):
+        hours, minutes, seconds = (float(x) for x in duration.groups())
+        return Info(max(1, round((3600 * hours + 60 * minutes + seconds) * fps)), fps, width, height)
+    return Info(len(read_frames(path, 8)), fps, width, height)  # animated images do not say
+
+
+def read_frames(path, size, start=0, count=None, fps=0.0):
+    """Frames of a video, from number start on, uint8 [up to count, size, size, 3]; all of them without a count.
+
+    fps > 0 reads a file at that rate, whatever its own; images, which have none, stay as they are. Fewer frames than count
+    come where the video ends. Only what is needed is decoded: the decoder seeks. Raises BadVideo where there are none.
+    """
+    kind, last = video_kind(path), None if count is None else start + count
+    if kind == "decoder" and start and str(path).lower().endswith(IMAGE_SUFFIXES):  # in animated images it cannot seek
+        frames = read_frames(path, size, 0, last, fps)[start:]
+    elif kind == "decoder":
+        # A quarter of a frame early, so that rounding does not lose the first one.
+        seconds = (start - 0.25) / (fps or probe(path).fps) if start else 0.0
+        with tempfile.TemporaryFile() as out:
+            decode(path, size, out, fps, seconds, count)
+            out.seek(0)
+            return np.fromfile(out, np.uint8).reshape(-1, size, size, 3)
+    elif kind == "strip":
+        frames = read_strip(path, size)[start:last]
+    else:
+        frames = [read_image(file, size) for file in frame_files(path)[start:last]]
+    if not len(frames):
+        raise BadVideo(path, f"it ends before frame {start}")
+    return np.stack(frames)
+
+
+def decode(path, size, out, fps=0.0, start=0.0, count=None):
+    """Have the frames of a video file written into the open file `out`, as raw RGB at its end; returns how many.
+
+    start is in seconds. Raises BadVideo, and leaves `out` as it was, where there are none.
+    """
+    check_readable(path)
+    rate = f"{fps}" if fps else f"if(gt(source_fps,{FASTEST}),30,source_fps)"
+    # The square in the middle, as seen with the file's pixel aspect, then its size. Rotation is the decoder's own work.
+    filters = f"fps='{rate}',crop='min(iw,ih/sar)':'min(ih,iw*sar)':exact=1,scale={size}:{size}:flags=bicubic"
+    limit = ["-frames:v", str(count)] if count else []
+    raw = ["-map", "0:V:0", *limit, "-vf", filters, "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
+    begin = out.seek(0, os.SEEK_END)
+    frames = 0
+    try:
+        text = run_decoder(path, [*decoder(path, "error", start), *raw], out)
+        frames = (os.fstat(out.fileno()).st_size - begin) // (size * size * 3)
+    finally:
+        out.truncate(begin + frames * size * size * 3)  # no part of a frame stays
+    if not frames:
+        raise BadVideo(path, explain(text))
+    return frames
+
+
+def decoder(path, level, start=0.0):
+    """The command that opens a file, and what it may do with it. A list, not a line for a shell: names are only names."""
+    # fmt: off
+    return [imageio_ffmpeg.get_ffmpeg_exe(), "-v", level, "-nostdin", "-threads", "1", "-max_pixels", str(MAX_PIXELS),
+            "-format_whitelist", CONTAINERS, "-protocol_whitelist", "file",
+            *(["-ss", f"{start:.6f}"] if start > 0 else []), "-i", f"file:{Path(path).absolute()}"]
+    # fmt: on
+
+
+def run_decoder(path, command, out):
+    """Run a decoder that writes into the file `out` to its end; returns its messages. BadVideo, and a kill, where it hangs."""
+    # A session of its own, so that all of it can be killed, and Ctrl-C reaches this process alone.
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.PIPE, start_new_session=True)
+    written, since = 0, time.monotonic()
+    try:
+        while True:
+            try:
+                return process.communicate(timeout=min(1.0, TIME_LIMIT))[1].decode(errors="replace")
+            except subprocess.TimeoutExpired:
+                size = 0 if out == subprocess.DEVNULL else os.fstat(out.fileno()).st_size
+                if size > written:
+                    written, since = size, time.monotonic()
+                elif time.monotonic() - since > TIME_LIMIT:
+                    raise BadVideo(path, f"the decoder hangs: nothing for {TIME_LIMIT:.0f} s") from None
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def check_readable(path):
+    """BadVideo with the reason, where a path is not a file with something in it that may be read."""
+    try:
+        info = os.stat(path)
+    except OSError as error:
+        dangling = os.path.islink(path) and isinstance(error, FileNotFoundError)
+        raise BadVideo(path, "a link to nowhere" if dangling else (error.strerror or "cannot be opened")) from None
+    if not stat.S_ISREG(info.st_mode):
+        raise BadVideo(path, "not a file")
+    if info.st_size == 0:
+        raise BadVideo(path, "empty")
+    if not os.access(path, os.R_OK):
+        raise BadVideo(path, "no permission to read it")
+
+
+def explain(text):
+    """The decoder's complaints -> one line for people."""
+    if "matches no streams" in text:
+        return NO_PICTURES
+    if "not on whitelist" in text:
+        return "not a video, but a play list or the like"
+    lines = [re.sub(r"^(\[.*?\] )+", "", line).strip() for line in text.splitlines() if line.strip()]
+    known = any("Invalid data found" in line or "moov atom" in line for line in lines)
+    return "damaged, or not a video" if known or not lines else f"cannot be decoded ({lines[-1][:100]})"
+
+
+def frame_files(directory):
+    """The images of a directory of frames, in the order of their numbers."""
+    names = [f for f in os.listdir(directory) if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")]
+    return [Path(directory, f) for f in sorted(names, key=natural)]
+
+
+def image_size(path):
+    """(width, height) of an image file. Raises BadVideo."""
+    check_readable(path)
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except Exception as error:  # whatever a damaged file makes the library raise
+        raise BadVideo(path, bad_image(error)) from None
+
+
+def bad_image(error):
+    return f"a damaged image ({str(error)[:100] or type(error).__name__})"
+
+
+def read_image(path, size):
+    """One image as a frame, uint8 [size, size, 3]."""
+    check_readable(path)
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (size, size))  # JPEG: decode no larger than needed
+            return np.asarray(
+                ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+            )
+    except Exception as error:
+        raise BadVideo(path, bad_image(error)) from None
+
+
+def read_strip(path, size):
+    """All frames of a strip: uint8 [T, size, size, 3]."""
+    check_readable(path)
+    try:
+        with Image.open(path) as image:
+            short, long = sorted(image.size)
+            wide, image = image.width > image.height, image.convert("RGB")
+            boxes = [(i, 0, i + short, short) if wide else (0, i, short, i + short) for i in range(0, long, short)]
+            return np.stack([image.resize((size, size), Image.Resampling.BICUBIC, box) for box in boxes])
+    except Exception as error:
+        raise BadVideo(path, bad_image(error)) from None
+
+
+# ---------------------------------------------------------------------------------------------------------- frames to files
+
+
+def to_clip(frames):
+    """uint8 frames [..., T, H, W, 3], array or tensor -> clip [..., T, 3, H, W] in [-1, 1], on the same device."""
+    return torch.as_tensor(frames).movedim(-1, -3).float().div_(127.5).sub_(1)
+
+
+def to_frames(clip):
+    """Clip [..., T, 3, H, W] in [-1, 1] -> numpy uint8 frames [..., T, H, W, 3]."""
+    return ((clip.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).byte().movedim(-3, -1).contiguous().numpy()
+
+
+def tile(clips):
+    """Clips [B, T, 3, H, W] side by side, as many rows as columns or one fewer: one clip [T, 3, rows * H, columns * W]."""
+    clips = torch.stack(list(clips))
+    columns = math.ceil(math.sqrt(len(clips)))
+    rows = math.ceil(len(clips) / columns)
+    blank = clips.new_ones(rows * columns - len(clips), *clips.shape[1:])
+    grid = torch.cat([clips, blank]).unflatten(0, (rows, columns))  # [rows, columns, T, 3, H, W]
+    return grid.permute(2, 3, 0, 4, 1, 5).flatten(4).flatten(2, 3)
+
+
+def enlarge(frames, smallest=128):
+    """Repeat pixels of small frames [T, H, W, 3] a whole number of times, so that a person can see them."""
+    factor = max(1, smallest // frames.shape[1])
+    return frames.repeat(factor, 1).repeat(factor, 2)
+
+
+def mark(clip):
+    """The clip [T, 3, H, W] with an orange edge: frames that were given, not made."""
+    clip, edge = clip.clone(), max(1, clip.shape[-1] // 32)
+    inside = F.pad(torch.ones(clip.shape[-2] - 2 * edge, clip.shape[-1] - 2 * edge, dtype=torch.bool), (edge,) * 4)
+    return torch.where(inside, clip, torch.tensor([1.0, 0.2, -1.0])[:, None, None])
+
+
+def write_video(path, clip, fps=12):
+    """A clip [T, 3, H, W], H and W even, as path.mp4 (H.264) and path.gif, small ones enlarged."""
+    path, frames = Path(path), enlarge(to_frames(clip))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = frames.shape[2], frames.shape[1]
+    writer = imageio_ffmpeg.write_frames(f"{path}.mp4", size, fps=fps, quality=8, macro_block_size=2, ffmpeg_log_level="error")
+    writer.send(None)
+    for frame in frames:
+        writer.send(np.ascontiguousarray(frame))
+    writer.close()
+    images = [Image.fromarray(frame) for frame in frames]
+    images[0].save(f"{path}.gif", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
+
+
+def write_sheet(path, rows, titles=None, columns=8):
+    """A contact sheet as PNG: rows are videos [T, 3, H, W], columns are frames spread over each; titles stand to the left."""
+    strips = []
+    for clip in rows:
+        picks = np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int)
+        strips.append(np.concatenate(list(enlarge(to_frames(clip[picks]), 64)), 1))  # [H, columns * W, 3]
+    margin = max([7 * len(t) for t in titles]) + 8 if titles else 0
+    height = strips[0].shape[0]
+    image = Image.new("RGB", (margin + max(s.shape[1] for s in strips), len(strips) * (height + 2)), "white")
+    draw = ImageDraw.Draw(image)
+    for i, strip in enumerate(strips):
+        image.paste(Image.fromarray(strip), (margin, i * (height + 2)))
+        if titles:
+            draw.text((4, i * (height + 2) + height // 2 - 6), titles[i], fill="black")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
