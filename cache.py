@@ -4,7 +4,7 @@ directory/
     frames-00.u8, …   uint8 frames [size, size, 3], one behind the other; one file for each decoder that worked on it
     index.jsonl       what is in them, a line of JSON each:
                           {"format": …, "key": {…}}                           what the cache is of
-                          {"video": name, "bytes": of the file, "file": 0, "start": frame, "frames": n, "hash": sha256}
+                          {"video": name, "bytes": of the file, "file": 0, "start": frame, "frames": n, "crc": CRC-32 of them}
                           {"video": name, "bytes": of the file, "skipped": reason}
                           {"complete": sha256 of all lines before}            there when all videos have been through
 
@@ -17,7 +17,9 @@ import hashlib
 import json
 import os
 import queue
+import tempfile
 import threading
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,81 +48,130 @@ def read_index(directory):
     return header, entries, False
 
 
-def hash_of(path, begin, length):
-    """SHA-256 of bytes begin … begin + length of a file, read piece by piece."""
-    digest = hashlib.sha256()
+def crc_of(path, begin, length):
+    """CRC-32 of bytes begin … begin + length of a file, read piece by piece: against bad disks, not against bad people."""
+    crc = 0
     with open(path, "rb") as f:
         f.seek(begin)
         while length > 0 and (piece := f.read(min(length, 2**20))):
-            digest.update(piece)
-            length -= len(piece)
-    return digest.hexdigest()
+            crc, length = zlib.crc32(piece, crc), length - len(piece)
+    return crc
 
 
 def prepare(directory, root, videos, size, fps=0.0, workers=0):
     """Decode videos (paths below root) into the cache at directory; those that are in it already stay as they are.
 
-    Uses all cores unless told otherwise, a decoder process on each; memory does not grow with the length of a video. Files that
-    cannot be decoded are noted with their reason. Returns the number of videos decoded now.
+    Uses all cores unless told otherwise, a decoder process on each; memory does not grow with the length of a video. Files
+    that cannot be decoded are noted with their reason. Returns the number of videos that were not there before.
     """
-    directory, workers = Path(directory), workers or os.cpu_count()
+    directory, workers, frame_bytes = Path(directory), workers or os.cpu_count(), size * size * 3
     directory.mkdir(parents=True, exist_ok=True)
-    frame_bytes = size * size * 3
-    names = {os.fsdecode(os.path.relpath(path, root)): path for path in videos}
+    paths = {os.path.relpath(path, root): path for path in videos}
     key = {"root": video.printable(Path(root).resolve()), "size": size, "fps": fps}
-    with open(directory / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it: then its work is found done
+    with contextlib.ExitStack() as stack:
+        fcntl.flock(stack.enter_context(open(directory / "lock", "w")), fcntl.LOCK_EX)  # another process may be at it
         header, entries, complete = read_index(directory)
         if header and header != {"format": FORMAT, "key": key}:
             raise UserError(f"{directory} is a cache of {header}, not of {key}: remove it, or name another with --cache-dir")
-        todo = [name for name in names if entries.get(name, {}).get("bytes") != file_size(names[name])]
+        todo = [name for name in paths if entries.get(name, {}).get("bytes") != file_size(paths[name])]
         if complete and not todo:
             return 0
+
+        # Forget what a run that was stopped left behind: half a line, frames without a line.
         with open(directory / "index.part", "w") as index:
-            for line in [{"format": FORMAT, "key": key}, *(entries[name] for name in entries if name not in todo)]:
+            for line in [{"format": FORMAT, "key": key}, *(entries[name] for name in entries if name not in set(todo))]:
                 index.write(json.dumps(line) + "\n")
         os.replace(directory / "index.part", directory / "index.jsonl")
-        with contextlib.ExitStack() as stack:
-            index = stack.enter_context(open(directory / "index.jsonl", "a"))
-            files = queue.SimpleQueue()  # a worker takes one, appends to it, and gives it back
-            for k in range(workers):
-                file = stack.enter_context(open(directory / f"frames-{k:02d}.u8", "ab+"))
-                ends = [e["start"] + e["frames"] for name, e in entries.items() if e.get("file") == k]
-                file.truncate(max(ends, default=0) * frame_bytes)  # what a stopped run left without a line
+        for part in directory.glob("part-*"):
+            part.unlink()
+        files = queue.SimpleQueue()  # a worker takes one, appends to it, and gives it back
+        for k in range(workers):
+            file = stack.enter_context(open(directory / f"frames-{k:02d}.u8", "ab+"))
+            file.truncate(
+                max((e["start"] + e["frames"] for e in entries.values() if e.get("file") == k), default=0) * frame_bytes
+            )
+            files.put((k, file))
+
+        index, one_at_a_time = stack.enter_context(open(directory / "index.jsonl", "a")), threading.Lock()
+        bar = stack.enter_context(tqdm(total=len(todo), desc="preparing", unit="video", dynamic_ncols=True))
+
+        def work(group):
+            k, file = files.get()
+            try:
+                for name, result in zip(group, append([paths[name] for name in group], size, fps, file)):
+                    entry = {"video": name, "bytes": file_size(paths[name]), **result}
+                    with one_at_a_time:
+                        index.write(json.dumps(entry | ({"file": k} if "frames" in result else {})) + "\n")
+                        index.flush()
+                        bar.update()
+            finally:
                 files.put((k, file))
-            writing = threading.Lock()
-            bar = stack.enter_context(tqdm(total=len(todo), desc="preparing", unit="video", dynamic_ncols=True))
 
-            def work(name):
-                k, file = files.get()
-                entry = {"video": name, "bytes": file_size(names[name])}
-                try:
-                    start = file.seek(0, os.SEEK_END) // frame_bytes
-                    count = write_frames(names[name], size, fps, file)
-                    digest = hash_of(file.name, start * frame_bytes, count * frame_bytes)
-                    entry |= {"file": k, "start": start, "frames": count, "hash": digest}
-                except video.BadVideo as error:
-                    entry |= {"skipped": error.reason}
-                finally:
-                    files.put((k, file))
-                with writing:
-                    index.write(json.dumps(entry) + "\n")
-                    index.flush()
-                    bar.update()
-
-            with ThreadPoolExecutor(workers) as pool:
-                try:
-                    list(pool.map(work, todo))
-                except OSError as error:
-                    pool.shutdown(cancel_futures=True)
-                    raise UserError(f"cannot write the cache {directory}: {error.strerror}") from None
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
-        lines = (directory / "index.jsonl").read_bytes()
-        with open(directory / "index.jsonl", "ab") as index:
-            index.write(json.dumps({"complete": hashlib.sha256(lines).hexdigest()}).encode() + b"\n")
+        pool = ThreadPoolExecutor(workers)
+        try:
+            list(pool.map(work, groups(todo, paths)))
+        except OSError as error:
+            raise UserError(f"cannot write the cache {directory}: {error.strerror}") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+        digest = hashlib.sha256((directory / "index.jsonl").read_bytes()).hexdigest()
+        index.write(json.dumps({"complete": digest}) + "\n")
     return len(todo)
+
+
+def groups(names, paths, largest=2**20, count=16):
+    """Lists of names: small video files several at a time, for which starting a decoder is most of the work; others alone."""
+    small = []
+    for name in names:
+        if file_size(paths[name]) > largest or video.video_kind(paths[name]) != "decoder":
+            yield [name]
+            continue
+        small.append(name)
+        if len(small) == count:
+            yield small
+            small = []
+    if small:
+        yield small
+
+
+def append(paths, size, fps, file):
+    """Append the frames of videos to an open file; yields {"start", "frames", "crc"} or {"skipped"} of each, see above."""
+    frame_bytes = size * size * 3
+    with contextlib.ExitStack() as stack:
+        directory = Path(file.name).parent
+        parts = [stack.enter_context(tempfile.NamedTemporaryFile(dir=directory, prefix="part-")) for _ in paths[1:] and paths]
+        if parts and video.decode_several(paths, size, parts, fps):
+            for part in parts:
+                start, crc = file.seek(0, os.SEEK_END) // frame_bytes, 0
+                while piece := part.read(2**18):
+                    file.write(piece)
+                    crc = zlib.crc32(piece, crc)
+                file.flush()
+                yield {"start": start, "frames": part.tell() // frame_bytes, "crc": crc}
+            return
+    for path in paths:
+        start = file.seek(0, os.SEEK_END) // frame_bytes
+        try:
+            count = write_frames(path, size, fps, file)
+            yield {"start": start, "frames": count, "crc": crc_of(file.name, start * frame_bytes, count * frame_bytes)}
+        except video.BadVideo as error:
+            yield {"skipped": error.reason}
+
+
+def write_frames(path, size, fps, file):
+    """Append the frames of one video to an open file; returns how many."""
+    if video.video_kind(path) == "decoder":
+        return video.decode(path, size, file, fps)
+    start, count = file.seek(0, os.SEEK_END), 0
+    try:
+        for frame in video.image_frames(path, size):
+            file.write(frame.tobytes())
+            count += 1
+    except video.BadVideo:
+        file.truncate(start)
+        raise
+    file.flush()
+    return count
 
 
 def file_size(path):
@@ -128,16 +179,6 @@ def file_size(path):
     with contextlib.suppress(OSError):
         return len(os.listdir(path)) if os.path.isdir(path) else os.stat(path).st_size
     return -1
-
-
-def write_frames(path, size, fps, file):
-    """Append all frames of a video to an open file; returns how many."""
-    if video.video_kind(path) == "decoder":
-        return video.decode(path, size, file, fps)
-    frames = video.read_frames(path, size)
-    file.write(frames.tobytes())
-    file.flush()
-    return len(frames)
 
 
 class FrameCache:
@@ -168,7 +209,7 @@ class FrameCache:
         for name in tqdm(names if verify else names[:: len(names) // 8 + 1], "verifying", unit="video", disable=not verify):
             e, frame_bytes = self.entries[name], self.size**2 * 3
             path = self.directory / f"frames-{e['file']:02d}.u8"
-            if hash_of(path, e["start"] * frame_bytes, e["frames"] * frame_bytes) != e["hash"]:
+            if crc_of(path, e["start"] * frame_bytes, e["frames"] * frame_bytes) != e["crc"]:
                 raise UserError(f"the frames of {name} in {directory} are not what was written: remove it and prepare it again")
 
     def frames(self, name):

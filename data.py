@@ -250,7 +250,11 @@ class Videos:
             if len(self.bad) == len(self.items):
                 raise self.nothing_left()
             good = [k for k in range(len(self.items)) if k not in self.bad]
-            self.items, self.views, self.bad = [self.items[k] for k in good], [cache.frames(names[k]) for k in good], {}
+            self.items, self.views, self.bad = (
+                [self.items[k] for k in good],
+                [np.asarray(cache.frames(names[k])) for k in good],
+                {},
+            )
 
     def __len__(self):
         return len(self.items)
@@ -276,13 +280,12 @@ class Videos:
         length = len(self.views[k]) if self.cache else self.length(k)
         if length < self.span:
             raise video.BadVideo(self.items[k][0], self.too_short(length))
-        rng = random.Random(i) if self.role == "train" else None
-        start = rng.randrange(length - self.span + 1) if rng else (length - self.span) // 2
+        start = scramble(i) % (length - self.span + 1) if self.role == "train" else (length - self.span) // 2
         if self.cache:
             frames = self.views[k][start : start + self.span : self.stride]
         else:
             frames = self.decode(k, start)
-        return self.vary(frames, rng) if rng and (self.flip or self.size > self.resolution) else frames
+        return self.vary(frames, random.Random(i)) if self.flip or self.size > self.resolution else frames
 
     def length(self, k):
         """Frames of video k at the rate it is read at, by its header."""
@@ -314,6 +317,14 @@ class Videos:
     def nothing_left(self):
         path, reason = next((self.items[k][0], reason) for k, reason in self.bad.items())
         return UserError(f"none of the {len(self.items)} videos can be used; {video.printable(path)}, for one: {reason}")
+
+
+def scramble(i):
+    """A number that follows from i and looks random (splitmix64); a generator would take longer than copying a clip should."""
+    z = (i + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return z ^ z >> 31
 
 
 def report(line):
@@ -416,38 +427,34 @@ class Stream:
 def endless(dataset, stream, workers=-1, device=None):
     """Batches (uint8 frames [B, T, H, W, 3], labels [B]) of a data set in the order of a Stream, without end.
 
-    workers: threads that decode ahead, each with a decoder process; -1 is all cores of this process where there is something to
-    decode, and none where clips are ready to copy. On a CPU, a batch is overwritten when the next but one is asked for.
+    workers: threads that work ahead, each with a decoder process where there is something to decode; -1 is all cores of this
+    process. On a CPU a batch lasts until the next one is asked for; its memory is used again, which is faster than new.
     """
     pin = device is not None and device.type == "cuda"
-    if workers < 0:
-        workers = max(1, os.cpu_count() // utils.local_processes()) if dataset.decodes else 0
-    used = collections.deque(maxlen=2)
+    workers = workers if workers > 0 else max(1, os.cpu_count() // utils.local_processes())
+    shape, free, ahead = dataset[0][0].shape, [], collections.deque()
 
-    def together(clips):
-        frames, labels = zip(*clips)
-        shape = (len(frames), *frames[0].shape)
-        if pin:  # memory that the GPU reads while this process goes on, and that is not given out again before it has
-            batch = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-        elif len(used) == 2:  # memory that is new costs more than the copy
-            batch = used.popleft()
-        else:
-            batch = torch.empty(shape, dtype=torch.uint8)
-        used.append(batch)
-        for row, clip in zip(batch.numpy(), frames):
-            row[...] = clip
-        return batch, torch.tensor(labels)
+    def fill(rows, indices):
+        labels = []
+        for row, i in zip(rows, indices):
+            row[...], label = dataset[i]
+            labels.append(label)
+        return labels
 
-    if workers == 0:
-        for indices in stream:
-            yield together([dataset[i] for i in indices])
-        return
-    pool, ahead = ThreadPoolExecutor(workers), collections.deque()
+    pool = ThreadPoolExecutor(workers)
     try:
         for indices in stream:
-            ahead.append([pool.submit(dataset.__getitem__, i) for i in indices])
-            if len(ahead) > 2 and sum(map(len, ahead)) > 2 * workers:
-                yield together([clip.result() for clip in ahead.popleft()])
+            if pin or not free:  # pinned memory is not given out again before the GPU has read it
+                batch = torch.empty((len(indices), *shape), dtype=torch.uint8, pin_memory=pin)
+            else:
+                batch = free.pop()
+            share = 1 if dataset.decodes else math.ceil(len(indices) / workers)
+            parts = [(batch.numpy()[k : k + share], indices[k : k + share]) for k in range(0, len(indices), share)]
+            ahead.append((batch, [pool.submit(fill, *part) for part in parts]))
+            if len(ahead) > 1 and (not dataset.decodes or sum(len(b) for b, _ in ahead) > 2 * workers):
+                batch, parts = ahead.popleft()
+                yield batch, torch.tensor([label for part in parts for label in part.result()])
+                free.append(batch)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -478,7 +485,7 @@ class Config:
     cache: str = option("data", "auto", "frames on disk: auto for small data sets", choices=["auto", "on", "off"])
     cache_dir: str = option("data", "data/cache", "directory of the caches")
     prepare: bool = option("what", False, "decode everything once, into a cache; goes on where it was stopped")
-    verify: bool = option("what", False, "check every frame of the cache against its hash")
+    verify: bool = option("what", False, "check every frame of the cache against its checksum")
     preview: str = option("what", "", "PNG to write eight clips into")
 
 

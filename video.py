@@ -7,6 +7,7 @@ here scales the shorter side to the size that is asked for and cuts out the cent
 show them. Frames are evenly spaced in time: a file of variable frame rate is read at its nominal one.
 """
 
+import errno
 import functools
 import math
 import os
@@ -128,7 +129,7 @@ def probe(path):
         short, long = sorted((width, height))
         return Info(long // short, 0.0, short, short)
     check_readable(path)
-    text = run_decoder(path, decoder(path, "info"), subprocess.DEVNULL)  # without an output it describes its input
+    text, _ = run_decoder(path, [*decoder("info"), *source(path)])  # without an output it describes its input
     video = next((line for line in text.splitlines() if " Video: " in line and "attached pic" not in line), None)
     if video is None:
         raise BadVideo(path, explain(text) if " Audio: " not in text else NO_PICTURES)
@@ -159,10 +160,8 @@ def read_frames(path, size, start=0, count=None, fps=0.0):
             decode(path, size, out, fps, seconds, count)
             out.seek(0)
             return np.fromfile(out, np.uint8).reshape(-1, size, size, 3)
-    elif kind == "strip":
-        frames = read_strip(path, size)[start:last]
     else:
-        frames = [read_image(file, size) for file in frame_files(path)[start:last]]
+        frames = list(image_frames(path, size, start, last))
     if not len(frames):
         raise BadVideo(path, f"it ends before frame {start}")
     return np.stack(frames)
@@ -174,15 +173,14 @@ def decode(path, size, out, fps=0.0, start=0.0, count=None):
     start is in seconds. Raises BadVideo, and leaves `out` as it was, where there are none.
     """
     check_readable(path)
-    rate = f"{fps}" if fps else f"if(gt(source_fps,{FASTEST}),30,source_fps)"
-    # The square in the middle, as seen with the file's pixel aspect, then its size. Rotation is the decoder's own work.
-    filters = f"fps='{rate}',crop='min(iw,ih/sar)':'min(ih,iw*sar)':exact=1,scale={size}:{size}:flags=bicubic"
     limit = ["-frames:v", str(count)] if count else []
-    raw = ["-map", "0:V:0", *limit, "-vf", filters, "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
+    command = [*decoder("error"), *source(path, start), "-map", "0:V:0", *limit, *raw_frames(size, fps), "pipe:1"]
     begin = out.seek(0, os.SEEK_END)
     frames = 0
     try:
-        text = run_decoder(path, [*decoder(path, "error", start), *raw], out)
+        text, _ = run_decoder(path, command, out)
+        if (full := os.strerror(errno.ENOSPC)) in text:
+            raise OSError(errno.ENOSPC, full)
         frames = (os.fstat(out.fileno()).st_size - begin) // (size * size * 3)
     finally:
         out.truncate(begin + frames * size * size * 3)  # no part of a frame stays
@@ -191,26 +189,57 @@ def decode(path, size, out, fps=0.0, start=0.0, count=None):
     return frames
 
 
-def decoder(path, level, start=0.0):
-    """The command that opens a file, and what it may do with it. A list, not a line for a shell: names are only names."""
-    # fmt: off
-    return [imageio_ffmpeg.get_ffmpeg_exe(), "-v", level, "-nostdin", "-threads", "1", "-max_pixels", str(MAX_PIXELS),
-            "-format_whitelist", CONTAINERS, "-protocol_whitelist", "file",
-            *(["-ss", f"{start:.6f}"] if start > 0 else []), "-i", f"file:{Path(path).absolute()}"]
-    # fmt: on
+def decode_several(paths, size, outs, fps=0.0):
+    """Small video files in one process, whose start would take longer than one of them; True where all went well.
+
+    outs are as many new files, open and with names. Where False comes, what is in them is worth nothing.
+    """
+    command = [*decoder("error"), "-y"]
+    for path in paths:
+        command += source(path)
+    for k, out in enumerate(outs):
+        command += ["-map", f"{k}:V:0", *raw_frames(size, fps), f"file:{Path(out.name).absolute()}"]
+    try:
+        text, status = run_decoder(paths[0], command, *outs)
+    except BadVideo:
+        return False
+    return status == 0 and not text and all(os.fstat(out.fileno()).st_size for out in outs)
 
 
-def run_decoder(path, command, out):
-    """Run a decoder that writes into the file `out` to its end; returns its messages. BadVideo, and a kill, where it hangs."""
+def decoder(level):
+    return [imageio_ffmpeg.get_ffmpeg_exe(), "-v", level, "-nostdin"]
+
+
+def source(path, start=0.0):
+    """Options that open a file, and say what may be done with it; names are only names, since there is no shell."""
+    seek = ["-ss", f"{start:.6f}"] if start > 0 else []
+    safe = ["-max_pixels", str(MAX_PIXELS), "-format_whitelist", CONTAINERS, "-protocol_whitelist", "file"]
+    return ["-threads", "1", *safe, *seek, "-i", f"file:{Path(path).absolute()}"]
+
+
+def raw_frames(size, fps):
+    """Options that cut out the square in the middle, as seen with the file's pixel aspect, and scale it."""
+    rate = f"{fps}" if fps else f"if(gt(source_fps,{FASTEST}),30,source_fps)"
+    filters = f"fps='{rate}',crop='min(iw,ih/sar)':'min(ih,iw*sar)':exact=1,scale={size}:{size}:flags=bicubic"
+    return ["-vf", filters, "-f", "rawvideo", "-pix_fmt", "rgb24"]
+
+
+def run_decoder(path, command, *outs):
+    """Run a decoder that writes into files, the first of them its standard output; returns (messages, exit status).
+
+    Kills it, and raises BadVideo, where nothing has been written for TIME_LIMIT seconds.
+    """
     # A session of its own, so that all of it can be killed, and Ctrl-C reaches this process alone.
+    out = outs[0] if outs else subprocess.DEVNULL
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.PIPE, start_new_session=True)
     written, since = 0, time.monotonic()
     try:
         while True:
             try:
-                return process.communicate(timeout=min(1.0, TIME_LIMIT))[1].decode(errors="replace")
+                messages = process.communicate(timeout=min(1.0, TIME_LIMIT))[1]
+                return messages.decode(errors="replace"), process.returncode
             except subprocess.TimeoutExpired:
-                size = 0 if out == subprocess.DEVNULL else os.fstat(out.fileno()).st_size
+                size = sum(os.fstat(out.fileno()).st_size for out in outs)
                 if size > written:
                     written, since = size, time.monotonic()
                 elif time.monotonic() - since > TIME_LIMIT:
@@ -265,6 +294,15 @@ def image_size(path):
 
 def bad_image(error):
     return f"a damaged image ({str(error)[:100] or type(error).__name__})"
+
+
+def image_frames(path, size, start=0, last=None):
+    """Frames start … last of a strip or a directory of frames, one after the other, each uint8 [size, size, 3]."""
+    if video_kind(path) == "strip":
+        yield from read_strip(path, size)[start:last]
+    else:
+        for file in frame_files(path)[start:last]:
+            yield read_image(file, size)
 
 
 def read_image(path, size):
