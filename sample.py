@@ -34,6 +34,7 @@ class Config:
     predict: list = option(
         "what", [], "go on from the first frames of FILEs; --classes may name theirs", nargs="+", metavar="FILE"
     )
+    residual: bool = option("what", False, "add to predicted frames what stage 1 loses of the given ones, on average")
     time_scale: float = option("time", 1.0, "decoded frames per frame of the training clips; 8 makes 128 of 16")
     extrapolate: float = option("time", 0.0, "go on for this many frames beyond the end of the clip")
     stride: int = option("time", 1, "frames of a FILE per frame of its clip")
@@ -115,9 +116,10 @@ class Sampler:
         return torch.cat([self.vae.encode(b.to(self.device))[0] for b in clips.split(self.config.batch_size)])
 
     @torch.no_grad()
-    def decode(self, tokens):
-        """Tokens [B, N, d] -> clips [B, len(t), 3, H, W] on the CPU."""
-        return torch.cat([self.vae.decode(b, self.t.to(self.device)).cpu() for b in tokens.split(self.config.batch_size)])
+    def decode(self, tokens, t=None):
+        """Tokens [B, N, d] -> clips [B, len(t), 3, H, W] on the CPU; t are the positions that were asked for, if not given."""
+        t = (self.t if t is None else t).to(self.device)
+        return torch.cat([self.vae.decode(b, t).cpu() for b in tokens.split(self.config.batch_size)])
 
     def write(self, name, clips, titles):
         """Each clip as a video of its own, all of them as one sheet and as one tiled video."""
@@ -139,9 +141,14 @@ def predict(sampler, config):
     if len(labels) not in (1, len(real)):
         raise UserError(f"--classes names {len(labels)} classes: name one for all files, or one for each of {len(real)}")
     labels = [k for k in labels * (len(real) // len(labels)) for _ in range(config.count)]
-    tokens = sampler.generate(labels, real.repeat_interleave(config.count, 0))
+    given = real.repeat_interleave(config.count, 0)
+    tokens = sampler.generate(labels, given)
     sampler.t = sampler.t[sampler.t > cond_frames - 1]
-    decoded = sampler.decode(tokens).unflatten(0, (len(real), config.count))
+    decoded = sampler.decode(tokens)
+    if config.residual:  # what stage 1 cannot hold of the given frames, a wall's texture say, is likely to stay as it is
+        lost = given[:, :cond_frames] - sampler.decode(tokens, torch.arange(cond_frames))
+        decoded = (decoded + lost.mean(1, keepdim=True)).clamp(-1, 1)
+    decoded = decoded.unflatten(0, (len(real), config.count))
     rows, titles, scores = [], [], []
     for clip, length, samples in zip(real, lengths, decoded):
         marked = video.mark(clip[:cond_frames])

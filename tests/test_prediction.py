@@ -162,6 +162,16 @@ def test_predict_real_videos(predictor, tmp_path):
     assert (inside[:5] < 3).all() and (inside[5:] > 3).all()
 
 
+def test_the_residual_restores_what_stays_as_it_is(predictor, tmp_path):
+    still = video.to_clip(data.Shapes()[0][0])[:1].expand(16, -1, -1, -1)
+    file, score = write_mp4(tmp_path / "still", still), {}
+    for option in ("--residual", "--no-residual"):
+        done = script("sample.py", "--ckpt", predictor / "dit.pt", "--predict", file, option, "--steps", 2, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        score[option] = float(re.search(r"predicted frames (\d+\.\d+) dB", done.stdout)[1])
+    assert score["--residual"] > score["--no-residual"] + 5
+
+
 def test_predict_says_what_it_needs(predictor, trained, tmp_path):
     short = write_mp4(tmp_path / "short", video.to_clip(data.Shapes()[0][0])[:4])
     for ckpt, options, words in (
