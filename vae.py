@@ -252,9 +252,10 @@ class Config:
 def preset_defaults(args):
     """The defaults that --preset and --dataset imply."""
     name = args.preset or ("nano" if args.dataset == "shapes" else "S")
-    defaults = {k: getattr(nerv.CONFIGS[name], k) for k in SIZES} | {"preset": name}
-    if args.dataset == "taichi":
-        defaults["stride"] = 4  # as in the paper
+    defaults = {k: getattr(nerv.CONFIGS[name], k) for k in SIZES} | {
+        "preset": name,
+        "stride": data.STRIDES.get(args.dataset, 1),
+    }
     if name == "nano":  # small enough for two CPU cores, and nothing to download
         defaults.update(steps=1500, batch_size=16, decode_frames=2, lr=1e-3, warmup=50, kl_weight=1e-6, ema=0.99)
         defaults.update(lpips="none", gan_weight=0.0, gan_start=1000, gan_warmup=100, gan_every=1, gan_lr=1.0, gan_width=8)
