@@ -134,7 +134,11 @@ def prepare(config):
         raise UserError("name a folder of videos with --data-dir")
     with tempfile.TemporaryDirectory() as directory:
         directory, turn = Path(directory), iter(range(10**6))
-        jobs = [(path, size, directory / f"{i}.raw") for i, path in enumerate(paths)]
+
+        def jobs():  # new files each time, here too
+            place = directory / f"plain{next(turn)}"
+            place.mkdir()
+            return [(path, size, place / f"{i}.raw") for i, path in enumerate(paths)]
 
         def ours():
             cache.prepare(directory / f"cache{next(turn)}", config.data_dir, paths, size)
@@ -142,7 +146,7 @@ def prepare(config):
 
         def ffmpeg():
             with ThreadPoolExecutor(cores) as pool:
-                list(pool.map(plain_ffmpeg, jobs))
+                list(pool.map(plain_ffmpeg, jobs()))
             return len(paths)
 
         runs = {"plain ffmpeg": ffmpeg, "data.py --prepare": ours}
@@ -150,18 +154,18 @@ def prepare(config):
             import av  # noqa: F401
 
             pool = ProcessPoolExecutor(cores, get_context("forkserver"))
-            list(pool.map(plain_pyav, jobs))  # its processes are there before the clock starts
-            runs["plain PyAV"] = lambda: len(list(pool.map(plain_pyav, jobs)))
+            list(pool.map(plain_pyav, jobs()))  # its processes are there before the clock starts
+            runs["plain PyAV"] = lambda: len(list(pool.map(plain_pyav, jobs())))
         except ImportError:
             print("PyAV is not installed, and not measured")
         rates = compare(runs, config.repeats)
-        opened, same = cache.FrameCache(directory / "cache0"), 0
-        for path, _, out in jobs:
+        opened, plain, same = cache.FrameCache(next(directory.glob("cache*"))), next(directory.glob("plain*")), 0
+        for i, path in enumerate(paths):
             frames = opened.frames(os.path.relpath(path, config.data_dir))
-            same += abs(frames.astype(int) - np.fromfile(out, np.uint8).reshape(frames.shape)).max() <= 1
+            same += abs(frames.astype(int) - np.fromfile(plain / f"{i}.raw", np.uint8).reshape(frames.shape)).max() <= 1
     fastest = max((name for name in rates if name.startswith("plain")), key=lambda name: statistics.median(rates[name]))
     table(HEADER, rows_of(rates, fastest, "videos / s"))
-    print(f"reference: {fastest}; frames of {same} of {len(jobs)} videos are the same to one grey level")
+    print(f"reference: {fastest}; frames of {same} of {len(paths)} videos are the same to one grey level")
 
 
 def hour(config):

@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import queue
-import tempfile
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -50,11 +49,11 @@ def read_index(directory):
 
 def crc_of(path, begin, length):
     """CRC-32 of bytes begin … begin + length of a file, read piece by piece: against bad disks, not against bad people."""
-    crc = 0
-    with open(path, "rb") as f:
+    crc, piece = 0, memoryview(bytearray(2**18))
+    with open(path, "rb", buffering=0) as f:
         f.seek(begin)
-        while length > 0 and (piece := f.read(min(length, 2**20))):
-            crc, length = zlib.crc32(piece, crc), length - len(piece)
+        while length > 0 and (count := f.readinto(piece[:length])):
+            crc, length = zlib.crc32(piece[:count], crc), length - count
     return crc
 
 
@@ -82,8 +81,6 @@ def prepare(directory, root, videos, size, fps=0.0, workers=0):
             for line in [{"format": FORMAT, "key": key}, *(entries[name] for name in entries if name not in set(todo))]:
                 index.write(json.dumps(line) + "\n")
         os.replace(directory / "index.part", directory / "index.jsonl")
-        for part in directory.glob("part-*"):
-            part.unlink()
         files = queue.SimpleQueue()  # a worker takes one, appends to it, and gives it back
         for k in range(workers):
             file = stack.enter_context(open(directory / f"frames-{k:02d}.u8", "ab+"))
@@ -98,6 +95,8 @@ def prepare(directory, root, videos, size, fps=0.0, workers=0):
         def work(group):
             k, file = files.get()
             try:
+                if cores:  # the threads of one decoder are quickest on one core, next to each other's frames
+                    os.sched_setaffinity(0, cores[k % len(cores) :][:1] if len(group) > 1 else cores)
                 for name, result in zip(group, append([paths[name] for name in group], size, fps, file)):
                     entry = {"video": name, "bytes": file_size(paths[name]), **result}
                     with one_at_a_time:
@@ -107,6 +106,7 @@ def prepare(directory, root, videos, size, fps=0.0, workers=0):
             finally:
                 files.put((k, file))
 
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []  # of the calling thread alone
         pool = ThreadPoolExecutor(workers)
         try:
             list(pool.map(work, groups(todo, paths)))
@@ -119,17 +119,19 @@ def prepare(directory, root, videos, size, fps=0.0, workers=0):
     return len(todo)
 
 
-def groups(names, paths, largest=2**20, count=16):
+def groups(names, paths, most=2**22, count=16):
     """Lists of names: small video files several at a time, for which starting a decoder is most of the work; others alone."""
-    small = []
+    small, total = [], 0
     for name in names:
-        if file_size(paths[name]) > largest or video.video_kind(paths[name]) != "decoder":
+        size = file_size(paths[name])
+        if size > most // 4 or video.video_kind(paths[name]) != "decoder":
             yield [name]
             continue
-        small.append(name)
-        if len(small) == count:
+        if len(small) == count or total + size > most:
             yield small
-            small = []
+            small, total = [], 0
+        small.append(name)
+        total += size
     if small:
         yield small
 
@@ -137,23 +139,13 @@ def groups(names, paths, largest=2**20, count=16):
 def append(paths, size, fps, file):
     """Append the frames of videos to an open file; yields {"start", "frames", "crc"} or {"skipped"} of each, see above."""
     frame_bytes = size * size * 3
-    with contextlib.ExitStack() as stack:
-        directory = Path(file.name).parent
-        parts = [stack.enter_context(tempfile.NamedTemporaryFile(dir=directory, prefix="part-")) for _ in paths[1:] and paths]
-        if parts and video.decode_several(paths, size, parts, fps):
-            for part in parts:
-                start, crc = file.seek(0, os.SEEK_END) // frame_bytes, 0
-                while piece := part.read(2**18):
-                    file.write(piece)
-                    crc = zlib.crc32(piece, crc)
-                file.flush()
-                yield {"start": start, "frames": part.tell() // frame_bytes, "crc": crc}
-            return
-    for path in paths:
-        start = file.seek(0, os.SEEK_END) // frame_bytes
+    start = file.seek(0, os.SEEK_END) // frame_bytes
+    counts = video.decode_several(paths, size, file, fps) if len(paths) > 1 else None
+    for k, path in enumerate(paths):
         try:
-            count = write_frames(path, size, fps, file)
+            count = counts[k] if counts else write_frames(path, size, fps, file)
             yield {"start": start, "frames": count, "crc": crc_of(file.name, start * frame_bytes, count * frame_bytes)}
+            start += count
         except video.BadVideo as error:
             yield {"skipped": error.reason}
 

@@ -34,6 +34,7 @@ IMAGE_SUFFIXES = (".png", ".apng", ".webp", ".jpg", ".jpeg", ".bmp")
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,gif,apng,webp_anim,mpeg,mpegts,mpegvideo,asf,flv,h264,m4v"
 MAX_PIXELS = 2**27  # of one frame; more is a file that is made to fill the memory
 FASTEST = 121  # frames per second; nominal rates beyond are clock ticks, not frames
+RAW = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-fps_mode", "passthrough", "-threads", "1"]
 TIME_LIMIT = 30.0  # seconds without a byte, after which a decoder counts as hanging
 
 
@@ -174,7 +175,8 @@ def decode(path, size, out, fps=0.0, start=0.0, count=None):
     """
     check_readable(path)
     limit = ["-frames:v", str(count)] if count else []
-    command = [*decoder("error"), *source(path, start), "-map", "0:V:0", *limit, *raw_frames(size, fps), "pipe:1"]
+    filters = ["-filter_threads", "1", "-vf", f"fps={frame_rate(fps)},{square(size)}", *RAW]
+    command = [*decoder("error"), *source(path, start), "-map", "0:V:0", *limit, *filters, "pipe:1"]
     begin = out.seek(0, os.SEEK_END)
     frames = 0
     try:
@@ -189,21 +191,30 @@ def decode(path, size, out, fps=0.0, start=0.0, count=None):
     return frames
 
 
-def decode_several(paths, size, outs, fps=0.0):
-    """Small video files in one process, whose start would take longer than one of them; True where all went well.
-
-    outs are as many new files, open and with names. Where False comes, what is in them is worth nothing.
-    """
-    command = [*decoder("error"), "-y"]
-    for path in paths:
+def decode_several(paths, size, out, fps=0.0):
+    """Small video files with one decoder, whose start would take longer than one of them, as `decode` does one behind the
+    other; returns how many frames each has, or None, with `out` as it was, where any of them gives reason to complain."""
+    command, graph, ends = decoder("level+verbose") + ["-filter_complex_threads", "1"], "", ""
+    for k, path in enumerate(paths):
         command += source(path)
-    for k, out in enumerate(outs):
-        command += ["-map", f"{k}:V:0", *raw_frames(size, fps), f"file:{Path(out.name).absolute()}"]
+        graph += f"[{k}:V:0]fps@{k}={frame_rate(fps)},{square(size)},setsar=1,format=rgb24[v{k}];"
+        ends += f"[v{k}]"
+    graph += f"{ends}concat=n={len(paths)}[out]"
+    begin, counts = out.seek(0, os.SEEK_END), None
     try:
-        text, status = run_decoder(paths[0], command, *outs)
+        text, status = run_decoder(paths[0], [*command, "-filter_complex", graph, "-map", "[out]", *RAW, "pipe:1"], out)
+        # What tells where one video ends and the next begins is what the fps filters say of themselves when they are done.
+        said = [(int(k), int(n)) for k, n in re.findall(r"\[fps@(\d+) @ .*\b([1-9]\d*) frames out", text)]
+        total = (os.fstat(out.fileno()).st_size - begin) / (size * size * 3)
+        well = status == 0 and not re.search(r"\[(error|fatal|panic)\]", text) and sum(n for _, n in said) == total
+        if well and len(said) == len(paths):
+            counts = [n for _, n in sorted(said)]
     except BadVideo:
-        return False
-    return status == 0 and not text and all(os.fstat(out.fileno()).st_size for out in outs)
+        pass
+    finally:
+        if not counts:
+            out.truncate(begin)
+    return counts
 
 
 def decoder(level):
@@ -217,11 +228,13 @@ def source(path, start=0.0):
     return ["-threads", "1", *safe, *seek, "-i", f"file:{Path(path).absolute()}"]
 
 
-def raw_frames(size, fps):
-    """Options that cut out the square in the middle, as seen with the file's pixel aspect, and scale it."""
-    rate = f"{fps}" if fps else f"if(gt(source_fps,{FASTEST}),30,source_fps)"
-    filters = f"fps='{rate}',crop='min(iw,ih/sar)':'min(ih,iw*sar)':exact=1,scale={size}:{size}:flags=bicubic"
-    return ["-vf", filters, "-f", "rawvideo", "-pix_fmt", "rgb24"]
+def frame_rate(fps):
+    return f"'{fps}'" if fps else f"'if(gt(source_fps,{FASTEST}),30,source_fps)'"
+
+
+def square(size):
+    """Filters that cut out the square in the middle, as seen with the file's pixel aspect, and scale it."""
+    return f"crop='min(iw,ih/sar)':'min(ih,iw*sar)':exact=1,scale={size}:{size}:flags=bicubic"
 
 
 def run_decoder(path, command, *outs):
