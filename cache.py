@@ -1,7 +1,7 @@
 """A data set decoded once: every frame of every video at the training size, memory-mapped, so that any clip is one copy away.
 
 directory/
-    frames-00.u8, …   uint8 frames [size, size, 3], one behind the other; one file for each decoder that worked on it
+    frames-00.u8, …   uint8 frames [size, size, 3], one behind the other; one file for each decoder of each run
     index.jsonl       what is in them, a line of JSON each:
                           {"format": …, "key": {…}}                           what the cache is of
                           {"video": name, "bytes": of the file, "file": 0, "start": frame, "frames": n, "crc": CRC-32 of them}
@@ -81,13 +81,20 @@ def prepare(directory, root, videos, size, fps=0.0, workers=0):
             for line in [{"format": FORMAT, "key": key}, *(entries[name] for name in entries if name not in set(todo))]:
                 index.write(json.dumps(line) + "\n")
         os.replace(directory / "index.part", directory / "index.jsonl")
+        ends = {}
+        for e in entries.values():
+            if "frames" in e:
+                ends[e["file"]] = max(ends.get(e["file"], 0), e["start"] + e["frames"])
+        for path in directory.glob("frames-[0-9]*.u8"):
+            if (k := int(path.stem.removeprefix("frames-"))) in ends:
+                os.truncate(path, ends[k] * frame_bytes)
+            else:
+                path.unlink()
+        # Always new files: a decoder whose parent was killed may still be at the end of an old one.
         files = queue.SimpleQueue()  # a worker takes one, appends to it, and gives it back
-        for k in range(workers):
-            file = stack.enter_context(open(directory / f"frames-{k:02d}.u8", "ab+"))
-            file.truncate(
-                max((e["start"] + e["frames"] for e in entries.values() if e.get("file") == k), default=0) * frame_bytes
-            )
-            files.put((k, file))
+        first = max(ends, default=-1) + 1
+        for k in range(first, first + workers):
+            files.put((k, stack.enter_context(open(directory / f"frames-{k:02d}.u8", "ab+"))))
 
         index, one_at_a_time = stack.enter_context(open(directory / "index.jsonl", "a")), threading.Lock()
         bar = stack.enter_context(tqdm(total=len(todo), desc="preparing", unit="video", dynamic_ncols=True))
@@ -97,7 +104,7 @@ def prepare(directory, root, videos, size, fps=0.0, workers=0):
             try:
                 if cores:  # the threads of one decoder are quickest on one core, next to each other's frames
                     os.sched_setaffinity(0, cores[k % len(cores) :][:1] if len(group) > 1 else cores)
-                for name, result in zip(group, append([paths[name] for name in group], size, fps, file)):
+                for name, result in zip(group, append([paths[name] for name in group], size, fps, file, threads)):
                     entry = {"video": name, "bytes": file_size(paths[name]), **result}
                     with one_at_a_time:
                         index.write(json.dumps(entry | ({"file": k} if "frames" in result else {})) + "\n")
@@ -107,9 +114,11 @@ def prepare(directory, root, videos, size, fps=0.0, workers=0):
                 files.put((k, file))
 
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []  # of the calling thread alone
+        jobs = list(groups(todo, paths))
+        threads = max(1, workers // len(jobs)) if jobs else 1  # a few long videos take all cores, too
         pool = ThreadPoolExecutor(workers)
         try:
-            list(pool.map(work, groups(todo, paths)))
+            list(pool.map(work, jobs))
         except OSError as error:
             raise UserError(f"cannot write the cache {directory}: {error.strerror}") from None
         finally:
@@ -136,24 +145,24 @@ def groups(names, paths, most=2**22, count=16):
         yield small
 
 
-def append(paths, size, fps, file):
+def append(paths, size, fps, file, threads=1):
     """Append the frames of videos to an open file; yields {"start", "frames", "crc"} or {"skipped"} of each, see above."""
     frame_bytes = size * size * 3
     start = file.seek(0, os.SEEK_END) // frame_bytes
     counts = video.decode_several(paths, size, file, fps) if len(paths) > 1 else None
     for k, path in enumerate(paths):
         try:
-            count = counts[k] if counts else write_frames(path, size, fps, file)
+            count = counts[k] if counts else write_frames(path, size, fps, file, threads)
             yield {"start": start, "frames": count, "crc": crc_of(file.name, start * frame_bytes, count * frame_bytes)}
             start += count
         except video.BadVideo as error:
             yield {"skipped": error.reason}
 
 
-def write_frames(path, size, fps, file):
+def write_frames(path, size, fps, file, threads=1):
     """Append the frames of one video to an open file; returns how many."""
     if video.video_kind(path) == "decoder":
-        return video.decode(path, size, file, fps)
+        return video.decode(path, size, file, fps, threads=threads)
     start, count = file.seek(0, os.SEEK_END), 0
     try:
         for frame in video.image_frames(path, size):

@@ -168,15 +168,15 @@ def read_frames(path, size, start=0, count=None, fps=0.0):
     return np.stack(frames)
 
 
-def decode(path, size, out, fps=0.0, start=0.0, count=None):
+def decode(path, size, out, fps=0.0, start=0.0, count=None, threads=1):
     """Have the frames of a video file written into the open file `out`, as raw RGB at its end; returns how many.
 
-    start is in seconds. Raises BadVideo, and leaves `out` as it was, where there are none.
+    start is in seconds; threads are the decoder's. Raises BadVideo, and leaves `out` as it was, where there are none.
     """
     check_readable(path)
     limit = ["-frames:v", str(count)] if count else []
     filters = ["-filter_threads", "1", "-vf", f"fps={frame_rate(fps)},{square(size)}", *RAW]
-    command = [*decoder("error"), *source(path, start), "-map", "0:V:0", *limit, *filters, "pipe:1"]
+    command = [*decoder("error"), *source(path, start, threads), "-map", "0:V:0", *limit, *filters, "pipe:1"]
     begin = out.seek(0, os.SEEK_END)
     frames = 0
     try:
@@ -221,11 +221,11 @@ def decoder(level):
     return [imageio_ffmpeg.get_ffmpeg_exe(), "-v", level, "-nostdin"]
 
 
-def source(path, start=0.0):
+def source(path, start=0.0, threads=1):
     """Options that open a file, and say what may be done with it; names are only names, since there is no shell."""
     seek = ["-ss", f"{start:.6f}"] if start > 0 else []
     safe = ["-max_pixels", str(MAX_PIXELS), "-format_whitelist", CONTAINERS, "-protocol_whitelist", "file"]
-    return ["-threads", "1", *safe, *seek, "-i", f"file:{Path(path).absolute()}"]
+    return ["-threads", str(threads), *safe, *seek, "-i", f"file:{Path(path).absolute()}"]
 
 
 def frame_rate(fps):

@@ -74,6 +74,19 @@ def test_going_on_after_a_stop_at_any_line(tmp_path, videos, lines):
     assert len(whole) == 5 and all(np.array_equal(again.frames(name), frames) for name, frames in whole.items())
 
 
+def test_a_decoder_that_outlives_its_run_spoils_nothing(tmp_path, videos):
+    prepare(tmp_path / "cache", tmp_path / "videos", videos[:2], 32, workers=1)
+    with open(tmp_path / "cache" / "frames-00.u8", "ab") as orphan:  # its parent was killed, and it goes on writing
+        orphan.write(bytes(1000))
+        orphan.flush()
+        opened = ready(tmp_path, videos, workers=1)
+        orphan.write(bytes(3000 * 7))
+        orphan.flush()
+        write_mp4(tmp_path / "videos" / "0", counting_clip(7))
+        opened = ready(tmp_path, videos, workers=1)
+    assert [len(opened.frames(f"{i}.mp4")) for i in range(5)] == [7, 11, 12, 13, 14]
+
+
 def test_a_kill_while_preparing(tmp_path):
     for i in range(40):
         write_mp4(tmp_path / "videos" / f"{i:02d}", counting_clip(12))
