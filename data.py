@@ -228,6 +228,7 @@ class Videos:
     square whose side is that share of the frame's or more.
 
     A video that gives no clip is named once with its reason, and the next one takes its place; UserError where none is left.
+    `skipped` lists them, {path: reason}.
     """
 
     def __init__(self, items, classes, role, config, root=None, cache=None):
@@ -236,7 +237,7 @@ class Videos:
         self.resolution, self.num_frames, self.stride, self.fps = c.resolution, c.num_frames, c.stride, c.fps
         self.flip, self.size = c.flip and role == "train", decoded_size(c, role)
         self.span = (c.num_frames - 1) * c.stride + 1  # frames of the video from the first to the last of a clip
-        self.items, self.bad, self.lock = list(items), {}, threading.Lock()
+        self.items, self.bad, self.lock, self.skipped = list(items), {}, threading.Lock(), {}
         if cache:  # all that is wrong is known by now
             names = [os.path.relpath(path, root) for path, _ in self.items]
             for k, name in enumerate(names):
@@ -250,6 +251,7 @@ class Videos:
                 report(f"skipping {len(self.bad) - 20} more, see {cache.directory / 'index.jsonl'}")
             if len(self.bad) == len(self.items):
                 raise self.nothing_left()
+            self.skipped = {self.name(k): reason for k, reason in self.bad.items()}
             good = [k for k in range(len(self.items)) if k not in self.bad]
             self.items, self.views, self.bad = (
                 [self.items[k] for k in good],
@@ -272,7 +274,7 @@ class Videos:
                 except video.BadVideo as error:
                     with self.lock:
                         if k not in self.bad:
-                            self.bad[k] = error.reason
+                            self.bad[k] = self.skipped[self.name(k)] = error.reason
                             report(f"skipping {error}")
         raise self.nothing_left()
 

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 
 import data
 import dit
 import utils
+from evaluate import agreement, train_classifier
 from utils import UserError, option
 from vae import Config as Stage1
 from vae import fine_power, psnr, reconstruct
@@ -40,50 +39,6 @@ class Config:
     per_class: int = option("judging", 20, "generated clips of each class that are judged")
     guidance: float = option("judging", 2.0, "scale of classifier-free guidance")
     out_dir: str = option("output", "out/demo", "where everything goes")
-
-
-class Classifier(nn.Module):
-    """A small 3D convolutional network: clips [B, T, 3, H, W] -> class scores [B, classes]."""
-
-    def __init__(self, num_classes, width=24):
-        super().__init__()
-        layers, channels = [], 3
-        for i, out in enumerate((width, 2 * width, 4 * width, 4 * width)):
-            stride = (1, 2, 2) if i == 0 else 2
-            layers += [nn.Conv3d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm3d(out), nn.GELU()]
-            channels = out
-        self.features = nn.Sequential(*layers)
-        self.head = nn.Linear(channels, num_classes)
-
-    def forward(self, clips):
-        clips = F.interpolate(clips.transpose(1, 2), size=(clips.shape[1], 32, 32), mode="trilinear")
-        return self.head(self.features(clips).mean((2, 3, 4)))
-
-
-def train_classifier(train_set, num_classes, clips, device, batch_size=32, seed=0):
-    """The judge, after one pass over the given number of real clips."""
-    torch.manual_seed(seed)
-    judge = Classifier(num_classes).to(device)
-    batch_size, steps = min(batch_size, len(train_set)), clips // batch_size
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.05)
-    batches = data.endless(train_set, data.Stream(len(train_set), batch_size, seed))
-    for step in utils.tqdm(range(steps), desc="judge", unit="step", dynamic_ncols=True, mininterval=1):
-        for group in optimizer.param_groups:
-            group["lr"] = utils.learning_rate(step, steps, 3e-3, 20)
-        frames, label = (x.to(device) for x in next(batches))
-        loss = F.cross_entropy(judge(to_clip(frames)), label)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-    return judge.eval()
-
-
-@torch.no_grad()
-def agreement(judge, clips, labels):
-    """Share of clips in which the judge sees the given class."""
-    device = next(judge.parameters()).device
-    guesses = torch.cat([judge(batch.to(device)).argmax(1).cpu() for batch in clips.split(32)])
-    return (guesses == labels.cpu()).float().mean().item()
 
 
 def nearest_clips(clips, train_set, count=None):

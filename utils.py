@@ -505,7 +505,7 @@ class RunLog:
             self.board.close()
 
 
-def plot(path, curves):
+def plot(path, curves, x_name="step"):
     """Line plots below each other, one for each of curves {name: [(x, y), …]}, with the range of each axis, as a PNG."""
     width, height, left, top = 720, 150, 90, 24
     image = Image.new("RGB", (width, (height + top + 20) * len(curves)), "white")
@@ -520,8 +520,8 @@ def plot(path, curves):
         draw.text((left, y0 - 16), name, fill="black")
         draw.text((4, y0), f"{high:.4g}", fill="black")
         draw.text((4, y0 + height - 12), f"{low:.4g}", fill="black")
-        draw.text((left, y0 + height + 3), f"step {first}", fill="black")
-        draw.text((width - 80, y0 + height + 3), f"{last}", fill="black")
+        draw.text((left, y0 + height + 3), f"{x_name} {first:g}", fill="black")
+        draw.text((width - 80, y0 + height + 3), f"{last:g}", fill="black")
         if len(points) > 1:
             draw.line([(left + scale_x * (x - first), y0 + scale_y * (high - y)) for x, y in points], fill="#1f77b4", width=2)
     image.save(path)

@@ -3,8 +3,9 @@
 Frames are uint8 [T, H, W, 3], as in files and caches; a clip is float32 [T, 3, H, W] in [-1, 1], as in networks.
 
 ffmpeg decodes, in a process of its own: a file that crashes it, or makes it hang, costs that file and no more. Every reader
-here scales the shorter side to the size that is asked for and cuts out the centre, with rotation and pixel aspect as players
-show them. Frames are evenly spaced in time: a file of variable frame rate is read at its nominal one.
+here scales the shorter side to the size that is asked for and cuts out the centre, or leaves frames at their own size (size
+None), with rotation and pixel aspect as players show them. Frames are evenly spaced in time: a file of variable frame rate is
+read at its nominal one.
 """
 
 import errno
@@ -34,6 +35,8 @@ IMAGE_SUFFIXES = (".png", ".apng", ".webp", ".jpg", ".jpeg", ".bmp")
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,gif,apng,webp_anim,mpeg,mpegts,mpegvideo,asf,flv,h264,m4v"
 MAX_PIXELS = 2**27  # of one frame; more is a file that is made to fill the memory
 FASTEST = 121  # frames per second; nominal rates beyond are clock ticks, not frames
+WHOLE = "scale='round(iw*sar)':ih:flags=bicubic"  # a frame as seen, at its own size
+PPM = ["-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24"]  # which says how large it is: rotation may have turned it
 RAW = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-fps_mode", "passthrough", "-threads", "1"]
 TIME_LIMIT = 30.0  # seconds without a byte, after which a decoder counts as hanging
 
@@ -148,6 +151,7 @@ def probe(path):
 def read_frames(path, size, start=0, count=None, fps=0.0):
     """Frames of a video, from number start on, uint8 [up to count, size, size, 3]; all of them without a count.
 
+    size None gives whole frames at their own size, [up to count, H, W, 3].
     fps > 0 reads a file at that rate, whatever its own; images, which have none, stay as they are. Fewer frames than count
     come where the video ends. Only what is needed is decoded: the decoder seeks. Raises BadVideo where there are none.
     """
@@ -159,36 +163,51 @@ def read_frames(path, size, start=0, count=None, fps=0.0):
         seconds = (start - 0.25) / (fps or probe(path).fps) if start else 0.0
         with tempfile.TemporaryFile() as out:
             decode(path, size, out, fps, seconds, count)
+            skip, height, width = frame_layout(out, 0, size)
             out.seek(0)
-            return np.fromfile(out, np.uint8).reshape(-1, size, size, 3)
+            rows = np.fromfile(out, np.uint8).reshape(-1, skip + height * width * 3)
+            return rows[:, skip:].reshape(-1, height, width, 3)
     else:
         frames = list(image_frames(path, size, start, last))
     if not len(frames):
         raise BadVideo(path, f"it ends before frame {start}")
+    if len({frame.shape for frame in frames}) > 1:
+        raise BadVideo(path, "its frames have different sizes")
     return np.stack(frames)
 
 
 def decode(path, size, out, fps=0.0, start=0.0, count=None, threads=1):
     """Have the frames of a video file written into the open file `out`, as raw RGB at its end; returns how many.
 
-    start is in seconds; threads are the decoder's. Raises BadVideo, and leaves `out` as it was, where there are none.
+    start is in seconds; threads are the decoder's. Where size is None, each frame comes with a header, see frame_layout. Raises
+    BadVideo, and leaves `out` as it was, where there are none.
     """
     check_readable(path)
     limit = ["-frames:v", str(count)] if count else []
-    filters = ["-filter_threads", "1", "-vf", f"fps={frame_rate(fps)},{square(size)}", *RAW]
+    filters = ["-filter_threads", "1", "-vf", f"fps={frame_rate(fps)},{square(size) if size else WHOLE}"]
+    filters += RAW if size else PPM
     command = [*decoder("error"), *source(path, start, threads), "-map", "0:V:0", *limit, *filters, "pipe:1"]
     begin = out.seek(0, os.SEEK_END)
-    frames = 0
+    frames = skip = height = width = 0
     try:
         text, _ = run_decoder(path, command, out)
         if (full := os.strerror(errno.ENOSPC)) in text:
             raise OSError(errno.ENOSPC, full)
-        frames = (os.fstat(out.fileno()).st_size - begin) // (size * size * 3)
+        skip, height, width = frame_layout(out, begin, size)
+        frames = (os.fstat(out.fileno()).st_size - begin) // max(1, skip + height * width * 3)
     finally:
-        out.truncate(begin + frames * size * size * 3)  # no part of a frame stays
+        out.truncate(begin + frames * (skip + height * width * 3))  # no part of a frame stays
     if not frames:
         raise BadVideo(path, explain(text))
     return frames
+
+
+def frame_layout(out, begin, size):
+    """(bytes of header, height, width) of each frame that decode has written into the open file `out`, from `begin` on."""
+    if size:
+        return 0, size, size
+    header = re.match(rb"P6\n(\d+) (\d+)\n255\n", os.pread(out.fileno(), 64, begin))
+    return (header.end(), int(header[2]), int(header[1])) if header else (0, 0, 0)
 
 
 def decode_several(paths, size, out, fps=0.0):
@@ -310,7 +329,10 @@ def bad_image(error):
 
 
 def image_frames(path, size, start=0, last=None):
-    """Frames start … last of a strip or a directory of frames, one after the other, each uint8 [size, size, 3]."""
+    """Frames start … last of a strip or a directory of frames, one after the other, each uint8 [size, size, 3].
+
+    size None leaves them as they are, [H, W, 3]; so it does in the two readers below.
+    """
     if video_kind(path) == "strip":
         yield from read_strip(path, size)[start:last]
     else:
@@ -323,6 +345,8 @@ def read_image(path, size):
     check_readable(path)
     try:
         with Image.open(path) as image:
+            if size is None:
+                return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
             image.draft("RGB", (size, size))  # JPEG: decode no larger than needed
             return np.asarray(
                 ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size), Image.Resampling.BICUBIC)
@@ -337,6 +361,7 @@ def read_strip(path, size):
     try:
         with Image.open(path) as image:
             short, long = sorted(image.size)
+            size = size or short
             wide, image = image.width > image.height, image.convert("RGB")
             boxes = [(i, 0, i + short, short) if wide else (0, i, short, i + short) for i in range(0, long, short)]
             return np.stack([image.resize((size, size), Image.Resampling.BICUBIC, box) for box in boxes])

@@ -1,0 +1,372 @@
+"""How good a checkpoint is on its own data set; `python fvd.py --ckpt vae.pt` and `python fvd.py --ckpt dit.pt` come here.
+
+Stage 1: clips of the held-out set go through the autoencoder and back:    rFVD, PSNR, SSIM, LPIPS
+Stage 2: as many clips are generated as are taken of the training set:     gFVD, class agreement, diversity
+
+A clip is what training sees, at the training size. The work is cut into batches. Each is a file in --out-dir once it is done,
+so that an evaluation that was stopped goes on where it was, several processes (torchrun, one for each GPU) share it, and memory
+does not grow with --videos. results.json and report.html, which needs no other file, are written last.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import os
+import shlex
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from scipy.stats import binomtest
+from tqdm import tqdm
+
+import data
+import dit
+import fvd
+import utils
+import video
+from losses import LPIPS
+from utils import UserError
+from vae import Config as Stage1
+from vae import load_vae
+
+SHOWN = 8  # clips of each kind that are kept to be looked at
+
+
+# -------------------------------------------------------------------------------------------------------------- the judge
+
+
+class Classifier(nn.Module):
+    """A small 3D convolutional network: clips [B, T, 3, H, W] -> class scores [B, classes]."""
+
+    def __init__(self, num_classes, width=24):
+        super().__init__()
+        layers, channels = [], 3
+        for i, out in enumerate((width, 2 * width, 4 * width, 4 * width)):
+            stride = (1, 2, 2) if i == 0 else 2
+            layers += [nn.Conv3d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm3d(out), nn.GELU()]
+            channels = out
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(channels, num_classes)
+
+    def forward(self, clips):
+        clips = F.interpolate(clips.transpose(1, 2), size=(clips.shape[1], 32, 32), mode="trilinear")
+        return self.head(self.features(clips).mean((2, 3, 4)))
+
+
+def train_classifier(train_set, num_classes, clips, device, batch_size=32, seed=0):
+    """The judge of class agreement, after the given number of real clips."""
+    torch.manual_seed(seed)
+    judge = Classifier(num_classes).to(device)
+    batch_size, steps = min(batch_size, len(train_set)), clips // batch_size
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.05)
+    batches = data.endless(train_set, data.Stream(len(train_set), batch_size, seed))
+    for step in tqdm(range(steps), desc="judge", unit="step", dynamic_ncols=True, mininterval=1):
+        for group in optimizer.param_groups:
+            group["lr"] = utils.learning_rate(step, steps, 3e-3, 20)
+        frames, label = (x.to(device) for x in next(batches))
+        loss = F.cross_entropy(judge(video.to_clip(frames)), label)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return judge.eval()
+
+
+@torch.no_grad()
+def classify(judge, clips):
+    """The class that the judge sees in each of clips [B, T, 3, H, W] -> [B] on the CPU."""
+    device = next(judge.parameters()).device
+    return torch.cat([judge(batch.to(device)).argmax(1).cpu() for batch in clips.split(32)])
+
+
+def agreement(judge, clips, labels):
+    """Share of clips in which the judge sees the given class."""
+    return (classify(judge, clips) == labels.cpu()).float().mean().item()
+
+
+def load_judge(path, train_set, num_classes, config, device):
+    """The judge of this evaluation, trained by the first process at the first call."""
+    if utils.rank() == 0 and not path.is_file():
+        judge = train_classifier(train_set, num_classes, config.judge_clips, device)
+        torch.save(judge.state_dict(), part := path.with_suffix(".part"))
+        os.replace(part, path)
+    utils.wait_for_all()
+    judge = Classifier(num_classes)
+    judge.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return judge.to(device).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------- batches
+
+
+def batches(directory, kind, indices, batch_size, measure, rank, world):
+    """{name: array} of all batches one behind the other; measure(indices, start) -> {name: array} of one of them.
+
+    Batches whose file is in the directory are read from it. Each process measures every world-th one, then reads all.
+    """
+    parts = [indices[k : k + batch_size] for k in range(0, len(indices), batch_size)]
+    paths = [directory / f"{kind}-{k:05d}.npz" for k in range(len(parts))]
+    bar = tqdm(total=len(indices), desc=kind, unit="clip", dynamic_ncols=True, disable=rank > 0)
+    with bar:
+        for k, (path, part) in enumerate(zip(paths, parts)):
+            if k % world == rank and not path.is_file():
+                with open(path.with_suffix(".part"), "wb") as f:
+                    np.savez(f, **measure(part, k * batch_size))
+                os.replace(f.name, path)
+            bar.update(len(part))
+    utils.wait_for_all()
+    loaded = [dict(np.load(path, allow_pickle=False)) for path in paths]
+    return {name: np.concatenate([arrays[name] for arrays in loaded]) for name in loaded[0]}
+
+
+def spread_over(dataset, count):
+    """Numbers of up to count clips, spread evenly over a data set: one of each video where there are so many."""
+    count = min(count, len(dataset))
+    return [i * len(dataset) // count for i in range(count)]
+
+
+def read(dataset, indices):
+    """uint8 frames [B, T, H, W, 3] and labels [B] of clips of a data set."""
+    frames, labels = zip(*(dataset[i] for i in indices))
+    return np.stack(frames), np.array(labels)
+
+
+def reconstruct_batch(vae, dataset, detector, lpips, device):
+    @torch.no_grad()
+    def measure(indices, start):
+        real, labels = read(dataset, indices)
+        clips = video.to_clip(real).to(device)
+        decoded = vae.decode(vae.encode(clips)[0], torch.arange(clips.shape[1], device=device))
+        made = video.to_frames(decoded)  # everything is measured on frames as files hold them
+        x, y = (torch.as_tensor(frames).movedim(-1, -3).to(device) / 255 for frames in (real, made))
+        names = [dataset.name(i) for i in indices]
+        found = {"psnr": fvd.psnr(x, y), "ssim": fvd.ssim(x, y)}  # [B, T]
+        if lpips:
+            found["lpips"] = torch.stack([lpips(2 * b[None] - 1, 2 * a[None] - 1) for a, b in zip(x, y)])
+        found = {name: value.cpu().numpy() for name, value in found.items()}
+        found |= {"labels": labels, "real": detector(real, names), "features": detector(made, names)}
+        left = max(0, SHOWN - start)
+        return found | {"shown_real": real[:left], "shown": made[:left]}
+
+    return measure
+
+
+def generate_batch(model, vae, scale, dataset, detector, judge, config, device):
+    @torch.no_grad()
+    def measure(indices, start):
+        real, labels = read(dataset, indices)
+        wanted = torch.as_tensor(labels, device=device)
+        tokens = dit.generate(model, wanted, config.steps, config.guidance, config.sampler, config.seed + start)
+        decoded = vae.decode(tokens / scale, torch.arange(real.shape[1], device=device))
+        made = video.to_frames(decoded)
+        found = {"labels": labels, "real": detector(real, [dataset.name(i) for i in indices]), "features": detector(made)}
+        if judge:
+            found |= {"seen_real": classify(judge, video.to_clip(real)), "seen": classify(judge, video.to_clip(made))}
+        left = max(0, SHOWN - start)
+        return found | {"shown_real": real[:left], "shown": made[:left]}
+
+    return measure
+
+
+# ---------------------------------------------------------------------------------------------------------------- results
+
+
+def mean_result(values, config, unit=""):
+    """The mean over clips of values [B], with its bootstrap interval over clips."""
+    rng = np.random.default_rng(config.seed)
+    draws = values[rng.integers(len(values), size=(max(config.bootstrap, 1), len(values)))].mean(1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return {"value": float(values.mean()), "low": float(low), "high": float(high), "clips": len(values), "unit": unit}
+
+
+def share_result(hits):
+    """The share of hits [B], with Wilson's interval: a bootstrap of nothing but hits has none."""
+    interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
+    ends = {"low": 100 * interval.low, "high": 100 * interval.high}
+    return {"value": 100 * float(hits.mean()), **ends, "clips": len(hits), "unit": "%"}
+
+
+def distance_result(real, made, protocol, config, paired):
+    """The Fréchet distance of features [B, 400], with its bootstrap interval."""
+    result = {"value": fvd.frechet_distance_of(real, made, protocol.ddof), "clips": len(real), "unit": ""}
+    if config.bootstrap:
+        ends = fvd.bootstrap(real, made, protocol.ddof, config.bootstrap, seed=config.seed, paired=paired)
+        result |= dict(zip(("low", "high"), ends))
+    if config.infinity:
+        result["extrapolated"] = fvd.fvd_infinity(real, made, protocol.ddof, seed=config.seed)[0]
+    return result
+
+
+def diversity(features, labels, weights):
+    """Mean distance between features [B, d] of two different clips of the same class; clip i counts weights[i] times."""
+    total = pairs = 0.0
+    for label in np.unique(labels):
+        x, w = features[labels == label].astype(np.float64), weights[labels == label]
+        squares = np.square(x).sum(1)
+        distance = np.sqrt(np.maximum(squares[:, None] + squares - 2 * x @ x.T, 0))
+        pair = w[:, None] * w * (1 - np.eye(len(x)))
+        total, pairs = total + (pair * distance).sum(), pairs + pair.sum()
+    return total / pairs if pairs else float("nan")
+
+
+def diversity_result(real, made, labels, config):
+    """diversity() of generated clips as a share of that of real ones of the same classes, with its bootstrap interval."""
+    rng, draws = np.random.default_rng(config.seed), []
+    for k in range(config.bootstrap + 1):
+        weights = np.bincount(rng.integers(len(labels), size=len(labels)), minlength=len(labels)) if k else np.ones(len(labels))
+        reference = diversity(real, labels, weights)
+        draws.append(100 * diversity(made, labels, weights) / reference if reference else float("nan"))
+    low, high = np.nanquantile(draws, [0.025, 0.975])
+    return {"value": float(draws[0]), "low": float(low), "high": float(high), "clips": len(labels), "unit": "%"}
+
+
+def main(config):
+    utils.check_positive(config, "videos", "batch_size", "judge_clips")
+    if not 1 <= config.steps <= dit.NUM_STEPS:
+        raise UserError(f"--steps {config.steps}: the denoiser has 1 to {dit.NUM_STEPS}")
+    began = time.time()
+    ckpt = utils.load_checkpoint(config.ckpt, ("vae", "dit"), "python vae.py")
+    device, rank, world = utils.start_processes(config.device)
+    model, stage1 = None, ckpt
+    if ckpt["stage"] == "dit":
+        model, vae, scale = dit.load_dit(ckpt)
+        model, stage1 = model.to(device), ckpt["vae"]
+        if model.config.cond_frames:
+            raise UserError(f"{config.ckpt} predicts frames: `python sample.py --predict` scores it, and this one generates")
+    else:
+        vae = load_vae(ckpt)
+    vae.to(device).requires_grad_(False)
+    settings, classes = Stage1(**stage1["config"]), ckpt["classes"]
+    if config.data_dir:
+        settings.data_dir = config.data_dir
+    held_out, train_set = (data.open_dataset(settings, role, classes) for role in ("test", "train"))
+    protocol = fvd.PROTOCOLS[config.protocol]
+    detector = fvd.load_detector(config.features, config.protocol, config.i3d, config.allow_other_weights, config.seed, device)
+    lpips = None if config.lpips == "none" else LPIPS(config.lpips).to(device)
+
+    # All that the batches depend on names their directory: what was measured of another checkpoint is not taken for this one's.
+    key = {name: getattr(config, name) for name in ("videos", "batch_size", "seed", "lpips", "guidance", "steps", "sampler")}
+    key |= detector.meta | {"networks": utils.fingerprint(nn.ModuleList([vae, *([model] if model else [])]))}
+    key |= {"data": str(settings.data_dir), "judge_clips": config.judge_clips}
+    out = Path(config.out_dir)
+    work = out / f"work-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}") from None
+
+    name, results = fvd.label(detector.meta), {}
+    indices = spread_over(held_out, config.videos)
+    if len(indices) < 2:
+        raise UserError("a distance takes two held-out clips or more")
+    measure = reconstruct_batch(vae, held_out, detector, lpips, device)
+    decoded = batches(work, "reconstructed", indices, config.batch_size, measure, rank, world)
+    results[f"r{name}"] = distance_result(decoded["real"], decoded["features"], protocol, config, paired=True)
+    results["PSNR"] = mean_result(decoded["psnr"].mean(1), config, "dB")
+    results["SSIM"] = mean_result(decoded["ssim"].mean(1), config)
+    if lpips:
+        results[f"LPIPS ({config.lpips})"] = mean_result(decoded["lpips"], config)
+    curves = {"PSNR of each frame of the clip, dB": list(enumerate(decoded["psnr"].mean(0).tolist()))}
+    if model:
+        judge = load_judge(work / "judge.pt", train_set, len(classes), config, device) if len(classes) > 1 else None
+        indices = spread_over(train_set, config.videos)
+        measure = generate_batch(model, vae, scale, train_set, detector, judge, config, device)
+        made = batches(work, "generated", indices, config.batch_size, measure, rank, world)
+        results[f"g{name}"] = distance_result(made["real"], made["features"], protocol, config, paired=False)
+        if judge:
+            results["class agreement"] = share_result(made["seen"] == made["labels"])
+            results["class agreement of the real clips"] = share_result(made["seen_real"] == made["labels"])
+        results["diversity, of that of real clips"] = diversity_result(made["real"], made["features"], made["labels"], config)
+        if len(indices) >= 16:
+            points = fvd.fvd_infinity(made["real"], made["features"], protocol.ddof, seed=config.seed)[2]
+            curves[f"g{name} of n clips, over 10,000 / n"] = [(1e4 / n, value) for n, value in reversed(points)]
+    if rank:
+        return
+
+    about = {
+        "checkpoint": config.ckpt,
+        "trained": f"{ckpt['step']} steps of stage {2 if model else 1}, revision {ckpt['revision'] or 'unknown'}",
+        "evaluated": f"revision {utils.git_revision() or 'unknown'}, {time.strftime('%Y-%m-%d')}, {time.time() - began:.0f} s",
+        "command": "python fvd.py " + shlex.join(sys.argv[1:]),
+        "data": f"{settings.dataset} {settings.data_dir}: {len(held_out)} held-out and {len(train_set)} training videos",
+        "clips": f"{settings.num_frames} frames of {settings.resolution} x {settings.resolution}, stride {settings.stride}",
+        "features": f"{detector.meta['features']}, protocol {config.protocol}",
+    }
+    if model:
+        about["sampling"] = f"{config.sampler}, {config.steps} steps, guidance {config.guidance}, seed {config.seed}"
+    skipped = getattr(held_out, "skipped", {}) | getattr(train_set, "skipped", {})
+    with open(out / "results.json", "w") as f:
+        json.dump({"results": results, "about": about, "skipped": skipped}, f, indent=1)
+    shown = {"real": decoded["shown_real"], "reconstructed": decoded["shown"]}
+    if model:
+        shown |= {"a training clip": made["shown_real"], "generated, of its class": made["shown"]}
+    write_report(out / "report.html", results, about, skipped, curves, shown)
+    print()
+    for title, r in results.items():
+        print(f"{title:<45} {shown_value(r):<14} {interval(r):<24} {r['clips']} clips")
+    print(f"{len(skipped)} videos skipped; wrote {out / 'results.json'} and {out / 'report.html'}")
+
+
+# ----------------------------------------------------------------------------------------------------------------- report
+
+
+def shown_value(r):
+    text = f"{r['value']:.4g} {r['unit']}".strip()
+    return text + (f" (at infinitely many clips: {r['extrapolated']:.4g})" if "extrapolated" in r else "")
+
+
+def interval(r):
+    return f"{r['low']:.4g} to {r['high']:.4g}" if "low" in r else ""
+
+
+STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 900px; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .25em .9em .25em 0; text-align: left; vertical-align: top }
+th { border-bottom: 1px solid #999 } figure { display: inline-block; margin: 0 .6em .6em 0; text-align: center; color: #666 }
+video { display: block; width: 200px; image-rendering: pixelated } code { overflow-wrap: anywhere }"""
+
+
+def write_report(path, results, about, skipped, curves, shown):
+    """One page with everything in it: table, plots, and videos that play side by side."""
+
+    def encoded(file):
+        return base64.b64encode(Path(file).read_bytes()).decode()
+
+    rows = "".join(
+        f"<tr><td>{html.escape(title)}</td><td>{html.escape(shown_value(r))}</td><td>{interval(r)}</td>"
+        f"<td>{r['clips']}</td></tr>\n"
+        for title, r in results.items()
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        utils.plot(f"{directory}/plot.png", curves, "")
+        plot, rails = encoded(f"{directory}/plot.png"), []
+        for i in range(max(len(frames) for frames in shown.values())):
+            for title, frames in shown.items():
+                if i < len(frames):
+                    video.write_video(f"{directory}/clip", video.to_clip(frames[i]), fps=8)
+                    source = f"data:video/mp4;base64,{encoded(f'{directory}/clip.mp4')}"
+                    rails.append(
+                        f'<figure><video autoplay loop muted playsinline src="{source}"></video>{html.escape(title)}</figure>'
+                    )
+            rails.append("<br>\n")
+    facts = "".join(
+        f"<tr><td>{html.escape(name)}</td><td><code>{html.escape(str(value))}</code></td></tr>\n"
+        for name, value in about.items()
+    )
+    left_out = "".join(f"<li>{html.escape(f'{name}: {reason}')}</li>\n" for name, reason in skipped.items())
+    page = f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(about["checkpoint"])}</title><style>{STYLE}</style></head><body>
+<h1>{html.escape(about["checkpoint"])}</h1>
+<table><tr><th>metric</th><th>value</th><th>95 % interval (bootstrap over clips; Wilson for shares)</th><th>clips</th></tr>
+{rows}</table>
+<p><img alt="{html.escape("; ".join(curves))}" src="data:image/png;base64,{plot}"></p>
+{"".join(rails)}
+<table>{facts}</table>
+<p>{len(skipped)} videos skipped</p><ul>{left_out}</ul></body></html>
+"""
+    Path(path).write_text(page)

@@ -1,0 +1,181 @@
+"""The evaluation of a checkpoint: its figures, its report, and going on where it was."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import dit
+import evaluate
+import fvd
+import utils
+import video
+from utils import UserError
+from vae import load_vae
+
+
+class Colors:
+    """Stands in for I3D: the mean colours of a clip's eighths and its first frame's corner, so that features differ."""
+
+    meta = {"features": "random stand-in", "protocol": "stylegan-v"}
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, clips, names=None):
+        self.calls += 1
+        x = np.asarray(clips, np.float32) / 255
+        b, t = x.shape[:2]
+        return np.concatenate([x.reshape(b, 8, -1, 3).mean(2).reshape(b, -1), x[:, 0, :4, :4].reshape(b, -1)], 1)
+
+
+@pytest.fixture
+def detector(monkeypatch):
+    stand_in = Colors()
+    monkeypatch.setattr(evaluate, "SHOWN", 3)
+    monkeypatch.setattr(fvd, "load_detector", lambda *args: stand_in)
+    return stand_in
+
+
+def settings(trained, name, tmp_path, **kw):
+    options = dict(out_dir=str(tmp_path / "eval"), videos=20, batch_size=4, bootstrap=20, judge_clips=64, steps=2)
+    options |= dict(lpips="none", device="cpu")
+    return fvd.Config(ckpt=str(trained / name), **options | kw)
+
+
+def run(config):
+    evaluate.main(config)
+    return json.loads((Path(config.out_dir) / "results.json").read_text())
+
+
+def test_stage_1_is_what_its_parts_give(trained, tmp_path, detector):
+    found = run(settings(trained, "vae.pt", tmp_path))
+    results = found["results"]
+    assert set(results) == {"rFVD on random I3D features", "PSNR", "SSIM"}
+    vae = load_vae(utils.load_checkpoint(trained / "vae.pt", "vae", ""))
+    test_set = data.Shapes("test", 32, 16)
+    real = np.stack([test_set[i * len(test_set) // 20][0] for i in range(20)])
+    clips = video.to_clip(real)
+    with torch.no_grad():
+        made = video.to_frames(vae.decode(vae.encode(clips)[0], torch.arange(16)))
+    error = np.square(real / 255 - made / 255).mean((2, 3, 4))
+    assert results["PSNR"]["value"] == pytest.approx(-10 * np.log10(error).mean(), abs=1e-3)
+    value = fvd.frechet_distance_of(detector(real), detector(made))
+    assert results["rFVD on random I3D features"]["value"] == pytest.approx(value, rel=1e-4)
+    for r in results.values():
+        assert r["low"] <= r["value"] <= r["high"] and r["clips"] == 20
+    assert found["skipped"] == {} and "revision" in found["about"]["trained"]
+
+
+def test_stage_2_and_its_report(trained, tmp_path, detector, capsys):
+    config = settings(trained, "dit.pt", tmp_path)
+    results = run(config)["results"]
+    for name in (
+        "rFVD on random I3D features",
+        "gFVD on random I3D features",
+        "class agreement",
+        "diversity, of that of real clips",
+    ):
+        assert np.isfinite(results[name]["value"]), name
+    assert "FVD" not in [name.strip("rg") for name in results]  # random features are never called FVD
+    page = (Path(config.out_dir) / "report.html").read_text()
+    assert page.count("data:video/mp4;base64,") == 4 * 3 and "data:image/png;base64," in page
+    assert not re.search(r'(src|href)="(?!data:)', page)  # it needs no other file
+    assert "class agreement" in capsys.readouterr().out
+
+    # generated clips are those of dit.generate, a seed for each batch
+    model, vae, scale = dit.load_dit(utils.load_checkpoint(trained / "dit.pt", "dit", ""))
+    train_set = data.Shapes("train", 32, 16)
+    indices = [i * len(train_set) // 20 for i in range(20)]
+    real = np.stack([train_set[i][0] for i in indices])
+    made = []
+    for k in range(5):
+        labels = torch.tensor([train_set[i][1] for i in indices[4 * k : 4 * k + 4]])
+        with torch.no_grad():
+            tokens = dit.generate(model, labels, config.steps, config.guidance, config.sampler, 4 * k)
+            made.append(video.to_frames(vae.decode(tokens / scale, torch.arange(16))))
+    value = fvd.frechet_distance_of(detector(real), detector(np.concatenate(made)))
+    assert results["gFVD on random I3D features"]["value"] == pytest.approx(value, rel=1e-3)
+
+
+def test_it_goes_on_where_it_was(trained, tmp_path, detector):
+    config = settings(trained, "dit.pt", tmp_path)
+    whole = run(config)["results"]
+    work = next(Path(config.out_dir).glob("work-*"))
+    (work / "reconstructed-00003.npz").unlink()
+    (work / "generated-00001.npz").unlink()
+    (work / "generated-00002.part").write_bytes(b"half")
+    judge = (work / "judge.pt").stat().st_mtime_ns
+    detector.calls = 0
+    assert run(config)["results"] == whole
+    assert detector.calls == 4  # real and made clips of two batches
+    assert (work / "judge.pt").stat().st_mtime_ns == judge
+
+
+def test_what_was_measured_otherwise_is_not_taken(trained, tmp_path, detector):
+    config = settings(trained, "vae.pt", tmp_path)
+    run(config)
+    detector.calls = 0
+    config.videos = 16
+    assert run(config)["results"]["PSNR"]["clips"] == 16 and detector.calls == 8
+    assert len(list(Path(config.out_dir).glob("work-*"))) == 2
+
+
+def test_processes_share_the_batches(tmp_path, monkeypatch):
+    seen = []
+
+    def measure(indices, start):
+        seen.append(start)
+        return {"x": np.array(indices)}
+
+    def others():  # what the barrier of the first process waits for: that the second has measured its share
+        monkeypatch.setattr(utils, "wait_for_all", lambda: None)
+        evaluate.batches(tmp_path, "kind", range(10), 3, measure, 1, 2)
+
+    monkeypatch.setattr(utils, "wait_for_all", others)
+    found = evaluate.batches(tmp_path, "kind", range(10), 3, measure, 0, 2)
+    assert seen == [0, 6, 3, 9] and found["x"].tolist() == list(range(10))
+
+
+def test_diversity():
+    rng = np.random.default_rng(0)
+    x, labels = rng.normal(size=(12, 5)), np.repeat([0, 1], 6)
+    once = np.ones(12)
+    pairs = [np.linalg.norm(x[i] - x[j]) for i in range(12) for j in range(12) if i != j and labels[i] == labels[j]]
+    assert evaluate.diversity(x, labels, once) == pytest.approx(np.mean(pairs))
+    assert evaluate.diversity(np.ones((12, 5)), labels, once) == 0
+    twice = np.where(np.arange(12) == 3, 2, 1)  # a clip that is drawn twice has no distance to itself
+    repeated = np.append(np.arange(12), 3)
+    pairs = [
+        np.linalg.norm(x[i] - x[j]) for a, i in enumerate(repeated) for b, j in enumerate(repeated)
+        if i != j and labels[i] == labels[j]
+    ]  # fmt: skip
+    assert evaluate.diversity(x, labels, twice) == pytest.approx(np.mean(pairs))
+    same = evaluate.diversity_result(x, x, labels, fvd.Config(bootstrap=10))
+    assert [same[name] for name in ("value", "low", "high")] == pytest.approx([100] * 3)
+
+
+def test_intervals():
+    values = np.random.default_rng(0).normal(5, 2, 400)
+    r = evaluate.mean_result(values, fvd.Config(bootstrap=500))
+    assert r["high"] - r["low"] == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.15)
+    hits = evaluate.share_result(np.ones(20, bool))
+    assert hits["value"] == 100 and 80 < hits["low"] < 90 and hits["high"] == 100
+
+
+def test_bad_input(trained, tmp_path, detector):
+    with pytest.raises(UserError, match="no checkpoint"):
+        evaluate.main(fvd.Config(ckpt=str(tmp_path / "none.pt")))
+    with pytest.raises(UserError, match="--videos"):
+        evaluate.main(settings(trained, "vae.pt", tmp_path, videos=0))
+    with pytest.raises(UserError, match="--steps 1001"):
+        evaluate.main(settings(trained, "vae.pt", tmp_path, steps=1001))
+    with pytest.raises(UserError, match="two held-out clips"):
+        evaluate.main(settings(trained, "vae.pt", tmp_path, videos=1))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to"):
+        evaluate.main(settings(trained, "vae.pt", tmp_path, out_dir=str(tmp_path / "file")))
