@@ -256,14 +256,14 @@ def square(size):
     return f"crop='min(iw,ih/sar)':'min(ih,iw*sar)':exact=1,scale={size}:{size}:flags=bicubic"
 
 
-def run_decoder(path, command, *outs):
-    """Run a decoder that writes into files, the first of them its standard output; returns (messages, exit status).
+def run_decoder(path, command, out=None):
+    """Run a decoder whose standard output is the open file `out`; returns (messages, exit status).
 
     Kills it, and raises BadVideo, where nothing has been written for TIME_LIMIT seconds.
     """
     # A session of its own, so that all of it can be killed, and Ctrl-C reaches this process alone.
-    out = outs[0] if outs else subprocess.DEVNULL
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.PIPE, start_new_session=True)
+    files = {"stdin": subprocess.DEVNULL, "stdout": out or subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **files, start_new_session=True)
     written, since = 0, time.monotonic()
     try:
         while True:
@@ -271,7 +271,7 @@ def run_decoder(path, command, *outs):
                 messages = process.communicate(timeout=min(1.0, TIME_LIMIT))[1]
                 return messages.decode(errors="replace"), process.returncode
             except subprocess.TimeoutExpired:
-                size = sum(os.fstat(out.fileno()).st_size for out in outs)
+                size = os.fstat(out.fileno()).st_size if out else 0
                 if size > written:
                     written, since = size, time.monotonic()
                 elif time.monotonic() - since > TIME_LIMIT:
