@@ -282,7 +282,9 @@ def main(config):
         if judge:
             results["class agreement"] = share_result(made["seen"] == made["labels"])
             results["class agreement of the real clips"] = share_result(made["seen_real"] == made["labels"])
-        results["diversity, of that of real clips"] = diversity_result(made["real"], made["features"], made["labels"], config)
+        if np.bincount(made["labels"]).max() > 1:  # there are two of a class
+            result = diversity_result(made["real"], made["features"], made["labels"], config)
+            results["diversity, of that of real clips"] = result
         if len(indices) >= 16:
             points = fvd.fvd_infinity(made["real"], made["features"], protocol.ddof, seed=config.seed)[2]
             curves[f"g{name} of n clips, over 10,000 / n"] = [(1e4 / n, value) for n, value in reversed(points)]

@@ -156,20 +156,23 @@ def predict(sampler, config):
             rows.append(torch.cat([marked, clip[sampler.t.round().long().clamp(max=length - 1)]]))
             titles.append("real")
             if config.time_scale == 1 and not config.extrapolate:
-                after, copied = clip[None, cond_frames:], clip[None, cond_frames - 1 : cond_frames]
-                predicted = [psnr(after, sample[None]) for sample in samples]
-                scores.append((sum(predicted) / len(predicted), psnr(after, copied.expand_as(after))))
+                after, before = clip[None, cond_frames:], clip[None, :cond_frames]
+                still = [psnr(after, x.expand_as(after)) for x in (before[:, -1:], before.mean(1, keepdim=True))]
+                predicted = [psnr(after, sample[None]) for sample in (*samples, samples.mean(0))]
+                scores.append([sum(predicted[:-1]) / len(samples), predicted[-1], *still])
         rows += [torch.cat([marked, sample]) for sample in samples]
         titles += ["predicted"] * len(samples)
     sampler.write("predict", rows, titles)
     if scores:
-        predicted, copied = torch.tensor(scores).T
-        margin = predicted - copied
+        scores = torch.tensor(scores)
+        predicted, averaged, copied, mean = scores.mean(0).tolist()
+        margin = scores[:, 0] - scores[:, 2]
         spread = f" ± {margin.std():.2f} (standard deviation over {len(margin)} files)" if len(margin) > 1 else ""
         print(
-            f"PSNR of the {real.shape[1] - cond_frames} predicted frames {predicted.mean():.2f} dB, "
-            f"of copies of the last given one {copied.mean():.2f} dB, margin {margin.mean():+.2f}{spread}"
+            f"PSNR of the {real.shape[1] - cond_frames} predicted frames {predicted:.2f} dB, "
+            f"of copies of the last given one {copied:.2f} dB, margin {margin.mean():+.2f}{spread}"
         )
+        print(f"of the mean of {config.count} predictions {averaged:.2f} dB, of the mean of the given frames {mean:.2f} dB")
 
 
 def main():
