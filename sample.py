@@ -9,6 +9,7 @@ python sample.py --reconstruct a.mp4 b.mp4        real videos through stage 1
 python sample.py --predict a.mp4 b.mp4            go on from the first frames of real videos (dit.py --cond-frames 5)
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,8 +126,9 @@ class Sampler:
         """Each clip as a video of its own, all of them as one sheet and as one tiled video."""
         folder = f"{self.config.out_dir}/{name}"
         utils.make_parent(folder)
-        for i, (clip, title) in enumerate(zip(clips, titles)):
-            video.write_video(f"{folder}/{i:02d}_{title}", clip, self.config.fps)
+        names = [f"{folder}/{i:02d}_{title}" for i, title in enumerate(titles)]
+        with ThreadPoolExecutor() as pool:  # each is a process of ffmpeg, which takes longer to start than to write 16 frames
+            list(pool.map(lambda name, clip: video.write_video(name, clip, self.config.fps), names, clips))
         video.write_sheet(f"{folder}.png", clips, titles)
         video.write_video(folder, video.tile(clips), self.config.fps)
         print(f"wrote {folder}.png, {folder}.mp4, {folder}.gif and each video in {folder}/")
