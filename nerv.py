@@ -199,6 +199,10 @@ class NeRV(nn.Module):
         if tokens.shape[1:] != (c.num_tokens, c.token_dim):
             raise ValueError(f"tokens are {list(tokens.shape)}, expected [B, {c.num_tokens}, {c.token_dim}]")
         B = len(tokens)
+        if tokens.device.type == "cpu":  # a few videos at a time, whose largest map, of 2 MiB at most, stays in the cache
+            few = max(1, 2**19 // (len(t) * self.to_rgb.in_ch * c.resolution**2))
+            if B > few:
+                return torch.cat([self(part, t) for part in tokens.split(few)])
         x = position_code(t, c).to(tokens.dtype).repeat(1, B, 1, 1)  # [T, 48, 8, 8] -> [T, B * 48, 8, 8]
         if x.device.type == "cpu":
             x = x.contiguous(memory_format=torch.channels_last)  # every map from here on; twice as fast
