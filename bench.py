@@ -1,11 +1,13 @@
-"""What it costs, computed and measured: `python bench.py costs | train | processes | latents`, one table each.
+"""What it costs, computed and measured: `python bench.py costs | train | shares | processes | latents`, one table each.
 
 costs      parameters, latent size, FLOPs and memory of the presets, from shapes alone (no weights are made)
 train      both training loops as they are, steps and clips per second, memory, eager against compiled
+shares     what of a step of either training goes into data, forward, backward and optimizer; all frames and a few of them
 processes  two processes with one thread each against one with two, at equal global batch
 latents    stage 2 with --cache-latents against encoding at every step
 """
 
+import copy
 import csv
 import os
 import subprocess
@@ -20,16 +22,18 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import data
 import dit
 import nerv
 import utils
 import vae
 from utils import option
+from video import to_clip
 
 
 @dataclass
 class Config:
-    preset: str = option("what", "nano", "of train", choices=list(nerv.CONFIGS))
+    preset: str = option("what", "nano", "of train and shares", choices=list(nerv.CONFIGS))
     batch_size: int = option("what", 16, "clips per step")
     steps: int = option("what", 40, "steps of each run; the first quarter is not counted")
     workers: int = option("what", 0, "data loading processes")
@@ -80,7 +84,7 @@ def costs(config):
             z = torch.empty(1, c.num_tokens, c.token_dim)
             encode, encode_kept = forward_costs(partial(model.encode, video))  # two clips, for the batch norm
             denoise, denoise_kept = forward_costs(partial(denoiser, z, label, label))
-        with torch.device("meta"):  # not as a CPU, on which three output channels are padded to 16
+        with torch.device("meta"):
             z, t = torch.empty(1, c.num_tokens, c.token_dim), torch.empty(c.num_frames)
             decode, decode_kept = forward_costs(partial(nerv.NeRV(c), z, t))
         numbers = 3 * c.num_frames * c.resolution**2 / (c.num_tokens * c.token_dim)
@@ -175,6 +179,65 @@ def train(config):
     table(["loop", "preset", "batch", "mode", "steps / s", "clips / s", "memory", "share of the matrix peak"], rows)
 
 
+def shares(config):
+    """The steps of both stages on the built-in shapes, L2 and KL alone, the device waited for between their parts."""
+    device, c, rows = utils.pick_device("auto"), nerv.CONFIGS[config.preset], []
+    train_set = data.Shapes(resolution=c.resolution, num_frames=c.num_frames)
+    batches = data.endless(train_set, data.Stream(len(train_set), config.batch_size, 0), config.workers, device)
+    autoencoder = vae.VAE(c, vae.ENCODERS[config.preset]).to(device)
+    denoiser = dit.DiT(dit.DiTConfig(c.num_tokens, c.token_dim, 9, **dit.SIZES[config.preset])).to(device)
+    alpha, sigma = dit.noise_schedule(device)
+    noise = torch.randn(config.batch_size, c.num_tokens, c.token_dim, device=device)
+
+    def read():
+        return to_clip(next(batches)[0].to(device))
+
+    def reconstruct(video, frames):
+        mean, logvar = autoencoder.encode(video)
+        decoded = autoencoder.decode(mean + torch.exp(0.5 * logvar) * noise, torch.arange(frames, device=device))
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2)).mean()
+        return (decoded.float() - video[:, :frames]).square().mean() + 1e-6 * kl
+
+    def denoise(theta0):
+        step = torch.randint(dit.NUM_STEPS, (config.batch_size,), device=device)
+        return dit.diffusion_loss(denoiser, theta0, step % 9, None, step, torch.randn_like(noise), alpha, sigma, 5.0, False)
+
+    few = max(2, c.num_frames // 8)
+    loops = [(f"vae.py, {n} of {c.num_frames} frames", autoencoder, read, partial(reconstruct, frames=n))
+             for n in (c.num_frames, few)]  # fmt: skip
+    loops.append(("dit.py, latents in memory", denoiser, lambda: noise, denoise))
+    for name, network, get, loss_of in loops:
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+        update, ema = utils.FiniteStep(network, optimizer, 1.0), copy.deepcopy(network).requires_grad_(False)
+        parts = []
+        for _ in range(config.steps):
+            marks = [time.perf_counter()]
+
+            def mark(marks=marks):
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                marks.append(time.perf_counter())
+
+            batch = get()
+            mark()
+            with utils.autocast(device, "auto"):
+                loss = loss_of(batch)
+            mark()
+            loss.backward()
+            mark()
+            update(loss, 1e-4)
+            utils.update_ema(ema, network, 0.99)
+            mark()
+            parts.append([b - a for a, b in zip(marks, marks[1:])])
+        parts = torch.tensor(parts[len(parts) // 4 :])
+        total = parts.sum(1)
+        percent = [f"{100 * share:.0f} %" for share in (parts / total[:, None]).median(0).values]
+        spread = f"{1000 * total.median():.1f} ({1000 * total.min():.1f} to {1000 * total.max():.1f})"
+        rows.append([name, spread, f"{1 / total.median():.2f}", f"{config.batch_size / total.median():.1f}", *percent])
+    print(f"preset {config.preset}, batch {config.batch_size}, {device}, {torch.get_num_threads()} threads")
+    table(["loop", "ms a step", "steps / s", "clips / s", "data", "forward", "backward", "optimizer and average"], rows)
+
+
 def processes(config):
     """Data-parallel training on the CPU; the second run has twice the processes and half the threads in each."""
     rows, speeds = [], []
@@ -203,7 +266,7 @@ def latents(config):
     table(["", "steps / s", "start and end, encoding into the cache included"], rows)
 
 
-TOPICS = {"costs": costs, "train": train, "processes": processes, "latents": latents}
+TOPICS = {"costs": costs, "train": train, "shares": shares, "processes": processes, "latents": latents}
 
 
 def main():

@@ -88,7 +88,7 @@ class ModulatedConv(nn.Module):
     per_token consecutive entries of the block.
     """
 
-    def __init__(self, config, in_ch, out_ch, kernel_size, block_in, block_out, upsample=False):
+    def __init__(self, config, in_ch, out_ch, kernel_size, block_in, block_out, upsample=False, gain=1.0):
         super().__init__()
         k = kernel_size
         self.in_ch, self.out_ch, self.upsample = in_ch, out_ch, upsample
@@ -102,19 +102,21 @@ class ModulatedConv(nn.Module):
         self.offset = nn.Parameter(torch.randn(self.block_shape) * std)
         self.shared = nn.Parameter(torch.randn(math.prod(self.kernel_shape) - entries) * std)
         self.bias = nn.Parameter(torch.zeros(out_ch))
+        self.gain = gain
 
     def kernel(self, tokens):
-        """The kernels of B videos: tokens [B, N, d] -> [B, out, in, k, k], of unit norm per output channel."""
+        """The kernels of B videos: tokens [B, N, d] -> [B, out, in, k, k], of norm `gain` per output channel."""
         B, (out_ch, in_ch, k, _), (block_out, block_in, _, _) = len(tokens), self.kernel_shape, self.block_shape
         block = self.head(tokens).flatten(1)[:, : math.prod(self.block_shape)]  # [B, N, per_token] -> [B, m_out*m_in*k*k]
-        block = block.view(B, *self.block_shape) + self.offset
-        beside, below = self.shared.split([block_out * (in_ch - block_in) * k * k, (out_ch - block_out) * in_ch * k * k])
-        beside = beside.view(1, block_out, in_ch - block_in, k, k).expand(B, -1, -1, -1, -1)
-        below = below.view(1, out_ch - block_out, in_ch, k, k).expand(B, -1, -1, -1, -1)
-        weight = torch.cat([torch.cat([block, beside], 2), below], 1)  # [B, out, in, k, k]
+        weight = block.view(B, *self.block_shape) + self.offset
+        if len(self.shared):  # what is beside and below the block; in the nano preset there is almost nothing
+            beside, below = self.shared.split([block_out * (in_ch - block_in) * k * k, (out_ch - block_out) * in_ch * k * k])
+            beside = beside.view(1, block_out, in_ch - block_in, k, k).expand(B, -1, -1, -1, -1)
+            below = below.view(1, out_ch - block_out, in_ch, k, k).expand(B, -1, -1, -1, -1)
+            weight = torch.cat([torch.cat([weight, beside], 2), below], 1)  # [B, out, in, k, k]
         # Demodulation (Karras et al. 2019), over generated and shared entries together: "all dimensions except the output
         # channels". Independent inputs of unit variance then give outputs of unit variance.
-        return weight * torch.rsqrt(weight.square().sum((2, 3, 4), keepdim=True) + 1e-8)
+        return weight * (self.gain * torch.rsqrt(weight.square().sum((2, 3, 4), keepdim=True) + 1e-8))
 
     def forward(self, x, tokens):
         """x [T, B * in, H, W], tokens [B, N, d] -> [T, B * out, H, W], or 2H x 2W if upsampling.
@@ -124,18 +126,13 @@ class ModulatedConv(nn.Module):
         B = len(tokens)
         weight, bias = self.kernel(tokens).to(x.dtype), self.bias.to(x.dtype).repeat(B)
         if self.upsample:
-            # An output pixel of a stride-2 4x4 transposed convolution meets only 4 of the 16 taps: ×2 keeps the variance.
-            weight = 2 * weight.transpose(1, 2).flatten(0, 1)  # [B, out, in, 4, 4] -> [B * in, out, 4, 4]
+            weight = weight.transpose(1, 2).flatten(0, 1)  # [B, out, in, 4, 4] -> [B * in, out, 4, 4]
             return F.conv_transpose2d(x, weight, bias, stride=2, padding=1, groups=B)
-        pad = -self.out_ch % 16 if x.device.type == "cpu" else 0  # 3 channels a group are slow on a CPU, 16 are not
-        weight, bias = F.pad(weight, (0,) * 7 + (pad,)), F.pad(bias.view(B, -1), (0, pad))
-        y = F.conv2d(x, weight.flatten(0, 1), bias.flatten(), padding=weight.shape[-1] // 2, groups=B)
-        return y.unflatten(1, (B, -1))[:, :, : self.out_ch].flatten(1, 2)
+        weight = weight.flatten(0, 1)  # [B * out, in, k, k]
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=B)
 
 
-def activation(x):
-    """GELU with the gain that keeps a unit second moment: E[gelu(x)²] = 0.425 for x ~ N(0, 1)."""
-    return F.gelu(x) * 1.5336
+GELU_GAIN = 1.5336  # keeps a unit second moment: E[gelu(x)²] = 0.425 for x ~ N(0, 1)
 
 
 class Block(nn.Module):
@@ -146,13 +143,13 @@ class Block(nn.Module):
         self.up, self.convs, self.side = up, nn.ModuleList(convs), side
 
     def forward(self, x, tokens):
-        h = activation(self.up(x, tokens))
+        h = F.gelu(self.up(x, tokens))
         for conv in self.convs:
-            h = activation(conv(h, tokens))
-        x = F.interpolate(x, scale_factor=2, mode="bilinear")  # the earlier map, brought to the new size (§A.1)
+            h = F.gelu(conv(h, tokens))  # the gain of each GELU is in the kernels that come next, or in the sum
         if self.side is not None:  # only where the channels change
-            x = self.side(x, tokens)
-        return (h + x) / math.sqrt(2)
+            x = self.side(x, tokens)  # 1×1: before the upsampling it gives the same as after it
+        x = F.interpolate(x / math.sqrt(2), scale_factor=2, mode="bilinear")  # the earlier map, at the new size (§A.1)
+        return torch.add(x, h, alpha=GELU_GAIN / math.sqrt(2))
 
 
 class NeRV(nn.Module):
@@ -165,17 +162,17 @@ class NeRV(nn.Module):
         m = min(config.block, D, last)
         pos = 3 * config.pos_dim
 
-        def conv(in_ch, out_ch, k=3, **kw):
-            return ModulatedConv(config, in_ch, out_ch, k, m, m * out_ch // in_ch, **kw)
+        def conv(in_ch, out_ch, k=3, gain=GELU_GAIN, **kw):
+            return ModulatedConv(config, in_ch, out_ch, k, m, m * out_ch // in_ch, gain=gain, **kw)
 
-        def up(ch):
-            return conv(ch, ch, 4, upsample=True)
+        def up(ch):  # an output pixel of a stride-2 4×4 transposed convolution meets only 4 of the 16 taps
+            return conv(ch, ch, 4, gain=2.0, upsample=True)
 
         levels = int(math.log2(config.resolution // config.pos_size))
         self.stem = ModulatedConv(config, pos, D, 3, pos // f, D // f)
         blocks = [Block(up(D), [conv(D, D), conv(D, D)]) for _ in range(levels - 2)]
         # The last conv of the last but one block grows D -> 2D; its 1×1 side connection is modulated too (§3.2).
-        blocks.append(Block(up(D), [conv(D, D), conv(D, last)], side=conv(D, last, 1) if last != D else None))
+        blocks.append(Block(up(D), [conv(D, D), conv(D, last)], side=conv(D, last, 1, gain=1.0) if last != D else None))
         blocks.append(Block(up(last), [conv(last, last)]))
         self.blocks = nn.ModuleList(blocks)
         self.to_rgb = ModulatedConv(config, last, 3, 3, last // 2, 3)
@@ -201,10 +198,16 @@ class NeRV(nn.Module):
         c = self.config
         if tokens.shape[1:] != (c.num_tokens, c.token_dim):
             raise ValueError(f"tokens are {list(tokens.shape)}, expected [B, {c.num_tokens}, {c.token_dim}]")
-        B, T = len(tokens), len(t)
+        B = len(tokens)
+        if tokens.device.type == "cpu":  # a few videos at a time, whose largest map, of 2 MiB at most, stays in the cache
+            few = max(1, 2**19 // (len(t) * self.to_rgb.in_ch * c.resolution**2))
+            if B > few:
+                return torch.cat([self(part, t) for part in tokens.split(few)])
         x = position_code(t, c).to(tokens.dtype).repeat(1, B, 1, 1)  # [T, 48, 8, 8] -> [T, B * 48, 8, 8]
-        x = activation(self.stem(x, tokens))
+        if x.device.type == "cpu":
+            x = x.contiguous(memory_format=torch.channels_last)  # every map from here on; twice as fast
+        x = GELU_GAIN * F.gelu(self.stem(x, tokens))
         for block in self.blocks:
             x = block(x, tokens)
         x = torch.tanh(self.to_rgb(x, tokens))  # [T, B * 3, H, W]
-        return x.view(T, B, 3, c.resolution, c.resolution).transpose(0, 1)
+        return x.unflatten(1, (B, 3)).transpose(0, 1)

@@ -63,8 +63,10 @@ class Attention(nn.Module):
         for parameter in [*self.q_norm.parameters(), *self.k_norm.parameters()]:
             nn.init.constant_(parameter, qk_gain)
 
-    def forward(self, x):
+    def forward(self, x, last=0):
+        """last: look from the last so many tokens only, at all of them; 0 is from all."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, L, width / heads]
+        q = q[:, :, -last:]
         return self.out(F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v).transpose(1, 2).flatten(2))
 
 
@@ -77,8 +79,8 @@ class EncoderBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x):
-        x = x + self.attention(self.norm1(x))
+    def forward(self, x, last=0):
+        x = x[:, -last:] + self.attention(self.norm1(x), last)
         return x + self.mlp(self.norm2(x))
 
 
@@ -137,9 +139,10 @@ class Encoder(nn.Module):
         x = x.permute(0, 1, 4, 6, 2, 3, 5, 7).flatten(4).flatten(1, 3)  # [B, t * h * w, pt * 3 * ph * pw]
         x = self.embed(x) + self.position
         x = torch.cat([x, self.query.expand(len(x), -1, -1)], 1)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
-        x = self.norm(x[:, -self.num_tokens :].flatten(1)).unflatten(1, (self.num_tokens, -1))  # [B, N, width]
+        x = self.blocks[-1](x, last=self.num_tokens)  # what the patches would become, nothing reads
+        x = self.norm(x.flatten(1)).unflatten(1, (self.num_tokens, -1))  # [B, N, width]
         return self.to_latent(x).float().chunk(2, -1)
 
 

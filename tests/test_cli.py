@@ -77,6 +77,7 @@ def check_error(stderr, *words):
         ("sample.py", ["input:", "what:", "time:", "sampling:", "machine:", "output:"]),
         ("demo.py", ["data:", "training:", "judging:", "output:"]),
         ("bench.py", ["what:"]),
+        ("bench_speed.py", ["what:"]),
     ],
 )
 def test_help(program, groups, tmp_path):

@@ -134,7 +134,7 @@ class Formula:
         return self.function(x, self.alpha[step][:, None, None], self.sigma[step][:, None, None], label[:, None, None])
 
 
-@pytest.mark.parametrize("sampler, steps", [("ddim", 100), ("ddpm", 250)])
+@pytest.mark.parametrize("sampler, steps", [("dpm", 20), ("ddim", 100), ("ddpm", 250)])
 def test_samples_of_a_gaussian_have_its_mean_and_deviation(sampler, steps):
     # Where θ_0 ~ N(μ, s²), the best prediction of the noise is known.
     mu, s = 0.7, 0.5
@@ -146,25 +146,84 @@ def test_samples_of_a_gaussian_have_its_mean_and_deviation(sampler, steps):
     assert standard.pow(4).mean().item() == pytest.approx(3, abs=0.15)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", ["dpm", "ddim", "ddpm"])
 @pytest.mark.parametrize("steps", [1, 2, 7, 50, 1000])
 def test_steps_go_from_all_noise_to_clean(sampler, steps):
     model = Formula(lambda x, a, sd, label: sd * (x - a * 0.5) / (a * a + sd * sd))
     x = generate(model, torch.zeros(2, dtype=torch.long), steps=steps, guidance=1, sampler=sampler, seed=0)
-    assert len(model.steps) == steps and model.steps[0] == NUM_STEPS - 1
+    assert (len(model.steps) == steps or (sampler == "dpm" and steps == 1000)) and model.steps[0] == NUM_STEPS - 1
     assert all(a > b for a, b in zip(model.steps, model.steps[1:]))
     assert x.isfinite().all()
     if steps == 1000:
-        assert model.steps[-1] == 0
+        assert model.steps[-1] == (4 if sampler == "dpm" else 0)
 
 
 def test_data_of_one_point_is_found_exactly():
     point = torch.tensor([[1.0, -2.0, 3.0]])
     config = SimpleNamespace(num_tokens=1, token_dim=3, num_classes=3)
     model = Formula(lambda x, a, sd, label: (x - a * point) / sd, config)
-    for sampler in ("ddim", "ddpm"):
+    for sampler in ("dpm", "ddim", "ddpm"):
         x = generate(model, torch.zeros(4, dtype=torch.long), steps=20, guidance=1, sampler=sampler, seed=0)
         torch.testing.assert_close(x, point.expand(4, 1, 3), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpm", 2)])
+def test_order_of_the_solvers(sampler, order):
+    # Where θ_0 ~ N(μ, s²), the path of each noise z is known too: α μ + z √(α² s² + σ²). Where it is for the last time asked
+    # for the noise, at the same place for every number of steps of one sampler, the error falls with its order.
+    mu, s, errors = 0.7, 0.5, []
+    for steps in (25, 50):
+        asked = []
+
+        def function(x, a, sd, label, asked=asked):
+            asked.append((x, a, sd))
+            return sd * (x - a * mu) / (a * a * s * s + sd * sd)
+
+        model = Formula(function)
+        generate(model, torch.zeros(64, dtype=torch.long), steps=steps, guidance=1, sampler=sampler, seed=0)
+        (x, a, sd), (x_last, a_last, sd_last) = asked[0], asked[-1 if sampler == "dpm" else -steps // 25]
+        z = (x - a * mu) / (a * a * s * s + sd * sd).sqrt()
+        exact = a_last * mu + z * (a_last * a_last * s * s + sd_last * sd_last).sqrt()
+        errors.append((x_last - exact).square().mean().sqrt().item())
+    assert 2 ** (order - 0.3) < errors[0] / errors[1] < 2 ** (order + 0.4), errors
+
+
+def test_second_order_steps_of_dpm_solver_as_published():
+    # Algorithm 2 of Lu et al. 2022, with a coefficient for each of its letters, in double precision.
+    model, labels = trained_like(), torch.tensor([0, 2])
+    alpha, sigma = (torch.cat([torch.tensor([edge]), x]).double() for edge, x in zip((1.0, 0.0), noise_schedule()))
+    times = dit.sampling_times("dpm", 5, alpha, sigma)
+    lam = torch.log(alpha / sigma)
+    x = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(4)).double()
+    buffer = []
+    for i, (s, t) in enumerate(zip(times[:-1], times[1:])):
+        with_class, without = (model(x.float(), torch.full((2,), s - 1), k).double() for k in (labels, labels * 0 + 3))
+        eps = without + 2 * (with_class - without)
+        buffer.append((x - sigma[s] * eps) / alpha[s])
+        h = lam[t] - lam[s]
+        if 0 < i < len(times) - 2:
+            r = (lam[s] - lam[times[i - 1]]) / h
+            D = (1 + 1 / (2 * r)) * buffer[i] - 1 / (2 * r) * buffer[i - 1]
+        else:
+            D = buffer[i]
+        x = sigma[t] / sigma[s] * x - alpha[t] * torch.expm1(-h) * D
+    torch.testing.assert_close(generate(model, labels, steps=5, seed=4), x.float(), rtol=1e-3, atol=1e-3)
+
+
+def test_dpm_solver_is_nearer_than_ddim_at_more_than_twice_the_steps():
+    m, s = 1.0, 0.3  # θ_0 is around m or around -m
+
+    def function(x, a, sd, label):
+        v = a * a * s * s + sd * sd
+        x0 = torch.tanh(a * x * m / v) * m * sd * sd / v + a * s * s / v * x  # E[θ_0 | x]
+        return (x - a * x0) / sd
+
+    def tokens(sampler, steps):
+        return generate(Formula(function), torch.zeros(512).long(), steps=steps, guidance=1, sampler=sampler, seed=0)
+
+    true = tokens("ddim", 1000)
+    dpm, ddim, coarse = ((tokens(*way) - true).norm() for way in (("dpm", 20), ("ddim", 50), ("ddim", 20)))
+    assert dpm < ddim < coarse
 
 
 def test_guidance_of_one_asks_for_the_class_only():
@@ -186,7 +245,7 @@ def test_guidance_of_one_equals_the_conditional_model():
         eps = model(x, torch.full((2,), now), labels)
         x0 = (x - sigma[now] * eps) / alpha[now]
         x = alpha[then] * x0 + sigma[then] * eps if then >= 0 else x0
-    torch.testing.assert_close(generate(model, labels, steps=2, guidance=1, seed=4), x, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(generate(model, labels, steps=2, guidance=1, sampler="ddim", seed=4), x, rtol=1e-3, atol=1e-3)
 
 
 def test_guidance_extrapolates_from_no_class_to_the_class():
@@ -197,7 +256,7 @@ def test_guidance_extrapolates_from_no_class_to_the_class():
     torch.testing.assert_close(x, (start - model.sigma[-1] * eps) / model.alpha[-1], rtol=1e-4, atol=1e-2)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", ["dpm", "ddim", "ddpm"])
 def test_same_seed_same_tokens(sampler):
     model, labels = trained_like(), torch.tensor([0, 1])
     a, again, other = (generate(model, labels, steps=5, sampler=sampler, seed=seed) for seed in (3, 3, 4))
@@ -308,7 +367,7 @@ def test_tokens_reach_the_denoiser_at_unit_deviation(tmp_path, monkeypatch, trai
     assert all(math.isclose(scale, 1, abs_tol=0.05) for scale in scales)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", ["dpm", "ddim", "ddpm"])
 def test_a_seeded_preview_leaves_the_random_numbers_of_a_training_alone(sampler):
     model = trained_like()
     before = torch.random.get_rng_state()

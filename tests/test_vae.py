@@ -50,6 +50,18 @@ def test_encoder_hears_order_in_time_and_space():
         assert (model.encode(video.roll(16 if axis > 1 else 2, axis))[0] - mean).abs().max() > 1e-4
 
 
+def test_the_last_block_computes_the_queries_only_and_they_are_as_ever():
+    torch.manual_seed(0)
+    block = vae.EncoderBlock(24, 2).double()
+    x = torch.randn(2, 9, 24, dtype=torch.float64)
+    torch.testing.assert_close(block(x, last=4), block(x)[:, -4:], rtol=0, atol=1e-12)
+    model, lengths = tiny(), []
+    for layer in model.encoder.blocks:
+        layer.mlp.register_forward_pre_hook(lambda layer, args: lengths.append(args[0].shape[1]))
+    model.encode(torch.rand(2, 4, 3, 32, 32))
+    assert lengths == [2 * 4 * 8 + 6, 6]
+
+
 def test_places_of_patches_are_distinct():
     code = grid_position((4, 8, 8), 128)
     assert code.shape == (256, 128) and torch.pdist(code).min() > 1e-2
