@@ -205,7 +205,7 @@ class NeRV(nn.Module):
                 return torch.cat([self(part, t) for part in tokens.split(few)])
         x = position_code(t, c).to(tokens.dtype).repeat(1, B, 1, 1)  # [T, 48, 8, 8] -> [T, B * 48, 8, 8]
         if x.device.type == "cpu":
-            x = x.contiguous(memory_format=torch.channels_last)  # every map from here on; twice as fast
+            x = x.contiguous(memory_format=torch.channels_last)  # every map from here on
         x = GELU_GAIN * F.gelu(self.stem(x, tokens))
         for block in self.blocks:
             x = block(x, tokens)
