@@ -270,11 +270,8 @@ TOPICS = {"costs": costs, "train": train, "shares": shares, "processes": process
 
 
 def main():
-    topic = sys.argv[1] if len(sys.argv) > 1 else ""
-    config = utils.parse_options(Config, __doc__, argv=sys.argv[2:] if topic in TOPICS else sys.argv[1:])
-    if topic not in TOPICS:
-        raise utils.UserError(f"name a topic first: {', '.join(TOPICS)}")
-    TOPICS[topic](config)
+    topic, config = utils.parse_topic(Config, __doc__, TOPICS)
+    topic(config)
 
 
 if __name__ == "__main__":

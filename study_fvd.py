@@ -9,7 +9,6 @@ Clips are the built-in shapes, or those of any videos (--data-dir). Features are
 
 import hashlib
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,12 +237,9 @@ TOPICS = {"speed": speed, "bias": bias, "sensitivity": sensitivity}
 
 
 def main():
-    topic = sys.argv[1] if len(sys.argv) > 1 else ""
-    config = utils.parse_options(Config, __doc__, argv=sys.argv[2:] if topic in TOPICS else sys.argv[1:])
-    if topic not in TOPICS:
-        raise utils.UserError(f"name a topic first: {', '.join(TOPICS)}")
+    topic, config = utils.parse_topic(Config, __doc__, TOPICS)
     utils.check_positive(config, "clips", "frames", "size", "batch_size", "repeats")
-    TOPICS[topic](config)
+    topic(config)
 
 
 if __name__ == "__main__":

@@ -129,6 +129,15 @@ def parse_options(cls, description, presets=None, argv=None):
     return cls(**vars(parser.parse_args(argv)))
 
 
+def parse_topic(cls, description, topics):
+    """Command line "topic, then options" -> (the function of topics {name: function} that is named, the options)."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    config = parse_options(cls, description, argv=sys.argv[2:] if name in topics else sys.argv[1:])
+    if name not in topics:
+        raise UserError(f"name a topic first: {', '.join(topics)}")
+    return topics[name], config
+
+
 # ---------------------------------------------------------------------------------------------------------------- machine
 
 
