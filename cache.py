@@ -99,6 +99,10 @@ def prepare(directory, root, videos, size, fps=0.0, workers=0):
         index, one_at_a_time = stack.enter_context(open(directory / "index.jsonl", "a")), threading.Lock()
         bar = stack.enter_context(tqdm(total=len(todo), desc="preparing", unit="video", dynamic_ncols=True))
 
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []  # of the calling thread alone
+        jobs = list(groups(todo, paths))
+        threads = max(1, workers // len(jobs)) if jobs else 1  # a few long videos take all cores, too
+
         def work(group):
             k, file = files.get()
             try:
@@ -113,9 +117,6 @@ def prepare(directory, root, videos, size, fps=0.0, workers=0):
             finally:
                 files.put((k, file))
 
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []  # of the calling thread alone
-        jobs = list(groups(todo, paths))
-        threads = max(1, workers // len(jobs)) if jobs else 1  # a few long videos take all cores, too
         pool = ThreadPoolExecutor(workers)
         try:
             list(pool.map(work, jobs))
