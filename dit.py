@@ -151,6 +151,12 @@ def sampling_times(sampler, steps, alpha, sigma):
     return [*nearest.unique().flip(0).tolist(), 0]
 
 
+def check_steps(steps):
+    """UserError where --steps is not a number of evaluations that there can be."""
+    if not 1 <= steps <= NUM_STEPS:
+        raise UserError(f"--steps {steps}: the denoiser has 1 to {NUM_STEPS}")
+
+
 @torch.no_grad()
 def generate(model, labels, steps=20, guidance=2.0, sampler="dpm", seed=None, given=None):
     """Tokens [B, N, d] at unit deviation for labels [B], from noise, and for given frames' tokens [B, N, d] in prediction.

@@ -41,7 +41,7 @@ class Config:
     stride: int = option("time", 1, "frames of a FILE per frame of its clip")
     read_fps: float = option("time", 0.0, "frames per second that a FILE is read at; 0 is its own")
     fps: float = option("time", 12.0, "frames per second of what is written")
-    steps: int = option("sampling", 20, "evaluations of the denoiser, 1 to 1000; ddim takes about 100 for the same, ddpm 250")
+    steps: int = option("sampling", 20, "evaluations of the denoiser, 1 to 1000; ddim takes about 100 for the same")
     sampler: str = option("sampling", "dpm", "DPM-Solver++, DDIM, or ancestral", choices=["dpm", "ddim", "ddpm"])
     guidance: float = option("sampling", 2.0, "scale of classifier-free guidance; 1 is none")
     seed: int = option("sampling", 0, "of the noise")
@@ -180,8 +180,7 @@ def predict(sampler, config):
 def main():
     config = utils.parse_options(Config, __doc__)
     utils.check_positive(config, "count", "interp_steps", "time_scale", "stride", "fps", "batch_size")
-    if not 1 <= config.steps <= dit.NUM_STEPS:
-        raise UserError(f"--steps {config.steps}: the denoiser has 1 to {dit.NUM_STEPS}")
+    dit.check_steps(config.steps)
     if config.extrapolate < 0:
         raise UserError(f"--extrapolate {config.extrapolate}: it must not be negative")
     sampler = Sampler(config)
