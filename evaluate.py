@@ -180,9 +180,13 @@ def generate_batch(model, vae, scale, dataset, detector, judge, config, device):
 def mean_result(values, config, unit=""):
     """The mean over clips of values [B], with its bootstrap interval over clips."""
     rng = np.random.default_rng(config.seed)
-    draws = values[rng.integers(len(values), size=(max(config.bootstrap, 1), len(values)))].mean(1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return {"value": float(values.mean()), "low": float(low), "high": float(high), "clips": len(values), "unit": unit}
+    draws = values[rng.integers(len(values), size=(config.bootstrap, len(values)))].mean(1)
+    return {"value": float(values.mean()), **quantiles(draws), "clips": len(values), "unit": unit}
+
+
+def quantiles(draws):
+    """The 95 % interval of bootstrap draws; none where --bootstrap 0 asks for none."""
+    return dict(zip(("low", "high"), np.nanquantile(draws, [0.025, 0.975]).tolist())) if len(draws) else {}
 
 
 def share_result(hits):
@@ -222,14 +226,12 @@ def diversity_result(real, made, labels, config):
         weights = np.bincount(rng.integers(len(labels), size=len(labels)), minlength=len(labels)) if k else np.ones(len(labels))
         reference = diversity(real, labels, weights)
         draws.append(100 * diversity(made, labels, weights) / reference if reference else float("nan"))
-    low, high = np.nanquantile(draws, [0.025, 0.975])
-    return {"value": float(draws[0]), "low": float(low), "high": float(high), "clips": len(labels), "unit": "%"}
+    return {"value": float(draws[0]), **quantiles(draws[1:]), "clips": len(labels), "unit": "%"}
 
 
 def main(config):
     utils.check_positive(config, "videos", "batch_size", "judge_clips")
-    if not 1 <= config.steps <= dit.NUM_STEPS:
-        raise UserError(f"--steps {config.steps}: the denoiser has 1 to {dit.NUM_STEPS}")
+    dit.check_steps(config.steps)
     began = time.time()
     ckpt = utils.load_checkpoint(config.ckpt, ("vae", "dit"), "python vae.py")
     device, rank, world = utils.start_processes(config.device)

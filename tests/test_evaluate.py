@@ -163,6 +163,7 @@ def test_intervals():
     values = np.random.default_rng(0).normal(5, 2, 400)
     r = evaluate.mean_result(values, fvd.Config(bootstrap=500))
     assert r["high"] - r["low"] == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.15)
+    assert "low" not in evaluate.mean_result(values, fvd.Config(bootstrap=0))
     hits = evaluate.share_result(np.ones(20, bool))
     assert hits["value"] == 100 and 80 < hits["low"] < 90 and hits["high"] == 100
 
