@@ -97,11 +97,13 @@ def shared_and_block(layer, x, tokens):
     """Only the generated block differs between videos: the other entries are one kernel for all, the norm comes after."""
     (T, _, H, W), B, k = x.shape, len(tokens), layer.kernel_shape[-1]
     block_out, block_in = layer.block_shape[:2]
-    block = layer.head(tokens).flatten(1)[:, : layer.offset.numel()].view(B, *layer.block_shape) + layer.offset
+    block = layer.head(tokens).flatten(1)[:, : len(layer.offset)] + layer.offset
+    block = block.view(B, block_out, k, k, block_in).permute(0, 1, 4, 2, 3)
     beside, below = layer.shared.split([
         block_out * (layer.in_ch - block_in) * k * k, (layer.out_ch - block_out) * layer.in_ch * k * k,
     ])  # fmt: skip
-    beside, below = beside.view(block_out, -1, k, k), below.view(-1, layer.in_ch, k, k)
+    beside = beside.view(block_out, k, k, -1).permute(0, 3, 1, 2)
+    below = below.view(-1, k, k, layer.in_ch).permute(0, 3, 1, 2)
     shared = torch.cat([F.pad(beside, (0, 0, 0, 0, block_in, 0)), below])  # zeros where the block is
     squares = F.pad(block.square().sum((2, 3, 4)), (0, layer.out_ch - block_out)) + shared.square().sum((1, 2, 3))  # [B, out]
     scale = (layer.gain * torch.rsqrt(squares + 1e-8))[:, :, None, None]

@@ -88,15 +88,17 @@ class Shapes:
             distance = np.maximum(abs(x) * 0.866 - y * 0.5, y) - 0.6 * radius
         else:
             distance = abs(np.hypot(x, y) - 0.75 * radius) - 0.25 * radius
-        cover = np.clip(0.5 - distance / pixel, 0, 1)[..., None]  # [T, H, W, 1], antialiased
+        cover = np.clip(0.5 - distance / pixel, 0, 1)  # [T, H, W], antialiased
 
         colour = rng.permutation([rng.uniform(0.9, 1), rng.uniform(0.6, 1), rng.uniform(0.5, 0.7)])
         ends = rng.uniform(0, 0.4, (2, 3))
         tilt = rng.uniform(0, 2 * math.pi)
         ramp = 0.5 + 0.35 * (math.cos(tilt) * grid[None, :] + math.sin(tilt) * grid[:, None])  # [H, W]
-        background = np.float32(ends[0] + (ends[1] - ends[0]) * ramp[..., None])
-        video = background + cover * (np.float32(colour) - background)
-        return (video * 255).round().astype(np.uint8)
+        video = np.empty((*cover.shape, 3), np.uint8)
+        for c in range(3):  # one channel at a time: broadcasting along three is slow
+            background = np.float32(ends[0, c] + (ends[1, c] - ends[0, c]) * ramp)
+            video[..., c] = ((background + cover * (np.float32(colour[c]) - background)) * 255).round()
+        return video
 
 
 # --------------------------------------------------------------------------------------------- layouts, as they are distributed

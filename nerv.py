@@ -99,21 +99,27 @@ class ModulatedConv(nn.Module):
         std = 1 / math.sqrt(in_ch * k * k)
         self.head = nn.Linear(config.token_dim, per_token, bias=False)
         nn.init.normal_(self.head.weight, std=std / math.sqrt(config.token_dim))
-        self.offset = nn.Parameter(torch.randn(self.block_shape) * std)
+        self.offset = nn.Parameter(torch.randn(self.block_shape).flatten() * std)
         self.shared = nn.Parameter(torch.randn(math.prod(self.kernel_shape) - entries) * std)
         self.bias = nn.Parameter(torch.zeros(out_ch))
         self.gain = gain
 
     def kernel(self, tokens):
         """The kernels of B videos: tokens [B, N, d] -> [B, out, in, k, k], of norm `gain` per output channel."""
-        B, (out_ch, in_ch, k, _), (block_out, block_in, _, _) = len(tokens), self.kernel_shape, self.block_shape
-        block = self.head(tokens).flatten(1)[:, : math.prod(self.block_shape)]  # [B, N, per_token] -> [B, m_out*m_in*k*k]
-        weight = block.view(B, *self.block_shape) + self.offset
+        # Entries lie in memory as the convolutions read them, the channels that a kernel is one tensor of last and its place
+        # in the map before: [B, out, k, k, in], and [B, in, k, k, out] where it upsamples. So no kernel is copied.
+        (rows, columns, k, _), (block_rows, block_columns, _, _) = self.kernel_shape, self.block_shape
+        if self.upsample:
+            rows, columns, block_rows, block_columns = columns, rows, block_columns, block_rows
+        weight = self.head(tokens).flatten(1)[:, : len(self.offset)] + self.offset  # [B, N, per_token] -> [B, entries]
+        weight = weight.view(-1, block_rows, k, k, block_columns)
         if len(self.shared):  # what is beside and below the block; in the nano preset there is almost nothing
-            beside, below = self.shared.split([block_out * (in_ch - block_in) * k * k, (out_ch - block_out) * in_ch * k * k])
-            beside = beside.view(1, block_out, in_ch - block_in, k, k).expand(B, -1, -1, -1, -1)
-            below = below.view(1, out_ch - block_out, in_ch, k, k).expand(B, -1, -1, -1, -1)
-            weight = torch.cat([torch.cat([weight, beside], 2), below], 1)  # [B, out, in, k, k]
+            sizes = [block_rows * k * k * (columns - block_columns), (rows - block_rows) * k * k * columns]
+            beside, below = self.shared.split(sizes)
+            beside = beside.view(1, block_rows, k, k, columns - block_columns).expand(len(weight), -1, -1, -1, -1)
+            below = below.view(1, rows - block_rows, k, k, columns).expand(len(weight), -1, -1, -1, -1)
+            weight = torch.cat([torch.cat([weight, beside], 4), below], 1)  # [B, rows, k, k, columns]
+        weight = weight.permute(0, 4, 1, 2, 3) if self.upsample else weight.permute(0, 1, 4, 2, 3)  # [B, out, in, k, k]
         # Demodulation (Karras et al. 2019), over generated and shared entries together: "all dimensions except the output
         # channels". Independent inputs of unit variance then give outputs of unit variance.
         return weight * (self.gain * torch.rsqrt(weight.square().sum((2, 3, 4), keepdim=True) + 1e-8))
@@ -124,7 +130,7 @@ class ModulatedConv(nn.Module):
         Frames are the batch and videos the groups (FastNeRV, Fig. 5), so that B networks run in one call.
         """
         B = len(tokens)
-        weight, bias = self.kernel(tokens).to(x.dtype), self.bias.to(x.dtype).repeat(B)
+        weight, bias = self.kernel(tokens).to(x.dtype), self.bias.to(x.dtype).expand(B, -1).flatten()
         if self.upsample:
             weight = weight.transpose(1, 2).flatten(0, 1)  # [B, out, in, 4, 4] -> [B * in, out, 4, 4]
             return F.conv_transpose2d(x, weight, bias, stride=2, padding=1, groups=B)

@@ -3,7 +3,7 @@
 The checkpoint format lives here and nowhere else. A checkpoint is one torch.save'd dictionary of tensors, numbers and
 strings, so that it loads with weights_only=True and never executes code:
 
-    format    "nerv-diffusion 2"
+    format    "nerv-diffusion 3"
     stage     "vae" or "dit"
     step      finished steps; with config["seed"] it says which clips and random numbers come next (Stream, step_generator)
     config    the settings of the script that wrote it, {name: value}
@@ -37,7 +37,7 @@ import torch.distributed.nn.functional as dist_nn
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-FORMAT = "nerv-diffusion 2"
+FORMAT = "nerv-diffusion 3"
 
 
 class UserError(Exception):

@@ -58,16 +58,17 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.q_norm = nn.RMSNorm(width // heads) if qk_gain else nn.Identity()
-        self.k_norm = nn.RMSNorm(width // heads) if qk_gain else nn.Identity()
+        self.q_norm = nn.LayerNorm(width // heads, bias=False) if qk_gain else nn.Identity()
+        self.k_norm = nn.LayerNorm(width // heads, bias=False) if qk_gain else nn.Identity()
         for parameter in [*self.q_norm.parameters(), *self.k_norm.parameters()]:
             nn.init.constant_(parameter, qk_gain)
 
     def forward(self, x, last=0):
         """last: look from the last so many tokens only, at all of them; 0 is from all."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, L, width / heads]
-        q = q[:, :, -last:]
-        return self.out(F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v).transpose(1, 2).flatten(2))
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each [B, L, heads, width / heads]
+        q, k = self.q_norm(q[:, -last:]), self.k_norm(k)
+        x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # [B, heads, L, …]
+        return self.out(x.transpose(1, 2).flatten(2))
 
 
 class EncoderBlock(nn.Module):

@@ -113,15 +113,19 @@ def test_gain_keeps_the_second_moment():
 def reference_kernel(layer, tokens):
     """One video's kernel of one layer, tokens [N, d] -> [out, in, k, k]."""
     m_out, m_in, k, _ = layer.block_shape
+    out_ch, in_ch = layer.kernel_shape[:2]
+    if layer.upsample:  # entries in the order in, place, out; else out, place, in
+        m_out, m_in, out_ch, in_ch = m_in, m_out, in_ch, out_ch
     entries = torch.cat([layer.head.weight @ token for token in tokens])[: m_out * m_in * k * k]
-    W = torch.zeros(layer.kernel_shape, dtype=tokens.dtype)
-    generated = torch.zeros(layer.kernel_shape, dtype=torch.bool)
-    generated[:m_out, :m_in] = True
-    W = W.masked_scatter(generated, entries + layer.offset.flatten())
+    W = torch.zeros(out_ch, k, k, in_ch, dtype=tokens.dtype)
+    generated = torch.zeros(W.shape, dtype=torch.bool)
+    generated[:m_out, :, :, :m_in] = True
+    W = W.masked_scatter(generated, entries + layer.offset)
     right = torch.zeros_like(generated)
-    right[:m_out, m_in:] = True
+    right[:m_out, :, :, m_in:] = True
     W = W.masked_scatter(right, layer.shared)
     W = W.masked_scatter(~(generated | right), layer.shared[right.sum() :])
+    W = W.permute(3, 0, 1, 2) if layer.upsample else W.permute(0, 3, 1, 2)
     return torch.stack([row / (row.square().sum() + 1e-8).sqrt() for row in W])
 
 
