@@ -1,8 +1,9 @@
-"""How fast decoding and sampling are: `python bench_speed.py conv | decode | sample | growth`, one table each.
+"""How fast decoding and sampling are: `python bench_speed.py conv | decode | sample | quality | growth`, one table each.
 
 conv     the modulated convolution as it is, against a loop over videos and two exact reformulations
 decode   frames from weight tokens, against H.264, frames in memory and a decoder of the shape of Stable Diffusion's
 sample   from noise to frames with each sampler; with --ckpt dit.pt also how far off its tokens are
+quality  of what each sampler makes of --ckpt dit.pt: class agreement, and the Fréchet distance on random features
 growth   cost against resolution, length, batch and width, with fitted exponents and a plot
 
 What a row is compared with is measured in turns with it. Two more rows are what the machine can do at best: a product of two
@@ -20,7 +21,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import data
 import dit
+import evaluate
 import nerv
 import utils
 import vae
@@ -33,7 +36,8 @@ from utils import option
 class Config:
     repeats: int = option("what", 3, "measurements, in turns with those of the reference, after one that is not counted")
     frames: int = option("what", 0, "frames of a clip in decode; 0: all on a GPU, one on a CPU, where S takes seconds for each")
-    ckpt: str = option("what", "", "a trained dit.pt, for the distances in sample; else the nano preset with random weights")
+    ckpt: str = option("what", "", "a trained dit.pt; sample takes the nano preset with random weights where there is none")
+    clips: int = option("what", 90, "generated clips in quality, for each of --repeats seeds of noise")
     plot: str = option("what", "", "where growth puts its plot, a PNG")
     device: str = option("what", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
 
@@ -330,6 +334,39 @@ def sample(config):
     table(header, rows)
 
 
+def quality(config):
+    """Samplers with the same noise, against as many training clips; a random I3D's distance is not the published FVD."""
+    device = utils.pick_device(config.device)
+    utils.check_positive(config, "clips", "repeats")
+    ckpt = utils.load_checkpoint(config.ckpt, "dit", "python demo.py")
+    model, autoencoder, scale = dit.load_dit(ckpt)
+    model, autoencoder, classes = model.to(device), autoencoder.to(device), ckpt["classes"]
+    train_set = data.open_dataset(vae.Config(**ckpt["vae"]["config"]), "train", classes)
+    scorer = evaluate.Scorer(train_set, len(classes), config.clips, device=device)
+    ways, found = [("ddim", 20), ("ddim", 100), ("dpm", 10), ("dpm", 20)], {}
+    for seed in range(config.repeats):
+        for sampler, steps in ways:
+            clips, tokens = scorer.generate(model, autoencoder, scale, seed, sampler=sampler, steps=steps)
+            found.setdefault((sampler, steps), []).append((*scorer(clips), tokens))
+    rows = []
+    for way in ways:
+        shares, distances, tokens = zip(*found[way])
+        near = found["ddim", 100]
+        off = [(a - b[2]).square().mean().sqrt().item() for a, b in zip(tokens, near)]
+        more = [a - b[1] for a, b in zip(distances, near)]
+        rows.append([*way, spread(shares), spread(distances), spread(more), spread(off)])
+    print(f"{len(scorer.labels)} clips for each of {config.repeats} seeds of noise; latents have unit deviation")
+    header = [
+        "sampler",
+        "steps",
+        "class agreement, %",
+        "FVD on random features",
+        "… more than ddim 100",
+        "tokens off those of ddim 100",
+    ]
+    table(header, rows)
+
+
 # ----------------------------------------------------------------------------------------------------------------- growth
 
 
@@ -375,7 +412,7 @@ def growth(config):
         utils.plot(config.plot, curves)
 
 
-TOPICS = {"conv": conv, "decode": decode, "sample": sample, "growth": growth}
+TOPICS = {"conv": conv, "decode": decode, "sample": sample, "quality": quality, "growth": growth}
 
 
 def main():

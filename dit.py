@@ -42,6 +42,7 @@ class DiTConfig:
     width: int = 1024
     depth: int = 24
     heads: int = 16
+    denoiser: str = "dit"  # or "gpt", "latte", of variants.py (Table 3a)
 
 
 SIZES = {name: {} for name in nerv.CONFIGS}  # the paper's denoiser is always DiT-L
@@ -97,16 +98,30 @@ class DiT(nn.Module):
 
         given: in frame prediction, the tokens [B, N, d] of the given frames (`encode_given`); zeros are no frames.
         """
-        freq = torch.exp(-math.log(10000) * torch.arange(128, device=tokens.device) / 128)
-        angle = step[:, None].float() * freq
-        condition = self.step_mlp(torch.cat([angle.cos(), angle.sin()], -1)) + self.label(label)  # [B, width]
-        if self.config.cond_frames:
-            tokens = torch.cat([tokens, torch.zeros_like(tokens) if given is None else given], -1)  # [B, N, 2d]
-        x = self.embed(tokens) + self.position
+        x, step, label = self.embed_all(tokens, step, label, given)
+        condition = step + label
         for block in self.blocks:
             x = block(x, condition)
         shift, scale = self.adaln(condition).chunk(2, -1)
         return self.out(modulate(self.norm(x), shift, scale))
+
+    def embed_all(self, tokens, step, label, given):
+        """What goes in, at the transformer's width: tokens [B, N, width], diffusion step and label [B, width]."""
+        freq = torch.exp(-math.log(10000) * torch.arange(128, device=tokens.device) / 128)
+        angle = step[:, None].float() * freq
+        if self.config.cond_frames:
+            tokens = torch.cat([tokens, torch.zeros_like(tokens) if given is None else given], -1)  # [B, N, 2d]
+        step = self.step_mlp(torch.cat([angle.cos(), angle.sin()], -1))
+        return self.embed(tokens) + self.position, step, self.label(label)
+
+
+def build(config):
+    """The denoiser of a DiTConfig: DiT, or what it is compared with in Table 3a."""
+    if config.denoiser == "dit":
+        return DiT(config)
+    import variants  # which builds on this file
+
+    return variants.DENOISERS[config.denoiser](config)
 
 
 # -------------------------------------------------------------------------------------------------------------- diffusion
@@ -202,7 +217,7 @@ def generate(model, labels, steps=20, guidance=2.0, sampler="dpm", seed=None, gi
 def load_dit(ckpt):
     """A stage-2 checkpoint -> (DiT with its averaged weights, VAE, latent scale), in evaluation mode."""
     with utils.fitting_checkpoint():
-        model = DiT(DiTConfig(**ckpt["dit_config"]))
+        model = build(DiTConfig(**ckpt["dit_config"]))
         model.load_state_dict(ckpt["ema"])
     return model.eval().requires_grad_(False), load_vae(ckpt["vae"]), ckpt["latent_scale"]
 
@@ -221,6 +236,7 @@ class Config:
     workers: int = option("data", -1, "threads that decode where there is no cache; -1 is all cores")
     preset: str = option("model", "", "size of the denoiser; that of stage 1 unless named", choices=list(SIZES))
     cond_frames: int = option("model", 0, "frame prediction from so many given frames (the paper: 5); 0 generates whole clips")
+    denoiser: str = option("model", "dit", "the transformer (Table 3a)", choices=["dit", "gpt", "latte"])
     steps: int = option("training", 1_000_000, "optimizer steps")
     batch_size: int = option("training", 64, "clips per step, of all processes together")
     accumulate: int = option("training", 1, "parts of the batch that go through one after another, to save memory")
@@ -351,8 +367,10 @@ def main():
     if list(train_set.classes) != classes:
         raise UserError(f"{config.ckpt} was trained on the classes {classes}, and {config.dataset} has {train_set.classes}")
     torch.manual_seed(config.seed)
-    dit_config = DiTConfig(c.num_tokens, c.token_dim, len(classes), cond_frames, **SIZES[config.preset])
-    model = DiT(dit_config).to(device)
+    dit_config = DiTConfig(
+        c.num_tokens, c.token_dim, len(classes), cond_frames, **SIZES[config.preset], denoiser=config.denoiser
+    )
+    model = build(dit_config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
     parts = {"model": model, "step": utils.FiniteStep(model, optimizer, config.grad_clip)}  # what goes on, beside ema

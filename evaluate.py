@@ -102,6 +102,31 @@ def load_judge(path, train_set, num_classes, config, device):
     return judge.to(device).eval()
 
 
+class Scorer:
+    """Generated clips against up to `count` training clips: what studies of many small models compare them by.
+
+    labels [count] are the classes to generate, as many of each as there are real clips. Called with clips [B, T, 3, H, W] of
+    these classes, it returns (class agreement in %, Fréchet distance on random I3D features, which is not the published FVD).
+    """
+
+    def __init__(self, train_set, num_classes, count, judge_clips=4096, device="cpu"):
+        self.judge = train_classifier(train_set, num_classes, judge_clips, device)
+        self.detector = fvd.load_detector("random", device=device)
+        frames, labels = read(train_set, spread_over(train_set, count))
+        self.real, self.labels = self.detector(frames), torch.as_tensor(labels, device=device)
+
+    def __call__(self, clips):
+        distance = fvd.frechet_distance_of(self.real, self.detector(video.to_frames(clips)))
+        return 100 * agreement(self.judge, clips, self.labels), distance
+
+    @torch.no_grad()
+    def generate(self, model, vae, scale, seed, **sampling):
+        """(clips [B, T, 3, H, W] of the labels, their tokens [B, N, d]), on the CPU."""
+        tokens = dit.generate(model, self.labels, seed=seed, **sampling)
+        t = torch.arange(vae.nerv_config.num_frames, device=tokens.device)
+        return torch.cat([vae.decode(part / scale, t).cpu() for part in tokens.split(16)]), tokens.cpu()
+
+
 # ---------------------------------------------------------------------------------------------------------------- batches
 
 

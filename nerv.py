@@ -32,13 +32,20 @@ class NeRVConfig:
     stem_fraction: int = 1  # the first layer's generated block is [48/f, D/f]: f = 1 in S, 2 in B and L
     pos_dim: int = 16  # sinusoidal dimensions each for time, height and width
     pos_size: int = 8  # h = w of the position code (Table 2c)
+    # What else Table 2 compares. The defaults are the paper's choices; all others are in variants.py.
+    modulation: str = "channel"  # or "fmm", "repeat" (2a)
+    reuse: str = "multihead"  # or "direct", "none" (2b)
+    upsampling: str = "transposed"  # or "pixelshuffle", "bilinear" (2d)
+    side: str = "residual"  # or "skip", "none" (2e)
 
     def __post_init__(self):
-        levels = math.log2(self.resolution / self.pos_size) if self.resolution > 0 else 0
-        if levels < 2 or levels != int(levels):
+        levels = math.log2(self.resolution / self.pos_size) if min(self.resolution, self.pos_size) > 0 else 0
+        least = 2 if self.last_factor > 1 else 1  # a last block, and before it one in which the channels grow
+        if levels < least or levels != int(levels):
+            *sizes, largest = (self.pos_size * 2**level for level in range(least, least + 4))
             raise ValueError(
-                f"resolution {self.resolution} is not {self.pos_size} x 4, 8, 16, …: use {self.pos_size * 4}, "
-                f"{self.pos_size * 8}, {self.pos_size * 16} or {self.pos_size * 32}"
+                f"resolution {self.resolution} is not {self.pos_size} x {2**least}, {2 * 2**least}, {4 * 2**least}, …: "
+                f"use {', '.join(map(str, sizes))} or {largest}"
             )
         if self.num_frames < 1 or self.num_tokens < 1 or self.token_dim < 1:
             raise ValueError("num_frames, num_tokens and token_dim must be positive")
@@ -95,31 +102,41 @@ class ModulatedConv(nn.Module):
         self.kernel_shape = (out_ch, in_ch, k, k)
         self.block_shape = (block_out, block_in, k, k)
         entries = math.prod(self.block_shape)
-        per_token = math.ceil(entries / config.num_tokens)  # N that does not divide the block: the surplus is cut off below
         std = 1 / math.sqrt(in_ch * k * k)
-        self.head = nn.Linear(config.token_dim, per_token, bias=False)
-        nn.init.normal_(self.head.weight, std=std / math.sqrt(config.token_dim))
-        self.offset = nn.Parameter(torch.randn(self.block_shape).flatten() * std)
+        self.add_head(config, entries, std)
         self.shared = nn.Parameter(torch.randn(math.prod(self.kernel_shape) - entries) * std)
         self.bias = nn.Parameter(torch.zeros(out_ch))
         self.gain = gain
 
-    def kernel(self, tokens):
-        """The kernels of B videos: tokens [B, N, d] -> [B, out, in, k, k], of norm `gain` per output channel."""
-        # Entries lie in memory as the convolutions read them, the channels that a kernel is one tensor of last and its place
-        # in the map before: [B, out, k, k, in], and [B, in, k, k, out] where it upsamples. So no kernel is copied.
+    def add_head(self, config, entries, std):
+        per_token = math.ceil(entries / config.num_tokens)  # N that does not divide the block: the surplus is cut off below
+        self.head = nn.Linear(config.token_dim, per_token, bias=False)
+        nn.init.normal_(self.head.weight, std=std / math.sqrt(config.token_dim))
+        self.offset = nn.Parameter(torch.randn(entries) * std)
+
+    def generate(self, tokens):
+        """What the tokens [B, N, d] say about this layer, [B, entries]."""
+        return self.head(tokens).flatten(1)[:, : len(self.offset)] + self.offset  # [B, N, per_token] -> [B, entries]
+
+    def weight(self, tokens):
+        """The kernels [B, out, in, k, k] before their norm: the generated block, and the shared entries around it."""
+        # Entries are in the order [B, out, k, k, in], or [B, in, k, k, out] where it upsamples: as the convolutions read
+        # them, so that no kernel is copied.
         (rows, columns, k, _), (block_rows, block_columns, _, _) = self.kernel_shape, self.block_shape
         if self.upsample:
             rows, columns, block_rows, block_columns = columns, rows, block_columns, block_rows
-        weight = self.head(tokens).flatten(1)[:, : len(self.offset)] + self.offset  # [B, N, per_token] -> [B, entries]
-        weight = weight.view(-1, block_rows, k, k, block_columns)
+        weight = self.generate(tokens).view(-1, block_rows, k, k, block_columns)
         if len(self.shared):  # what is beside and below the block; in the nano preset there is almost nothing
             sizes = [block_rows * k * k * (columns - block_columns), (rows - block_rows) * k * k * columns]
             beside, below = self.shared.split(sizes)
             beside = beside.view(1, block_rows, k, k, columns - block_columns).expand(len(weight), -1, -1, -1, -1)
             below = below.view(1, rows - block_rows, k, k, columns).expand(len(weight), -1, -1, -1, -1)
             weight = torch.cat([torch.cat([weight, beside], 4), below], 1)  # [B, rows, k, k, columns]
-        weight = weight.permute(0, 4, 1, 2, 3) if self.upsample else weight.permute(0, 1, 4, 2, 3)  # [B, out, in, k, k]
+        return weight.permute(0, 4, 1, 2, 3) if self.upsample else weight.permute(0, 1, 4, 2, 3)
+
+    def kernel(self, tokens):
+        """The kernels of B videos: tokens [B, N, d] -> [B, out, in, k, k], of norm `gain` per output channel."""
+        weight = self.weight(tokens)
         # Demodulation (Karras et al. 2019), over generated and shared entries together: "all dimensions except the output
         # channels". Independent inputs of unit variance then give outputs of unit variance.
         return weight * (self.gain * torch.rsqrt(weight.square().sum((2, 3, 4), keepdim=True) + 1e-8))
@@ -161,6 +178,8 @@ class Block(nn.Module):
 class NeRV(nn.Module):
     """B videos' worth of weight tokens and T frame positions in, B videos out (Table A1)."""
 
+    Conv, Level = ModulatedConv, Block  # variants.py has others
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -169,19 +188,21 @@ class NeRV(nn.Module):
         pos = 3 * config.pos_dim
 
         def conv(in_ch, out_ch, k=3, gain=GELU_GAIN, **kw):
-            return ModulatedConv(config, in_ch, out_ch, k, m, m * out_ch // in_ch, gain=gain, **kw)
+            return self.Conv(config, in_ch, out_ch, k, m, m * out_ch // in_ch, gain=gain, **kw)
 
         def up(ch):  # an output pixel of a stride-2 4×4 transposed convolution meets only 4 of the 16 taps
             return conv(ch, ch, 4, gain=2.0, upsample=True)
 
         levels = int(math.log2(config.resolution // config.pos_size))
-        self.stem = ModulatedConv(config, pos, D, 3, pos // f, D // f)
-        blocks = [Block(up(D), [conv(D, D), conv(D, D)]) for _ in range(levels - 2)]
-        # The last conv of the last but one block grows D -> 2D; its 1×1 side connection is modulated too (§3.2).
-        blocks.append(Block(up(D), [conv(D, D), conv(D, last)], side=conv(D, last, 1, gain=1.0) if last != D else None))
-        blocks.append(Block(up(last), [conv(last, last)]))
+        self.stem = self.Conv(config, pos, D, 3, pos // f, D // f)
+        blocks = [self.Level(up(D), [conv(D, D), conv(D, D)]) for _ in range(levels - 2)]
+        if levels > 1:
+            # The last conv of the last but one block grows D -> 2D; its 1×1 side connection is modulated too (§3.2).
+            side = conv(D, last, 1, gain=1.0) if last != D else None
+            blocks.append(self.Level(up(D), [conv(D, D), conv(D, last)], side))
+        blocks.append(self.Level(up(last), [conv(last, last)]))
         self.blocks = nn.ModuleList(blocks)
-        self.to_rgb = ModulatedConv(config, last, 3, 3, last // 2, 3)
+        self.to_rgb = self.Conv(config, last, 3, 3, last // 2, 3)
 
     def table_layers(self):
         """The layers of Table A1 in order, [(name, ModulatedConv)]; side connections, which it omits, left out."""
@@ -212,8 +233,20 @@ class NeRV(nn.Module):
         x = position_code(t, c).to(tokens.dtype).repeat(1, B, 1, 1)  # [T, 48, 8, 8] -> [T, B * 48, 8, 8]
         if x.device.type == "cpu":
             x = x.contiguous(memory_format=torch.channels_last)  # every map from here on
-        x = GELU_GAIN * F.gelu(self.stem(x, tokens))
+        x = torch.tanh(self.rgb(GELU_GAIN * F.gelu(self.stem(x, tokens)), tokens))  # [T, B * 3, H, W]
+        return x.unflatten(1, (B, 3)).transpose(0, 1)
+
+    def rgb(self, x, tokens):
+        """The stem's map [T, B * D, h, w] -> [T, B * 3, H, W]."""
         for block in self.blocks:
             x = block(x, tokens)
-        x = torch.tanh(self.to_rgb(x, tokens))  # [T, B * 3, H, W]
-        return x.unflatten(1, (B, 3)).transpose(0, 1)
+        return self.to_rgb(x, tokens)
+
+
+def build(config):
+    """The decoder of a NeRVConfig: the paper's, or what it is compared with in Table 2."""
+    if (config.modulation, config.reuse, config.upsampling, config.side) == ("channel", "multihead", "transposed", "residual"):
+        return NeRV(config)
+    import variants  # which builds on this file
+
+    return variants.nerv(config)

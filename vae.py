@@ -163,7 +163,7 @@ class VAE(nn.Module):
         super().__init__()
         self.nerv_config, self.encoder_config = nerv_config, encoder_config
         self.encoder = Encoder(encoder_config, nerv_config)
-        self.nerv = nerv.NeRV(nerv_config)
+        self.nerv = nerv.build(nerv_config)
 
     def encode(self, video):
         """video [B, T, 3, H, W] in [-1, 1] -> mean, logvar of the tokens' posterior, each [B, N, d]."""
@@ -199,7 +199,8 @@ def fine_power(clips):
 # --------------------------------------------------------------------------------------------------------------- training
 
 
-SIZES = ("resolution", "num_frames", "num_tokens", "token_dim", "width")  # of the decoder, as options
+SIZES = ("resolution", "num_frames", "num_tokens", "token_dim", "width", "pos_size")  # of the decoder, as options
+CHOICES = ("modulation", "reuse", "upsampling", "side")
 
 
 @dataclass
@@ -222,6 +223,11 @@ class Config:
     num_tokens: int = option("model", 128, "N, weight tokens of a video")
     token_dim: int = option("model", 128, "d, width of a token")
     width: int = option("model", 128, "D, channels of the decoder; its last block has 2D (nano: D)")
+    pos_size: int = option("model", 8, "h = w of the position code (Table 2c)")
+    modulation: str = option("model", "channel", "how tokens enter kernels (Table 2a)", choices=["channel", "fmm", "repeat"])
+    reuse: str = option("model", "multihead", "of the tokens in layers (Table 2b)", choices=["multihead", "direct", "none"])
+    upsampling: str = option("model", "transposed", "Table 2d", choices=["transposed", "pixelshuffle", "bilinear"])
+    side: str = option("model", "residual", "side connection of a level (Table 2e)", choices=["residual", "skip", "none"])
     steps: int = option("training", 2_000_000, "optimizer steps")
     batch_size: int = option("training", 32, "clips per step, of all processes together")
     accumulate: int = option("training", 1, "parts of the batch that go through one after another, to save memory")
@@ -279,7 +285,7 @@ def main():
         raise UserError("one clip at a time leaves batch norm nothing to compare with: use a larger --batch-size")
     utils.make_parent(config.out)
     torch.manual_seed(config.seed)
-    sizes = {k: getattr(config, k) for k in SIZES}
+    sizes = {k: getattr(config, k) for k in (*SIZES, *CHOICES)}
     try:
         nerv_config = dataclasses.replace(nerv.CONFIGS[config.preset], **sizes)
         vae = VAE(nerv_config, ENCODERS[config.preset]).to(device)

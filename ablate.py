@@ -1,0 +1,295 @@
+"""Switch each idea of the paper off: Tables 2 and 3, on small models, with the paper's figures beside.
+
+python ablate.py                                                    the built-in shapes, about two hours on two CPU cores
+python ablate.py --dataset folder --data-dir PATH --vae-options "--preset nano --resolution 64"
+python ablate.py --only 2a 3b --seeds 1                             some tables, one seed
+
+Every row is the paper's choice in all but one thing, trained on the same data with the same seeds, steps and settings. Rows of
+stage 1 are compared by the PSNR of held-out reconstructions. Rows of stage 2 are trained on the tokens of the same stage 1 and
+compared by the Fréchet distance on random I3D features of clips generated to clips of the training set (which is not the
+published FVD) and by class agreement. A run that is done is a row of runs.csv, and is not done again.
+"""
+
+import csv
+import os
+import queue
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+import data
+import dit
+import utils
+from bench import table
+from evaluate import Scorer
+from utils import option
+from vae import Config as Stage1
+
+# Table -> (what it compares, rows (name, the paper's gFVD, options of vae.py, options of dit.py), best of the paper last);
+# without options a row is the base, which all tables share.
+TABLES = {
+    "2a": ("modulation", [
+        ("repeat", 741, "--modulation repeat", ""), ("fmm", 636, "--modulation fmm", ""), ("channel", 570, "", ""),
+    ]),
+    "2b": ("reuse of tokens", [
+        ("none", 570, "--reuse none", ""), ("direct", 562, "--reuse direct", ""), ("multihead", 283, "", ""),
+    ]),
+    "2c": ("size of the position code", [
+        ("1 × 1", 283, "--pos-size 1", ""), ("4 × 4", 269, "--pos-size 4", ""), ("16 × 16", 277, "--pos-size 16", ""),
+        ("8 × 8", 254, "", ""),
+    ]),
+    "2d": ("upsampling", [
+        ("bilinear", 287, "--upsampling bilinear", ""), ("pixelshuffle", 254, "--upsampling pixelshuffle", ""),
+        ("transposed", 248, "", ""),
+    ]),
+    "2e": ("side connection", [
+        ("none", 248, "--side none", ""), ("skip", 235, "--side skip", ""), ("residual", 219, "", ""),
+    ]),
+    "2f": ("tokens, of nano's 32", [
+        ("a quarter", 219, "--num-tokens 8", ""), ("half", 193, "--num-tokens 16", ""), ("twice", 206, "--num-tokens 64", ""),
+        ("all", 184, "", ""),
+    ]),
+    "3a": ("denoiser", [
+        ("gpt", 550, "", "--denoiser gpt"), ("latte", 342, "", "--denoiser latte"), ("dit", 295, "", ""),
+    ]),
+    "3b": ("training of stage 2", [
+        ("plain", 295, "", "--min-snr-gamma 0 --scheduled-sampling 0"), ("scheduled sampling", 261, "", "--min-snr-gamma 0"),
+        ("Min-SNR", 238, "", "--scheduled-sampling 0"), ("both", 184, "", ""),
+    ]),
+}  # fmt: skip
+BOTH_STAGES = ("2f",)  # more tokens always reconstruct better: what they cost is seen in stage 2
+COLUMNS = ["stage", "vae", "dit", "seed", "settings", "revision", "seconds", "psnr", "distance", "agreement"]
+
+
+@dataclass
+class Config:
+    dataset: str = option("data", "shapes", "what to train on", choices=data.DATASETS)
+    data_dir: str = option("data", "", "directory of videos, classes from its sub-folders")
+    only: list = option("what", [], "tables to run and to print; all unless named", nargs="*", choices=list(TABLES))
+    seeds: int = option("what", 3, "runs of each row")
+    vae_options: str = option("training", "--steps 600", "further options of vae.py for every run, in quotes")
+    dit_options: str = option("training", "--num-latents 2048", "further options of dit.py for every run, in quotes")
+    clips: int = option("judging", 90, "generated clips of each run of stage 2, and as many real ones")
+    judge_clips: int = option("judging", 4096, "clips that the judge of class agreement is trained on")
+    jobs: int = option("machine", 0, "runs at the same time; 0 is one for each GPU, or for each core of a CPU")
+    out_dir: str = option("output", "out/ablate", "runs.csv, the plot and checkpoints go here")
+
+
+class Study:
+    """The runs that are done, and how to do one more; threads share it."""
+
+    def __init__(self, config):
+        self.config, self.out = config, Path(config.out_dir)
+        self.gpus = torch.cuda.device_count()
+        self.jobs = config.jobs or self.gpus or os.cpu_count()
+        self.lock, self.places, self.scorer = threading.Lock(), queue.SimpleQueue(), None
+        self.training = {}  # stage-1 checkpoint -> lock of who trains it
+        for place in range(self.jobs):
+            self.places.put(place)
+        self.settings = f"{config.dataset} {config.data_dir} {config.vae_options} | {config.dit_options} | {config.clips} clips"
+        self.path = self.out / "runs.csv"
+        utils.make_parent(self.path)
+        self.done = {}
+        if self.path.is_file():
+            with open(self.path, newline="") as f:
+                self.done = {self.key(row): row for row in csv.DictReader(f)}
+
+    @staticmethod
+    def key(row):
+        return tuple(str(row[name]) for name in COLUMNS[:5])
+
+    def get(self, stage, vae_options, dit_options, seed):
+        """The row of runs.csv, or None."""
+        return self.done.get((str(stage), vae_options, dit_options, str(seed), self.settings))
+
+    def keep(self, start, **row):
+        """Append a run to runs.csv."""
+        row |= {"settings": self.settings, "revision": utils.git_revision() or "unknown", "seconds": round(time.time() - start)}
+        with self.lock:
+            new = not self.path.is_file()
+            with open(self.path, "a", newline="") as f:
+                writer = csv.DictWriter(f, COLUMNS)
+                if new:
+                    writer.writeheader()
+                writer.writerow(row)
+            self.done[self.key(row)] = {name: str(row.get(name, "")) for name in COLUMNS}
+        print(f"{time.strftime('%H:%M')} {', '.join(f'{name} {value}' for name, value in row.items() if value)}", flush=True)
+
+    def call(self, script, *options):
+        """Run a script of this repository, on a GPU of its own where there are some; returns what it printed."""
+        command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, options)]
+        env = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // self.jobs))}
+        place = self.places.get()
+        if self.gpus:
+            env["CUDA_VISIBLE_DEVICES"] = str(place % self.gpus)
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        self.places.put(place)
+        said = f"python {shlex.join([script, *map(str, options)])}"
+        if done.returncode:
+            raise utils.UserError(f"{said} failed: {done.stderr[-500:]}")
+        if "interrupted after" in done.stdout:
+            raise utils.UserError(f"{said} was interrupted; start again to go on with the rows that are not done")
+        return done.stdout
+
+    def run(self, vae_options, dit_options, seed, both):
+        """Stage 1 of a row, and stage 2 on its tokens where it is compared there; what is done is not done again."""
+        stage2 = both and not self.get(2, vae_options, dit_options, seed)
+        vae_pt = self.out / f"vae{file_name(vae_options, seed)}.pt"
+        with self.lock:
+            alone = self.training.setdefault(vae_pt, threading.Lock())
+        with alone:  # rows may share their stage 1
+            if not self.get(1, vae_options, "", seed) or (stage2 and not vae_pt.is_file()):
+                self.stage1(vae_pt, vae_options, seed)
+        if stage2:
+            self.stage2(vae_pt, vae_options, dit_options, seed)
+
+    def stage1(self, vae_pt, vae_options, seed):
+        start, config = time.time(), self.config
+        where = ["--dataset", config.dataset, *(["--data-dir", config.data_dir] if config.data_dir else [])]
+        settings = [*shlex.split(config.vae_options), *shlex.split(vae_options), "--seed", seed]
+        printed = self.call("vae.py", *where, *settings, "--out", vae_pt, "--run-dir", vae_pt.with_suffix(""))
+        psnr = next(line.split()[2] for line in printed.splitlines() if line.startswith("held-out PSNR"))
+        if not self.get(1, vae_options, "", seed):
+            self.keep(start, stage=1, vae=vae_options, dit="", seed=seed, psnr=psnr)
+
+    def stage2(self, vae_pt, vae_options, dit_options, seed):
+        start, dit_pt = time.time(), self.out / f"dit{file_name(vae_options + dit_options, seed)}.pt"
+        settings = [*shlex.split(self.config.dit_options), *shlex.split(dit_options), "--seed", seed]
+        self.call("dit.py", "--ckpt", vae_pt, *settings, "--out", dit_pt, "--run-dir", dit_pt.with_suffix(""))
+        agreement, distance = self.score(dit_pt, seed)
+        scores = {"distance": f"{distance:.4f}", "agreement": f"{agreement:.1f}"}
+        self.keep(start, stage=2, vae=vae_options, dit=dit_options, seed=seed, **scores)
+        dit_pt.unlink()
+        shutil.rmtree(dit_pt.with_suffix(".latents"), ignore_errors=True)
+
+    def score(self, dit_pt, seed):
+        ckpt = utils.load_checkpoint(dit_pt, "dit", "python dit.py")
+        model, vae, scale = dit.load_dit(ckpt)
+        device = torch.device("cuda" if self.gpus else "cpu")
+        with self.lock:
+            if not self.scorer:
+                train_set = data.open_dataset(Stage1(**ckpt["vae"]["config"]), "train", ckpt["classes"])
+                self.scorer = Scorer(train_set, len(ckpt["classes"]), self.config.clips, self.config.judge_clips, device)
+        return self.scorer(self.scorer.generate(model.to(device), vae.to(device), scale, seed)[0])
+
+
+def file_name(options, seed):
+    return "".join(c if c.isalnum() else "_" for c in f"{options} {seed}")
+
+
+def plan(names, seeds):
+    """The runs of some tables, without repetitions, all rows of one seed before the next: (vae, dit, seed, both stages?)."""
+    wanted = {}
+    for seed in range(seeds):
+        for name in names:
+            for _, _, vae_options, dit_options in TABLES[name][1]:
+                both = name[0] == "3" or name in BOTH_STAGES
+                key = (vae_options, dit_options, seed)
+                wanted[key] = wanted.get(key, False) or both
+    return [(*key, both) for key, both in wanted.items()]
+
+
+def verdict(rows):
+    """Does the paper's best, the last of rows [(name, values)], win? Higher is better; the spread is between seeds."""
+    means = {name: statistics.mean(values) for name, values in rows}
+    best, others = rows[-1][0], {name: means[name] for name, _ in rows[:-1]}
+    second = max(others, key=others.get)
+    if any(len(values) < 2 for _, values in rows):
+        return f"{'yes' if means[best] > means[second] else 'no'}, of one seed"
+    spread = max(statistics.stdev(values) for name, values in rows if name in (best, second))
+    gap = means[best] - means[second]
+    if abs(gap) <= spread:
+        return f"within noise: {best} and {second} differ by {abs(gap):.2f}, seeds by {spread:.2f}"
+    return f"yes, ahead of {second} by {gap:.2f}" if gap > 0 else f"no, {second} is ahead by {-gap:.2f}"
+
+
+def spread(values):
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0:.2f}" if values else "not yet"
+
+
+def report(study, names):
+    """Print the tables of what is done, and draw them."""
+    panels = {}
+    for name in names:
+        title, rows = TABLES[name]
+        metrics = {"psnr": "PSNR, dB"} if name[0] == "2" else {}
+        if name[0] == "3" or name in BOTH_STAGES:
+            metrics |= {"distance": "distance on random features", "agreement": "class agreement, %"}
+        found = {metric: [] for metric in metrics}
+        printed = []
+        for row, paper, vae_options, dit_options in rows:
+            cells = []
+            for metric in metrics:
+                options = (1, vae_options, "") if metric == "psnr" else (2, vae_options, dit_options)
+                done = filter(None, (study.get(*options, seed) for seed in range(study.config.seeds)))
+                values = [float(run[metric]) for run in done]
+                found[metric].append((row, values))
+                cells.append(spread(values))
+            printed.append([row, paper, *cells, len(values)])
+        print(f"\n**Table {name}, {title}.**", end=" ")
+        for metric, columns in found.items():
+            if all(values for _, values in columns):
+                sign = -1 if metric == "distance" else 1
+                won = verdict([(row, [sign * value for value in values]) for row, values in columns])
+                print(f"By {metrics[metric]}: {won}.", end=" ")
+                panels[f"{name} {title}: {metrics[metric]}"] = columns
+        print("\n")
+        table([title, "gFVD in the paper", *metrics.values(), "seeds"], printed)
+    if panels:
+        draw(study.out / "ablate.png", panels)
+        print(f"\nwrote {study.path} and {study.out / 'ablate.png'}")
+
+
+def draw(path, panels):
+    """A panel for each of {title: [(row, values)]}: a dot for every seed, a line at the mean."""
+    width, left, step = 720, 150, 20
+    image = Image.new("RGB", (width, sum(30 + step * len(rows) for rows in panels.values())), "white")
+    pen, y = ImageDraw.Draw(image), 0
+    for title, rows in panels.items():
+        values = [value for _, seeds in rows for value in seeds]
+        low, high = min(values), max(values)
+        scale = (width - left - 80) / ((high - low) or 1)
+        pen.text((10, y + 6), title, fill="black")
+        for i, (row, seeds) in enumerate(rows):
+            middle = y + 34 + step * i
+            pen.text((20, middle - 6), row, fill="black")
+            mean = left + scale * (statistics.mean(seeds) - low)
+            pen.line([mean, middle - 8, mean, middle + 8], fill="#d62728" if i == len(rows) - 1 else "#1f77b4", width=3)
+            for value in seeds:
+                x = left + scale * (value - low)
+                pen.ellipse([x - 3, middle - 3, x + 3, middle + 3], outline="black")
+            pen.text((width - 70, middle - 6), f"{statistics.mean(seeds):.4g}", fill="black")
+        y += 30 + step * len(rows)
+    image.save(path)
+
+
+def main():
+    config = utils.parse_options(Config, __doc__)
+    utils.check_positive(config, "seeds", "clips", "judge_clips")
+    study, names = Study(config), config.only or list(TABLES)
+    if not study.gpus:
+        torch.set_num_threads(max(1, os.cpu_count() // study.jobs))
+    runs = plan(names, config.seeds)
+    pool = ThreadPoolExecutor(study.jobs)
+    try:
+        # What several rows build on comes first, or two of them would train it at the same time.
+        for seed in range(config.seeds):
+            for build_on in (True, False):
+                list(pool.map(lambda run: study.run(*run), [r for r in runs if r[2] == seed and (r[1] == "") == build_on]))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        report(study, names)
+
+
+if __name__ == "__main__":
+    utils.run(main)

@@ -1,0 +1,150 @@
+"""The table of ablations: every row for two steps, what is done is not done again, and who wins."""
+
+import contextlib
+import csv
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import ablate
+import dit
+import evaluate
+import vae
+from utils import UserError
+
+VAE = "--preset nano --num-frames 4 --steps 2 --batch-size 2 --decode-frames 1 --bf16 off"
+DIT = "--steps 2 --batch-size 2 --num-latents 4 --bf16 off"
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Runs are calls of main(), which takes seconds less than a new Python; returns the list of them."""
+    calls = []
+
+    def call(self, script, *options):
+        calls.append(shlex.join(map(str, (script, *options))))
+        printed = []
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [script, *map(str, options)])
+            patch.setattr("utils.tqdm.write", lambda line, **kw: printed.append(line))
+            {"vae.py": vae, "dit.py": dit}[script].main()
+        return "\n".join(printed)
+
+    monkeypatch.setattr(ablate.Study, "call", call)
+    monkeypatch.setattr("utils.Interrupt", lambda: contextlib.nullcontext(SimpleNamespace(asked=False)))  # main thread only
+    monkeypatch.setattr(ablate.Study, "score", lambda self, dit_pt, seed: (50.0 + seed, 2.0))
+    return calls
+
+
+def run(monkeypatch, out, *options):
+    arguments = ["--vae-options", VAE, "--dit-options", DIT, "--jobs", "1", "--out-dir", str(out), *options]
+    monkeypatch.setattr(sys, "argv", ["ablate.py", *arguments])
+    ablate.main()
+
+
+def test_every_row_trains(in_this_process, monkeypatch, tmp_path, capsys):
+    run(monkeypatch, tmp_path, "--seeds", "1")
+    with open(tmp_path / "runs.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    first = {row["vae"] for row in rows if row["stage"] == "1"}
+    second = {(row["vae"], row["dit"]) for row in rows if row["stage"] == "2"}
+    for name, (_, table_rows) in ablate.TABLES.items():
+        assert table_rows[-1][2:] == ("", ""), name  # the paper's choice is the default
+        for _, _, vae_options, dit_options in table_rows:
+            assert vae_options in first
+            assert name[0] == "2" or (vae_options, dit_options) in second
+    assert len(rows) == len(first) + len(second) == len(in_this_process)  # nothing twice
+    printed = capsys.readouterr().out
+    assert all(f"**Table {name}" in printed for name in ablate.TABLES) and "not yet" not in printed
+    assert (tmp_path / "ablate.png").is_file() and not list(tmp_path.glob("dit*.pt"))
+
+
+def test_what_is_done_is_not_done_again(monkeypatch, tmp_path, capsys):
+    calls = []
+
+    def call(self, script, *options):
+        calls.append(" ".join(map(str, (script, *options))))
+        Path(options[options.index("--out") + 1]).touch()
+        return "held-out PSNR 20.00 dB after 2 steps, 1 s"
+
+    monkeypatch.setattr(ablate.Study, "call", call)
+    monkeypatch.setattr(ablate.Study, "score", lambda self, dit_pt, seed: (50.0 + seed, 2.0))
+    run(monkeypatch, tmp_path, "--seeds", "1", "--only", "3a")
+    assert [call.split()[0] for call in calls] == ["vae.py", "dit.py", "dit.py", "dit.py"]
+    assert sum("--denoiser gpt" in call for call in calls) == sum("--denoiser latte" in call for call in calls) == 1
+    before = (tmp_path / "runs.csv").read_text()
+    run(monkeypatch, tmp_path, "--seeds", "1", "--only", "3a")
+    assert len(calls) == 4 and (tmp_path / "runs.csv").read_text() == before
+    run(monkeypatch, tmp_path, "--seeds", "2", "--only", "3a")
+    assert len(calls) == 8 and all("--seed 1" in call for call in calls[4:])
+    assert "50.50 ± 0.71" in capsys.readouterr().out
+    (tmp_path / "vae_0.pt").unlink()  # stage 2 of another table builds on it again, and its row is there already
+    run(monkeypatch, tmp_path, "--seeds", "1", "--only", "3b")
+    assert [call.split()[0] for call in calls[8:]] == ["vae.py", "dit.py", "dit.py", "dit.py"]
+    assert sum(row.startswith("1,,") for row in (tmp_path / "runs.csv").read_text().splitlines()) == 2
+    run(monkeypatch, tmp_path, "--seeds", "1", "--only", "2d", "--clips", "5")  # other settings are other runs
+    assert sum("bilinear" in call for call in calls) == 1
+
+
+def test_a_run_that_fails_names_its_command(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="python vae.py .*--modulation repeat.* failed"):
+        study = ablate.Study(ablate.Config(vae_options="--no-such-option", out_dir=str(tmp_path)))
+        study.run("--modulation repeat", "", 0, False)
+
+
+def test_an_interrupted_run_is_not_done(monkeypatch, tmp_path):
+    printed = "interrupted after 3 steps\nheld-out PSNR 9.00 dB after 3 steps, 1 s\n"
+    monkeypatch.setattr(subprocess, "run", lambda *a, **kw: SimpleNamespace(returncode=0, stdout=printed))
+    with pytest.raises(UserError, match="was interrupted"):
+        ablate.Study(ablate.Config(out_dir=str(tmp_path))).run("", "", 0, False)
+    assert not (tmp_path / "runs.csv").exists()
+
+
+def test_verdicts():
+    def rows(*values):
+        return [(f"row {i}", list(v)) for i, v in enumerate(values)]
+
+    assert ablate.verdict(rows([1, 1.2], [3, 3.2], [5, 5.2])) == "yes, ahead of row 1 by 2.00"
+    assert ablate.verdict(rows([1, 1.2], [6, 6.2], [5, 5.2])) == "no, row 1 is ahead by 1.00"
+    assert ablate.verdict(rows([1, 1.2], [4, 6], [5, 5.2])) == "within noise: row 2 and row 1 differ by 0.10, seeds by 1.41"
+    assert ablate.verdict(rows([1], [5], [4])) == "no, of one seed"
+
+
+def test_scorer(monkeypatch):
+    class Clips:
+        classes = ("dark", "bright")
+
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, i):
+            frames = torch.full((4, 16, 16, 3), 40 + 150 * (i % 2), dtype=torch.uint8).numpy()
+            frames[0, 0, 0, 0] += i
+            return frames, i % 2
+
+        decodes = False
+
+    monkeypatch.setattr("fvd.load_detector", lambda *a, **kw: lambda frames: frames.reshape(len(frames), -1)[:, :8] / 255.0)
+    monkeypatch.setattr(evaluate, "train_classifier", lambda *a: Brightness())
+    scorer = evaluate.Scorer(Clips(), 2, 8)
+    assert scorer.labels.tolist() == [0, 1] * 4
+    clips = torch.stack([torch.full((4, 3, 16, 16), -0.7 if label == 0 else 0.5) for label in scorer.labels])
+    share, distance = scorer(clips)
+    assert share == 100 and distance < 0.01
+    share, further = scorer(clips.flip(0) * 0.1)
+    assert share == 0 and further > 10 * distance
+
+
+class Brightness(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, clips):
+        brightness = clips.mean((1, 2, 3, 4))
+        return torch.stack([-brightness, brightness], 1)

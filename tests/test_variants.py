@@ -1,0 +1,175 @@
+"""The alternatives of Tables 2 and 3, each against what its docstring says."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_nerv import relative
+
+import dit
+import nerv
+import variants
+
+TINY = nerv.NeRVConfig(resolution=16, num_frames=4, num_tokens=6, token_dim=8, width=8, last_factor=2, block=4, pos_size=4)
+OPTIONS = {"modulation": ["fmm", "repeat"], "reuse": ["direct", "none"], "upsampling": ["pixelshuffle", "bilinear"]}
+OPTIONS |= {"side": ["skip", "none"], "pos_size": [1, 2]}
+CASES = [(name, value) for name, values in OPTIONS.items() for value in values]
+
+
+def tiny(**options):
+    config = replace(TINY, **options)
+    torch.manual_seed(0)
+    return nerv.build(config).double(), torch.randn(3, config.num_tokens, config.token_dim, dtype=torch.float64)
+
+
+def layers_of(model):
+    return [layer for layer in model.modules() if isinstance(layer, nerv.ModulatedConv)]
+
+
+@pytest.mark.parametrize("name, value", CASES)
+def test_videos_do_not_see_each_other_and_everything_learns(name, value):
+    model, tokens = tiny(**{name: value}, **({"num_tokens": 64} if value == "none" else {}))
+    t = torch.tensor([0.0, 1.5])
+    frames = model(tokens, t)
+    assert frames.shape == (3, 2, 3, 16, 16)
+    alone = torch.cat([model(one, t) for one in tokens.split(1)])
+    assert relative(alone, frames) < 1e-10
+    assert (frames[0] - frames[1]).abs().max() > 1e-3
+    frames.square().mean().backward()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.numel():
+            assert parameter.grad.abs().max() > 0, parameter_name
+    for layer in layers_of(model):
+        norms = layer.kernel(tokens).square().sum((2, 3, 4))
+        torch.testing.assert_close(norms, torch.full_like(norms, layer.gain**2), rtol=1e-4, atol=0)
+
+
+def test_the_papers_choices_are_the_plain_decoder():
+    assert type(nerv.build(TINY)) is nerv.NeRV
+    assert all(type(layer) is nerv.ModulatedConv for layer in layers_of(nerv.build(TINY)))
+
+
+def test_fmm_is_a_gate_of_low_rank():
+    model, tokens = tiny(modulation="fmm")
+    layer = model.blocks[0].convs[0]
+    numbers = layer.generate(tokens)[1]
+    a, b = numbers[:80].view(8, 10), numbers[80:].view(10, 8)
+    for place in ((0, 0), (2, 1)):
+        expected = torch.sigmoid(a @ b) * layer.shared[:, :, *place]
+        torch.testing.assert_close(layer.weight(tokens)[1, :, :, *place], expected)
+
+
+def test_repeat_multiplies_along_the_inputs():
+    model, tokens = tiny(modulation="repeat")
+    layer = model.blocks[0].up
+    factors = layer.head(tokens)[2] + layer.offset.view(6, 8)  # [N, out]
+    weight = layer.weight(tokens)[2].flatten(1) / layer.shared.flatten(1)  # [out, in * k * k]
+    for i in (0, 5, 6, 127):
+        torch.testing.assert_close(weight[:, i], factors[i % 6])
+
+
+def test_direct_reuse_gives_every_layer_the_same_numbers():
+    model, tokens = tiny(reuse="direct")
+    numbers = tokens.flatten(1)  # 48
+    for layer in layers_of(model):
+        got = (layer.generate(tokens) - layer.offset) / layer.std
+        torch.testing.assert_close(got[:, :48], numbers[:, : got.shape[1]])
+        torch.testing.assert_close(got[:, 48:96], numbers[:, : max(0, min(96, got.shape[1]) - 48)])
+    assert not any("head" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("side", ["residual", "skip", "none"])
+def test_no_reuse_gives_each_layer_its_own_numbers(side):
+    config = {"reuse": "none", "num_tokens": 64, "side": side}
+    model, tokens = tiny(**config)
+    tokens.requires_grad_()
+    used = torch.zeros(tokens[0].numel())
+    for layer in layers_of(model):
+        (grad,) = torch.autograd.grad(layer.generate(tokens)[0].sum(), tokens)
+        used += (grad[0].flatten() != 0).float()
+        assert (grad != 0).sum() == len(layer.offset) > 0
+    assert used.max() == 1
+
+
+def test_no_reuse_and_multiplication_do_not_go_together():
+    with pytest.raises(ValueError, match="reuse none has too few numbers for modulation fmm"):
+        nerv.build(replace(TINY, reuse="none", modulation="fmm"))
+    with pytest.raises(ValueError, match="the 6 numbers of a layer are no kernel of 3 x 3"):
+        nerv.build(replace(TINY, reuse="none"))
+
+
+def test_pixel_shuffle_has_four_times_the_kernel():
+    plain, shuffled = tiny()[0], tiny(upsampling="pixelshuffle")[0]
+    up, ups = plain.blocks[0].up, shuffled.blocks[0].up
+    assert up.kernel_shape == (8, 8, 4, 4) and ups.kernel_shape == (32, 8, 3, 3) and ups.block_shape == (16, 4, 3, 3)
+    _, tokens = tiny()
+    x = torch.randn(2, 3 * 8, 4, 4, dtype=torch.float64)
+    y = torch.cat([F.conv2d(part, W, padding=1) for part, W in zip(x.chunk(3, 1), ups.kernel(tokens))], 1)
+    y = y.unflatten(1, (-1, 2, 2)).permute(0, 1, 4, 2, 5, 3).flatten(4).flatten(2, 3)
+    torch.testing.assert_close(ups(x, tokens), y)
+
+
+def test_bilinear_convolves_after_interpolation():
+    model, tokens = tiny(upsampling="bilinear")
+    up = model.blocks[0].up
+    x = torch.randn(2, 3 * 8, 4, 4, dtype=torch.float64)
+    big = F.interpolate(x, scale_factor=2, mode="bilinear")
+    y = torch.cat([F.conv2d(part, W, padding=1) for part, W in zip(big.chunk(3, 1), up.kernel(tokens))], 1)
+    torch.testing.assert_close(up(x, tokens), y)
+
+
+def test_skips_sum_the_images_of_all_levels():
+    model, tokens = tiny(side="skip")
+    x = torch.randn(1, 3 * 8, 4, 4, dtype=torch.float64)
+    first = model.blocks[0](x, tokens)
+    second = model.blocks[1](first, tokens)
+    expected = model.to_rgb(second, tokens) + F.interpolate(model.skips[0](first, tokens), scale_factor=2, mode="bilinear")
+    torch.testing.assert_close(model.rgb(x, tokens), expected)
+
+
+def test_plain_blocks_are_the_main_path_alone():
+    model, tokens = tiny(side="none")
+    block, x = model.blocks[0], torch.randn(1, 3 * 8, 4, 4, dtype=torch.float64)
+    h = x
+    for layer in [block.up, *block.convs]:
+        h = F.gelu(layer(h, tokens))
+    torch.testing.assert_close(block(x, tokens), nerv.GELU_GAIN * h)
+    assert block.side is None
+
+
+# --------------------------------------------------------------------------------------------------------------- denoisers
+
+
+def denoiser(name, num_tokens=6):
+    torch.manual_seed(0)
+    model = dit.build(dit.DiTConfig(num_tokens, 8, 3, width=16, depth=2, heads=2, denoiser=name))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # gates and the last layer start at zero
+    return model
+
+
+@pytest.mark.parametrize("name", ["dit", "gpt", "latte"])
+def test_denoisers_hear_step_class_and_tokens(name):
+    model, tokens = denoiser(name), torch.randn(2, 6, 8)
+    step, label = torch.tensor([5, 700]), torch.tensor([0, 2])
+    eps = model(tokens, step, label)
+    assert eps.shape == tokens.shape
+    for other in (model(tokens, step + 1, label), model(tokens, step, label.flip(0)), model(tokens.flip(1), step, label)):
+        assert (other - eps).abs().max() > 1e-4
+    eps.square().mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in model.parameters())
+
+
+def test_latte_blocks_see_a_row_or_a_column():
+    model, x = denoiser("latte"), torch.randn(1, 6, 16)
+    condition = torch.randn(1, 16)
+    changed = x.clone()
+    changed[0, 4] = torch.randn(16)  # of rows 0 1 2 and 3 4 5
+    for block, reached in zip(model.blocks, ({3, 4, 5}, {1, 4})):
+        difference = (block(changed, condition) - block(x, condition)).abs().amax(2)[0]
+        assert {i for i in range(6) if difference[i] > 1e-6} == reached
+
+
+def test_a_prime_number_of_tokens_is_one_row():
+    assert variants.LatteBlock(dit.DiTConfig(7, 8, 3, width=16, depth=2, heads=2), columns=False).rows == 1
