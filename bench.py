@@ -167,16 +167,22 @@ def train(config):
         second = [script("dit.py"), "--ckpt", directory / "a" / "out.pt", "--num-latents", 512, "--cache-latents"]
         second += ["--batch-size", config.batch_size]
         # Forward and backward are three forwards; scheduled sampling adds a second pass in a quarter of the steps.
+        modes = [("off", "off"), ("off", "on"), ("on", "off"), ("on", "on")]  # (bf16, compiled)
         for name, command, work in (("vae.py", first, 1.5 * flops), ("dit.py", second, 1.5 * 1.25 * denoise)):
-            for compiled in ("off", "on") if cuda else ("off",):
-                seconds, out = seconds_per_step([*command, "--compile", compiled], directory / "b", config.steps)
+            eager = None
+            for bf16, compiled in modes if cuda else modes[:3]:
+                mode = ("compiled" if compiled == "on" else "eager") + (", bf16" if bf16 == "on" else ", float32")
+                options = [*command, "--compile", compiled, "--bf16", bf16]
+                seconds, out = seconds_per_step(options, directory / "b", config.steps)
+                eager = eager or seconds
                 memory = [line.split()[-2] for line in out.splitlines() if line.startswith("peak memory")]
                 share = f"{100 * work * config.batch_size / seconds / peak:.1f} %" if cuda else "not measured"
                 rows.append([
-                    name, config.preset, config.batch_size, "compiled" if compiled == "on" else "eager", f"{1 / seconds:.2f}",
-                    f"{config.batch_size / seconds:.1f}", f"{memory[0]} GiB", share,
+                    name, config.preset, config.batch_size, mode, f"{1 / seconds:.2f}", f"{config.batch_size / seconds:.1f}",
+                    f"{eager / seconds:.2f}", f"{memory[0]} GiB", share,
                 ])  # fmt: skip
-    table(["loop", "preset", "batch", "mode", "steps / s", "clips / s", "memory", "share of the matrix peak"], rows)
+    header = ["loop", "preset", "batch", "mode", "steps / s", "clips / s", "times eager", "memory", "share of the matrix peak"]
+    table(header, rows)
 
 
 def shares(config):

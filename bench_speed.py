@@ -268,8 +268,9 @@ def decode(config):
         runs[f"S, {few} videos, bf16"] = from_tokens("S", few, frames, half=True)
     for preset in ("S-256", "B", *(("B-256", "L", "L-256") if gpu else ("L",))):
         runs[f"{preset}, {few if gpu else 1} videos"] = from_tokens(preset, few if gpu else 1, frames)
+    runs["S, 1 video of 16 frames"] = from_tokens("S", 1, 16)
     sd = image_decoder().to(device)
-    z = torch.randn(16 if gpu else 1, 4, 16, 16, device=device)
+    z = torch.randn(16, 4, 16, 16, device=device)
     flops, _ = forward_costs(lambda: image_decoder().to("meta")(z.to("meta")))
     parameters = sum(p.numel() for p in sd.parameters())
     name = f"image decoder of Stable Diffusion's shape, {parameters / 1e6:.1f} M"

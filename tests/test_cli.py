@@ -78,6 +78,7 @@ def check_error(stderr, *words):
         ("demo.py", ["data:", "training:", "judging:", "output:"]),
         ("bench.py", ["what:"]),
         ("bench_speed.py", ["what:"]),
+        ("ablate.py", ["data:", "what:", "training:", "judging:", "machine:"]),
     ],
 )
 def test_help(program, groups, tmp_path):
