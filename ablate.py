@@ -1,6 +1,6 @@
 """Switch each idea of the paper off: Tables 2 and 3, on small models, with the paper's figures beside.
 
-python ablate.py                                                    the built-in shapes, about two hours on two CPU cores
+python ablate.py                                                    the built-in shapes, hours on two CPU cores
 python ablate.py --dataset folder --data-dir PATH --vae-options "--preset nano --resolution 64"
 python ablate.py --only 2a 3b --seeds 1                             some tables, one seed
 
@@ -96,7 +96,8 @@ class Study:
         self.training = {}  # stage-1 checkpoint -> lock of who trains it
         for place in range(self.jobs):
             self.places.put(place)
-        self.settings = f"{config.dataset} {config.data_dir} {config.vae_options} | {config.dit_options} | {config.clips} clips"
+        self.settings = f"{config.dataset} {config.data_dir} | {config.vae_options} | {config.dit_options} | "
+        self.settings += f"{config.clips} clips, judge {config.judge_clips}"
         self.path = self.out / "runs.csv"
         utils.make_parent(self.path)
         self.done = {}
