@@ -410,7 +410,7 @@ def growth(config):
     table(["exponents, against", "kernel entries", "latent", "FLOPs", "seconds"], exponents)
     if config.plot:
         utils.make_parent(config.plot)
-        utils.plot(config.plot, curves)
+        utils.plot(config.plot, curves, "log2")
 
 
 TOPICS = {"conv": conv, "decode": decode, "sample": sample, "quality": quality, "growth": growth}
