@@ -109,13 +109,14 @@ class ModulatedConv(nn.Module):
         self.gain = gain
 
     def add_head(self, config, entries, std):
+        """The multi-head affine mapping to this layer's block, of so many entries, which start at deviation std."""
         per_token = math.ceil(entries / config.num_tokens)  # N that does not divide the block: the surplus is cut off below
         self.head = nn.Linear(config.token_dim, per_token, bias=False)
         nn.init.normal_(self.head.weight, std=std / math.sqrt(config.token_dim))
         self.offset = nn.Parameter(torch.randn(entries) * std)
 
     def generate(self, tokens):
-        """What the tokens [B, N, d] say about this layer, [B, entries]."""
+        """The entries of this layer's block: tokens [B, N, d] -> [B, entries]."""
         return self.head(tokens).flatten(1)[:, : len(self.offset)] + self.offset  # [B, N, per_token] -> [B, entries]
 
     def weight(self, tokens):
@@ -148,10 +149,12 @@ class ModulatedConv(nn.Module):
         """
         B = len(tokens)
         weight, bias = self.kernel(tokens).to(x.dtype), self.bias.to(x.dtype).expand(B, -1).flatten()
+        # [B, out, in, k, k] -> [B * out, in, k, k], or [B * in, out, 4, 4], as transposed convolutions have it
+        weight = (weight.transpose(1, 2) if self.upsample else weight).flatten(0, 1)
+        if x.is_cuda:
+            weight = weight.contiguous()  # or cuDNN would take it for a wish to have every map channels-last
         if self.upsample:
-            weight = weight.transpose(1, 2).flatten(0, 1)  # [B, out, in, 4, 4] -> [B * in, out, 4, 4]
             return F.conv_transpose2d(x, weight, bias, stride=2, padding=1, groups=B)
-        weight = weight.flatten(0, 1)  # [B * out, in, k, k]
         return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=B)
 
 
