@@ -45,8 +45,8 @@ TABLES = {
         ("none", 570, "--reuse none", ""), ("direct", 562, "--reuse direct", ""), ("multihead", 283, "", ""),
     ]),
     "2c": ("size of the position code", [
-        ("1 × 1", 283, "--pos-size 1", ""), ("4 × 4", 269, "--pos-size 4", ""), ("16 × 16", 277, "--pos-size 16", ""),
-        ("8 × 8", 254, "", ""),
+        ("1 x 1", 283, "--pos-size 1", ""), ("4 x 4", 269, "--pos-size 4", ""), ("16 x 16", 277, "--pos-size 16", ""),
+        ("8 x 8", 254, "", ""),
     ]),
     "2d": ("upsampling", [
         ("bilinear", 287, "--upsampling bilinear", ""), ("pixelshuffle", 254, "--upsampling pixelshuffle", ""),
@@ -215,7 +215,10 @@ def verdict(rows):
 
 
 def spread(values):
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0:.2f}" if values else "not yet"
+    """Mean, and standard deviation where there are several."""
+    if len(values) > 1:
+        return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+    return f"{values[0]:.2f}" if values else "not yet"
 
 
 def report(study, names):
