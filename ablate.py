@@ -197,7 +197,8 @@ def plan(names, seeds):
                 both = name[0] == "3" or name in BOTH_STAGES
                 key = (vae_options, dit_options, seed)
                 wanted[key] = wanted.get(key, False) or both
-    return [(*key, both) for key, both in wanted.items()]
+    # Rows of stage 2 that share a stage 1 come last of their seed: it is there by then, and none waits for another's.
+    return sorted(((*key, both) for key, both in wanted.items()), key=lambda run: (run[2], run[1] != ""))
 
 
 def verdict(rows):
@@ -283,13 +284,9 @@ def main():
     study, names = Study(config), config.only or list(TABLES)
     if not study.gpus:
         torch.set_num_threads(max(1, os.cpu_count() // study.jobs))
-    runs = plan(names, config.seeds)
     pool = ThreadPoolExecutor(study.jobs)
     try:
-        # What several rows build on comes first, or two of them would train it at the same time.
-        for seed in range(config.seeds):
-            for build_on in (True, False):
-                list(pool.map(lambda run: study.run(*run), [r for r in runs if r[2] == seed and (r[1] == "") == build_on]))
+        list(pool.map(lambda run: study.run(*run), plan(names, config.seeds)))
     finally:
         pool.shutdown(cancel_futures=True)
         report(study, names)
