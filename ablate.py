@@ -67,7 +67,7 @@ TABLES = {
         ("Min-SNR", 238, "", "--scheduled-sampling 0"), ("both", 184, "", ""),
     ]),
 }  # fmt: skip
-BOTH_STAGES = ("2f",)  # more tokens always reconstruct better: what they cost is seen in stage 2
+STAGE2 = ("2f", "3a", "3b")  # tables that need it; more tokens (2f) reconstruct better, and what they cost is seen there
 COLUMNS = ["stage", "vae", "dit", "seed", "settings", "revision", "seconds", "psnr", "distance", "agreement"]
 
 
@@ -194,9 +194,8 @@ def plan(names, seeds):
     for seed in range(seeds):
         for name in names:
             for _, _, vae_options, dit_options in TABLES[name][1]:
-                both = name[0] == "3" or name in BOTH_STAGES
                 key = (vae_options, dit_options, seed)
-                wanted[key] = wanted.get(key, False) or both
+                wanted[key] = wanted.get(key, False) or name in STAGE2
     # Rows of stage 2 that share a stage 1 come last of their seed: it is there by then, and none waits for another's.
     return sorted(((*key, both) for key, both in wanted.items()), key=lambda run: (run[2], run[1] != ""))
 
@@ -228,7 +227,7 @@ def report(study, names):
     for name in names:
         title, rows = TABLES[name]
         metrics = {"psnr": "PSNR, dB"} if name[0] == "2" else {}
-        if name[0] == "3" or name in BOTH_STAGES:
+        if name in STAGE2:
             metrics |= {"distance": "distance on random features", "agreement": "class agreement, %"}
         found = {metric: [] for metric in metrics}
         printed = []
