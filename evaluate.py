@@ -106,20 +106,31 @@ class Scorer:
     """Generated clips against up to `count` training clips: what studies of many small models compare them by.
 
     labels [count] are the classes to generate, as many of each as there are real clips. Called with clips [B, T, 3, H, W] of
-    these classes, it returns (class agreement in %, Fréchet distance on random I3D features, which is not the published FVD).
+    these classes, it returns (class agreement in %, Fréchet distance on random I3D features, which is not the published FVD),
+    and given the `reconstructed` features of the real clips, the distance to these as third. What stage 1 blurs is blurred
+    in both, so that this one is about stage 2 alone: a perfect denoiser would be as far as two sets of real clips are apart.
     """
 
     def __init__(self, train_set, num_classes, count, judge_clips=4096, device="cpu"):
         self.judge = train_classifier(train_set, num_classes, judge_clips, device)
         self.detector = fvd.load_detector("random", device=device)
-        frames, labels = read(train_set, spread_over(train_set, count))
-        self.real, self.labels = self.detector(frames), torch.as_tensor(labels, device=device)
+        self.frames, labels = read(train_set, spread_over(train_set, count))
+        self.real, self.labels = self.detector(self.frames), torch.as_tensor(labels, device=device)
 
-    def __call__(self, clips):
-        distance = fvd.frechet_distance_of(self.real, self.detector(video.to_frames(clips)))
-        return 100 * agreement(self.judge, clips, self.labels), distance
+    def __call__(self, clips, reconstructed=None):
+        features = self.detector(video.to_frames(clips))
+        distances = [fvd.frechet_distance_of(real, features) for real in (self.real, reconstructed) if real is not None]
+        return 100 * agreement(self.judge, clips, self.labels), *distances
 
     @torch.no_grad()
+    def reconstructed(self, vae):
+        """Features [count, 400] of the real clips after the autoencoder."""
+        device = self.labels.device
+        t = torch.arange(vae.nerv_config.num_frames, device=device)
+        parts = video.to_clip(torch.as_tensor(self.frames)).split(16)
+        clips = torch.cat([vae.decode(vae.encode(part.to(device))[0], t).cpu() for part in parts])
+        return self.detector(video.to_frames(clips))
+
     def generate(self, model, vae, scale, seed, **sampling):
         """(clips [B, T, 3, H, W] of the labels, their tokens [B, N, d]), on the CPU."""
         tokens = dit.generate(model, self.labels, seed=seed, **sampling)

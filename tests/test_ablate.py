@@ -14,7 +14,9 @@ import torch
 import ablate
 import dit
 import evaluate
+import nerv
 import vae
+import video
 from utils import UserError
 
 VAE = "--preset nano --num-frames 4 --steps 2 --batch-size 2 --decode-frames 1 --bf16 off"
@@ -37,7 +39,7 @@ def in_this_process(monkeypatch):
 
     monkeypatch.setattr(ablate.Study, "call", call)
     monkeypatch.setattr("utils.Interrupt", lambda: contextlib.nullcontext(SimpleNamespace(asked=False)))  # main thread only
-    monkeypatch.setattr(ablate.Study, "score", lambda self, dit_pt, seed: (50.0 + seed, 2.0))
+    monkeypatch.setattr(ablate.Study, "score", lambda self, vae_pt, dit_pt, seed: (50.0 + seed, 2.0, 1.0))
     return calls
 
 
@@ -73,7 +75,7 @@ def test_what_is_done_is_not_done_again(monkeypatch, tmp_path, capsys):
         return "held-out PSNR 20.00 dB after 2 steps, 1 s"
 
     monkeypatch.setattr(ablate.Study, "call", call)
-    monkeypatch.setattr(ablate.Study, "score", lambda self, dit_pt, seed: (50.0 + seed, 2.0))
+    monkeypatch.setattr(ablate.Study, "score", lambda self, vae_pt, dit_pt, seed: (50.0 + seed, 2.0, 1.0))
     run(monkeypatch, tmp_path, "--seeds", "1", "--only", "3a")
     assert [call.split()[0] for call in calls] == ["vae.py", "dit.py", "dit.py", "dit.py"]
     assert sum("--denoiser gpt" in call for call in calls) == sum("--denoiser latte" in call for call in calls) == 1
@@ -138,6 +140,21 @@ def test_scorer(monkeypatch):
     assert share == 100 and distance < 0.01
     share, further = scorer(clips.flip(0) * 0.1)
     assert share == 0 and further > 10 * distance
+    real = video.to_clip(torch.as_tensor(scorer.frames))
+    _, to_real, to_reconstructed = scorer(0.5 * real, scorer.reconstructed(Blur()))
+    assert to_reconstructed < 1e-3 < 0.01 < to_real  # what stage 1 does to all clips counts in the first one only
+
+
+class Blur:
+    """An autoencoder that halves the contrast."""
+
+    nerv_config = nerv.NeRVConfig(num_frames=4)
+
+    def encode(self, clips):
+        return clips, None
+
+    def decode(self, tokens, t):
+        return 0.5 * tokens[:, t]
 
 
 class Brightness(torch.nn.Module):
