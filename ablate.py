@@ -49,6 +49,10 @@ TABLES = {
         ("1 x 1", 283, "--pos-size 1", ""), ("4 x 4", 269, "--pos-size 4", ""), ("16 x 16", 277, "--pos-size 16", ""),
         ("8 x 8", 254, "", ""),
     ]),
+    "2c-size": ("size of the position code, at nano's 75 thousand kernel entries", [  # at one width, smaller codes have more
+        ("1 x 1, width 20", 283, "--pos-size 1 --width 20", ""), ("4 x 4, width 26", 269, "--pos-size 4 --width 26", ""),
+        ("8 x 8", 254, "", ""),
+    ]),
     "2d": ("upsampling", [
         ("bilinear", 287, "--upsampling bilinear", ""), ("pixelshuffle", 254, "--upsampling pixelshuffle", ""),
         ("transposed", 248, "", ""),
@@ -118,7 +122,7 @@ class Study:
 
     def keep(self, start, stage, **row):
         """Append a run to runs.csv."""
-        row |= {"stage": stage, "settings": self.settings[stage]}
+        row = {"stage": stage, **row, "settings": self.settings[stage]}
         row |= {"revision": utils.git_revision() or "unknown", "seconds": round(time.time() - start)}
         with self.lock:
             new = not self.path.is_file()
