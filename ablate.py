@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,11 @@ class Study:
         """The row of runs.csv, or None."""
         return self.done.get((str(stage), vae_options, dit_options, str(seed), self.settings[stage]))
 
+    def checkpoint(self, stage, options, seed):
+        """Where a run's checkpoint goes; those of other settings have other names."""
+        options = "".join(c if c.isalnum() else "_" for c in options.strip())
+        return self.out / f"{('vae', 'dit')[stage - 1]}{options}_seed{seed}_{zlib.crc32(self.settings[stage].encode()):08x}.pt"
+
     def keep(self, start, stage, **row):
         """Append a run to runs.csv."""
         row = {"stage": stage, **row, "settings": self.settings[stage]}
@@ -153,7 +159,7 @@ class Study:
     def run(self, vae_options, dit_options, seed, both):
         """Stage 1 of a row, and stage 2 on its tokens where it is compared there; what is done is not done again."""
         stage2 = both and not self.get(2, vae_options, dit_options, seed)
-        vae_pt = self.out / f"vae{file_name(vae_options, seed)}.pt"
+        vae_pt = self.checkpoint(1, vae_options, seed)
         with self.lock:
             alone = self.training.setdefault(vae_pt, threading.Lock())
         with alone:  # rows may share their stage 1
@@ -166,13 +172,15 @@ class Study:
         start, config = time.time(), self.config
         where = ["--dataset", config.dataset, *(["--data-dir", config.data_dir] if config.data_dir else [])]
         settings = [*shlex.split(config.vae_options), *shlex.split(vae_options), "--seed", seed]
-        printed = self.call("vae.py", *where, *settings, "--out", vae_pt, "--run-dir", vae_pt.with_suffix(""))
+        unfinished = vae_pt.with_suffix(".part")
+        printed = self.call("vae.py", *where, *settings, "--out", unfinished, "--run-dir", vae_pt.with_suffix(""))
+        os.replace(unfinished, vae_pt)
         psnr = next(line.split()[2] for line in printed.splitlines() if line.startswith("held-out PSNR"))
         if not self.get(1, vae_options, "", seed):
             self.keep(start, stage=1, vae=vae_options, dit="", seed=seed, psnr=psnr)
 
     def stage2(self, vae_pt, vae_options, dit_options, seed):
-        start, dit_pt = time.time(), self.out / f"dit{file_name(vae_options + dit_options, seed)}.pt"
+        start, dit_pt = time.time(), self.checkpoint(2, f"{vae_options} {dit_options}", seed)
         settings = [*shlex.split(self.config.dit_options), *shlex.split(dit_options), "--seed", seed]
         self.call("dit.py", "--ckpt", vae_pt, *settings, "--out", dit_pt, "--run-dir", dit_pt.with_suffix(""))
         agreement, *distances = (f"{score:.4g}" for score in self.score(vae_pt, dit_pt, seed))
@@ -194,10 +202,6 @@ class Study:
             if vae_pt not in self.reconstructed:
                 self.reconstructed[vae_pt] = self.scorer.reconstructed(vae)
         return self.scorer(self.scorer.generate(model, vae, scale, seed)[0], self.reconstructed[vae_pt])
-
-
-def file_name(options, seed):
-    return "".join(c if c.isalnum() else "_" for c in f"{options} {seed}")
 
 
 def plan(names, seeds):

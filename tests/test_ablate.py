@@ -85,12 +85,17 @@ def test_what_is_done_is_not_done_again(monkeypatch, tmp_path, capsys):
     run(monkeypatch, tmp_path, "--seeds", "2", "--only", "3a")
     assert len(calls) == 8 and all("--seed 1" in call for call in calls[4:])
     assert "50.50 ± 0.71" in capsys.readouterr().out
-    (tmp_path / "vae_0.pt").unlink()  # stage 2 of another table builds on it again, and its row is there already
+    next(tmp_path.glob("vae_seed0_*.pt")).unlink()  # stage 2 of another table builds on it again, and its row is there already
     run(monkeypatch, tmp_path, "--seeds", "1", "--only", "3b")
     assert [call.split()[0] for call in calls[8:]] == ["vae.py", "dit.py", "dit.py", "dit.py"]
     assert sum(row.startswith("1,,") for row in (tmp_path / "runs.csv").read_text().splitlines()) == 2
-    run(monkeypatch, tmp_path, "--seeds", "1", "--only", "2d", "--clips", "5")  # other settings are other runs
-    assert sum("bilinear" in call for call in calls) == 1
+    calls.clear()  # other settings are other runs, and other checkpoints
+    run(monkeypatch, tmp_path, "--seeds", "1", "--only", "3a", "--vae-options", "--steps 3")
+    assert [call.split()[0] for call in calls] == ["vae.py", "dit.py", "dit.py", "dit.py"]
+    assert len(list(tmp_path.glob("vae_seed0_*.pt"))) == 2
+    calls.clear()  # clips and options of stage 2 do not change stage 1
+    run(monkeypatch, tmp_path, "--seeds", "1", "--only", "3a", "--clips", "5")
+    assert [call.split()[0] for call in calls] == ["dit.py", "dit.py", "dit.py"]
 
 
 def test_a_run_that_fails_names_its_command(monkeypatch, tmp_path):
