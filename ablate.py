@@ -111,7 +111,10 @@ class Study:
         self.done = {}
         if self.path.is_file():
             with open(self.path, newline="") as f:
-                self.done = {self.key(row): row for row in csv.DictReader(f)}
+                reader = csv.DictReader(f)
+                if reader.fieldnames != COLUMNS:
+                    raise utils.UserError(f"{self.path} is not of this version: it has other columns than {', '.join(COLUMNS)}")
+                self.done = {self.key(row): row for row in reader}
 
     @staticmethod
     def key(row):

@@ -112,6 +112,12 @@ def test_an_interrupted_run_is_not_done(monkeypatch, tmp_path):
     assert not (tmp_path / "runs.csv").exists()
 
 
+def test_runs_of_another_version(tmp_path):
+    (tmp_path / "runs.csv").write_text("stage,vae\n1,\n")
+    with pytest.raises(UserError, match="runs.csv is not of this version"):
+        ablate.Study(ablate.Config(out_dir=str(tmp_path)))
+
+
 def test_verdicts():
     def rows(*values):
         return [(f"row {i}", list(v)) for i, v in enumerate(values)]
