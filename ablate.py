@@ -83,6 +83,7 @@ class Config:
     data_dir: str = option("data", "", "directory of videos, classes from its sub-folders")
     only: list = option("what", [], "tables to run and to print; all unless named", nargs="*", choices=list(TABLES))
     seeds: int = option("what", 3, "runs of each row")
+    report: bool = option("what", False, "run nothing, print and draw what is done")
     vae_options: str = option("training", "--steps 600", "further options of vae.py for every run, in quotes")
     dit_options: str = option("training", "--num-latents 2048", "further options of dit.py for every run, in quotes")
     clips: int = option("judging", 90, "generated clips of each run of stage 2, and as many real ones")
@@ -305,7 +306,7 @@ def main():
         torch.set_num_threads(max(1, os.cpu_count() // study.jobs))
     pool = ThreadPoolExecutor(study.jobs)
     try:
-        list(pool.map(lambda run: study.run(*run), plan(names, config.seeds)))
+        list(pool.map(lambda run: study.run(*run), plan(names, 0 if config.report else config.seeds)))
     finally:
         pool.shutdown(cancel_futures=True)
         report(study, names)

@@ -85,6 +85,8 @@ def test_what_is_done_is_not_done_again(monkeypatch, tmp_path, capsys):
     run(monkeypatch, tmp_path, "--seeds", "2", "--only", "3a")
     assert len(calls) == 8 and all("--seed 1" in call for call in calls[4:])
     assert "50.50 ± 0.71" in capsys.readouterr().out
+    run(monkeypatch, tmp_path, "--report", "--seeds", "3", "--only", "3a", "3b")
+    assert len(calls) == 8 and "50.50 ± 0.71" in capsys.readouterr().out
     next(tmp_path.glob("vae_seed0_*.pt")).unlink()  # stage 2 of another table builds on it again, and its row is there already
     run(monkeypatch, tmp_path, "--seeds", "1", "--only", "3b")
     assert [call.split()[0] for call in calls[8:]] == ["vae.py", "dit.py", "dit.py", "dit.py"]
