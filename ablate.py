@@ -52,7 +52,7 @@ TABLES = {
     ]),
     "2c-size": ("size of the position code, at nano's 75 thousand kernel entries", [  # at one width, smaller codes have more
         ("1 x 1, width 20", 283, "--pos-size 1 --width 20", ""), ("4 x 4, width 26", 269, "--pos-size 4 --width 26", ""),
-        ("8 x 8", 254, "", ""),
+        ("16 x 16, width 46", 277, "--pos-size 16 --width 46", ""), ("8 x 8", 254, "", ""),
     ]),
     "2d": ("upsampling", [
         ("bilinear", 287, "--upsampling bilinear", ""), ("pixelshuffle", 254, "--upsampling pixelshuffle", ""),
@@ -187,8 +187,8 @@ class Study:
         start, dit_pt = time.time(), self.checkpoint(2, f"{vae_options} {dit_options}", seed)
         settings = [*shlex.split(self.config.dit_options), *shlex.split(dit_options), "--seed", seed]
         self.call("dit.py", "--ckpt", vae_pt, *settings, "--out", dit_pt, "--run-dir", dit_pt.with_suffix(""))
-        agreement, *distances = (f"{score:.4g}" for score in self.score(vae_pt, dit_pt, seed))
-        scores = {"to_real": distances[0], "to_reconstructed": distances[1], "agreement": agreement}
+        agreement, to_real, to_reconstructed = (f"{score:.4g}" for score in self.score(vae_pt, dit_pt, seed))
+        scores = {"to_real": to_real, "to_reconstructed": to_reconstructed, "agreement": agreement}
         self.keep(start, stage=2, vae=vae_options, dit=dit_options, seed=seed, **scores)
         dit_pt.unlink()
         shutil.rmtree(dit_pt.with_suffix(".latents"), ignore_errors=True)

@@ -34,7 +34,7 @@ import video
 from losses import LPIPS
 from utils import UserError
 from vae import Config as Stage1
-from vae import load_vae
+from vae import load_vae, reconstruct
 
 SHOWN = 8  # clips of each kind that are kept to be looked at
 
@@ -119,18 +119,15 @@ class Scorer:
 
     def __call__(self, clips, reconstructed=None):
         features = self.detector(video.to_frames(clips))
-        distances = [fvd.frechet_distance_of(real, features) for real in (self.real, reconstructed) if real is not None]
+        references = [self.real] if reconstructed is None else [self.real, reconstructed]
+        distances = (fvd.frechet_distance_of(reference, features) for reference in references)
         return 100 * agreement(self.judge, clips, self.labels), *distances
 
-    @torch.no_grad()
     def reconstructed(self, vae):
         """Features [count, 400] of the real clips after the autoencoder."""
-        device = self.labels.device
-        t = torch.arange(vae.nerv_config.num_frames, device=device)
-        parts = video.to_clip(torch.as_tensor(self.frames)).split(16)
-        clips = torch.cat([vae.decode(vae.encode(part.to(device))[0], t).cpu() for part in parts])
-        return self.detector(video.to_frames(clips))
+        return self.detector(video.to_frames(reconstruct(vae, video.to_clip(self.frames), self.labels.device)))
 
+    @torch.no_grad()
     def generate(self, model, vae, scale, seed, **sampling):
         """(clips [B, T, 3, H, W] of the labels, their tokens [B, N, d]), on the CPU."""
         tokens = dit.generate(model, self.labels, seed=seed, **sampling)

@@ -14,7 +14,6 @@ import torch
 import ablate
 import dit
 import evaluate
-import nerv
 import vae
 import video
 from utils import UserError
@@ -160,8 +159,6 @@ def test_scorer(monkeypatch):
 
 class Blur:
     """An autoencoder that halves the contrast."""
-
-    nerv_config = nerv.NeRVConfig(num_frames=4)
 
     def encode(self, clips):
         return clips, None
