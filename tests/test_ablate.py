@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import shlex
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import ablate
+import data
 import dit
 import evaluate
 import vae
@@ -37,6 +39,9 @@ def in_this_process(monkeypatch):
         return "\n".join(printed)
 
     monkeypatch.setattr(ablate.Study, "call", call)
+    monkeypatch.setattr(dit, "generate", functools.partial(dit.generate, steps=2))  # sheets and PSNR are most of the time
+    fixed_clips = data.fixed_clips
+    monkeypatch.setattr(data, "fixed_clips", lambda dataset, count: fixed_clips(dataset, min(count, 9)))
     monkeypatch.setattr("utils.Interrupt", lambda: contextlib.nullcontext(SimpleNamespace(asked=False)))  # main thread only
     monkeypatch.setattr(ablate.Study, "score", lambda self, vae_pt, dit_pt, seed: (50.0 + seed, 2.0, 1.0))
     return calls
