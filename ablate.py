@@ -227,11 +227,15 @@ def verdict(rows):
     second = max(others, key=others.get)
     if any(len(values) < 2 for _, values in rows):
         return f"{'yes' if means[best] > means[second] else 'no'}, of one seed"
-    spread = max(statistics.stdev(values) for name, values in rows if name in (best, second))
-    gap = means[best] - means[second]
-    if abs(gap) <= spread:
-        return f"within noise: {best} and {second} differ by {abs(gap):.2f}, seeds by {spread:.2f}"
-    return f"yes, ahead of {second} by {gap:.2f}" if gap > 0 else f"no, {second} is ahead by {-gap:.2f}"
+    seeds = dict(rows)
+    spread = max(statistics.stdev(seeds[best]), statistics.stdev(seeds[second]))
+    ahead, behind = (best, second) if means[best] > means[second] else (second, best)
+    gap = means[ahead] - means[behind]
+    gaps = [a - b for a, b in zip(seeds[ahead], seeds[behind])]  # rows of a seed have more in common than rows of two
+    by_seed = f"{ahead} is ahead of {behind} by {gap:.2f}, seed by seed by {min(gaps):.2f} to {max(gaps):.2f}"
+    if gap <= spread:
+        return f"within noise: {by_seed}; seeds differ by {spread:.2f}"
+    return f"{'yes' if ahead == best else 'no'}, {by_seed}"
 
 
 def spread(values):
@@ -256,18 +260,18 @@ def report(study, names):
             cells = []
             for metric in metrics:
                 options = (1, vae_options, "") if metric == "psnr" else (2, vae_options, dit_options)
-                done = filter(None, (study.get(*options, seed) for seed in range(study.config.seeds)))
-                values = [float(run[metric]) for run in done]
+                done = {seed: study.get(*options, seed) for seed in range(study.config.seeds)}
+                values = {seed: float(run[metric]) for seed, run in done.items() if run}
                 found[metric].append((row, values))
-                cells.append(spread(values))
+                cells.append(spread(list(values.values())))
             printed.append([row, paper, *cells, len(values)])
         print(f"\n**Table {name}, {title}.**", end=" ")
         for metric, columns in found.items():
-            if all(values for _, values in columns):
+            if shared := sorted(set.intersection(*(set(values) for _, values in columns))):  # seeds that all rows have
                 sign = -1 if metric.startswith("to_") else 1
-                won = verdict([(row, [sign * value for value in values]) for row, values in columns])
+                won = verdict([(row, [sign * values[seed] for seed in shared]) for row, values in columns])
                 print(f"By {metrics[metric]}: {won}.", end=" ")
-                panels[f"{name} {title}: {metrics[metric]}"] = columns
+                panels[f"{name} {title}: {metrics[metric]}"] = [(row, list(values.values())) for row, values in columns]
         print("\n")
         table([title, "gFVD in the paper", *metrics.values(), "seeds"], printed)
     if panels:

@@ -128,9 +128,12 @@ def test_verdicts():
     def rows(*values):
         return [(f"row {i}", list(v)) for i, v in enumerate(values)]
 
-    assert ablate.verdict(rows([1, 1.2], [3, 3.2], [5, 5.2])) == "yes, ahead of row 1 by 2.00"
-    assert ablate.verdict(rows([1, 1.2], [6, 6.2], [5, 5.2])) == "no, row 1 is ahead by 1.00"
-    assert ablate.verdict(rows([1, 1.2], [4, 6], [5, 5.2])) == "within noise: row 2 and row 1 differ by 0.10, seeds by 1.41"
+    yes = "yes, row 2 is ahead of row 1 by 2.00, seed by seed by 1.90 to 2.10"
+    assert ablate.verdict(rows([1, 1.2], [3, 3.2], [5.1, 5.1])) == yes
+    no = "no, row 1 is ahead of row 2 by 1.00, seed by seed by 0.90 to 1.10"
+    assert ablate.verdict(rows([1, 1.2], [6, 6.2], [5.1, 5.1])) == no
+    noise = "within noise: row 2 is ahead of row 1 by 0.10, seed by seed by -0.80 to 1.00; seeds differ by 1.41"
+    assert ablate.verdict(rows([1, 1.2], [4, 6], [5, 5.2])) == noise
     assert ablate.verdict(rows([1], [5], [4])) == "no, of one seed"
 
 
