@@ -92,7 +92,7 @@ def test_resume_without_a_checkpoint_starts_and_with_other_options_stops(trained
 
 
 def torchrun(processes, *args, cwd):
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [sys.executable, *launch, *map(str, args)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=150, env=env)
