@@ -222,12 +222,11 @@ def plan(names, seeds):
 
 def verdict(rows):
     """Does the paper's best, the last of rows [(name, values)], win? Higher is better; the spread is between seeds."""
+    seeds, best = dict(rows), rows[-1][0]
     means = {name: statistics.mean(values) for name, values in rows}
-    best, others = rows[-1][0], {name: means[name] for name, _ in rows[:-1]}
-    second = max(others, key=others.get)
+    second = max((name for name in means if name != best), key=means.get)
     if any(len(values) < 2 for _, values in rows):
         return f"{'yes' if means[best] > means[second] else 'no'}, of one seed"
-    seeds = dict(rows)
     spread = max(statistics.stdev(seeds[best]), statistics.stdev(seeds[second]))
     ahead, behind = (best, second) if means[best] > means[second] else (second, best)
     gap = means[ahead] - means[behind]
