@@ -4,7 +4,7 @@ A data set gives `dataset[i]` -> (uint8 frames [T, H, W, 3], label), for any i >
 the same video. The networks take `video.to_clip` of that. The first thing to run on a new data set is
 
 python data.py --dataset ucf --preview out.png      eight clips, counts of classes, lengths, sizes, and what is no good
-python data.py --dataset ucf --prepare              decode all of it once, into a cache that training reads (cache.py)
+python data.py --dataset ucf --prepare              decode all of it once, into a cache that training reads (common/cache.py)
 """
 
 import collections
@@ -24,10 +24,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import utils
-import video
-from cache import FrameCache, prepare
-from utils import UserError, option
+from common import utils, video
+from common.cache import FrameCache, prepare
+from common.utils import UserError, option
 
 DATASETS = ("shapes", "folder", "ucf", "kinetics", "taichi", "sky")
 STRIDES = {"taichi": 4}  # the paper's, where it is not 1

@@ -20,12 +20,12 @@ import torch
 
 import data
 import dit
-import utils
+from common import utils
+from common.utils import UserError, option
+from common.video import to_clip, write_sheet
 from evaluate import agreement, train_classifier
-from utils import UserError, option
 from vae import Config as Stage1
 from vae import fine_power, psnr, reconstruct
-from video import to_clip, write_sheet
 
 
 @dataclass

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 
 import data
 import nerv
-import utils
-from utils import UserError, option
+from common import utils
+from common.utils import UserError, option
+from common.video import tile, to_clip, to_frames, write_sheet
 from vae import Attention, load_vae
 from vae import Config as Stage1
-from video import tile, to_clip, to_frames, write_sheet
 
 # ------------------------------------------------------------------------------------------------------------------ model
 
@@ -42,7 +42,6 @@ class DiTConfig:
     width: int = 1024
     depth: int = 24
     heads: int = 16
-    denoiser: str = "dit"  # or "gpt", "latte", of variants.py (Table 3a)
 
 
 SIZES = {name: {} for name in nerv.CONFIGS}  # the paper's denoiser is always DiT-L
@@ -113,15 +112,6 @@ class DiT(nn.Module):
             tokens = torch.cat([tokens, torch.zeros_like(tokens) if given is None else given], -1)  # [B, N, 2d]
         step = self.step_mlp(torch.cat([angle.cos(), angle.sin()], -1))
         return self.embed(tokens) + self.position, step, self.label(label)
-
-
-def build(config):
-    """The denoiser of a DiTConfig: DiT, or what it is compared with in Table 3a."""
-    if config.denoiser == "dit":
-        return DiT(config)
-    import variants  # which builds on this file
-
-    return variants.DENOISERS[config.denoiser](config)
 
 
 # -------------------------------------------------------------------------------------------------------------- diffusion
@@ -214,10 +204,10 @@ def generate(model, labels, steps=20, guidance=2.0, sampler="dpm", seed=None, gi
     return x
 
 
-def load_dit(ckpt):
+def load_dit(ckpt, denoiser=DiT, load_vae=load_vae):
     """A stage-2 checkpoint -> (DiT with its averaged weights, VAE, latent scale), in evaluation mode."""
-    with utils.fitting_checkpoint():
-        model = build(DiTConfig(**ckpt["dit_config"]))
+    with utils.fitting_checkpoint(ckpt, denoiser=denoiser):
+        model = denoiser(DiTConfig(**ckpt["dit_config"]))
         model.load_state_dict(ckpt["ema"])
     return model.eval().requires_grad_(False), load_vae(ckpt["vae"]), ckpt["latent_scale"]
 
@@ -236,7 +226,6 @@ class Config:
     workers: int = option("data", -1, "threads that decode where there is no cache; -1 is all cores")
     preset: str = option("model", "", "size of the denoiser; that of stage 1 unless named", choices=list(SIZES))
     cond_frames: int = option("model", 0, "frame prediction from so many given frames (the paper: 5); 0 generates whole clips")
-    denoiser: str = option("model", "dit", "the transformer (Table 3a)", choices=["dit", "gpt", "latte"])
     steps: int = option("training", 1_000_000, "optimizer steps")
     batch_size: int = option("training", 64, "clips per step, of all processes together")
     accumulate: int = option("training", 1, "parts of the batch that go through one after another, to save memory")
@@ -347,8 +336,8 @@ def diffusion_loss(model, theta0, labels, given, step, noise, alpha, sigma, gamm
     return loss
 
 
-def main():
-    config = utils.parse_options(Config, __doc__, preset_defaults)
+def main(argv=None, denoiser=DiT, load_vae=load_vae):
+    config = utils.parse_options(Config, __doc__, preset_defaults, argv)
     utils.check_positive(config, "steps", "batch_size", "accumulate", "log_every", "save_every")
     device, rank, world = utils.start_processes(config.device)
     rows = utils.rows_per_process(config.batch_size, config.accumulate, world)  # clips that this process takes at a time
@@ -367,15 +356,13 @@ def main():
     if list(train_set.classes) != classes:
         raise UserError(f"{config.ckpt} was trained on the classes {classes}, and {config.dataset} has {train_set.classes}")
     torch.manual_seed(config.seed)
-    dit_config = DiTConfig(
-        c.num_tokens, c.token_dim, len(classes), cond_frames, **SIZES[config.preset], denoiser=config.denoiser
-    )
-    model = build(dit_config).to(device)
+    dit_config = DiTConfig(c.num_tokens, c.token_dim, len(classes), cond_frames, **SIZES[config.preset])
+    model = denoiser(dit_config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
     parts = {"model": model, "step": utils.FiniteStep(model, optimizer, config.grad_clip)}  # what goes on, beside ema
     start, latent_scale = 0, None
-    if ckpt := utils.resume(config, "dit"):
+    if ckpt := utils.resume(config, "dit", denoiser=denoiser):
         ema.load_state_dict(ckpt["ema"])
         for name, part in parts.items():
             part.load_state_dict(ckpt["training"][name])
@@ -410,7 +397,7 @@ def main():
         training = {name: part.state_dict() for name, part in parts.items()}
         utils.save_checkpoint(
             config.out, final, stage="dit", step=step, config=dataclasses.asdict(config), classes=classes,
-            dit_config=dataclasses.asdict(dit_config), latent_scale=latent_scale,
+            dit_config=dataclasses.asdict(dit_config), denoiser=denoiser.__name__, latent_scale=latent_scale,
             ema=ema.state_dict(), training=training, vae=vae_ckpt,
         )  # fmt: skip
         log.write()

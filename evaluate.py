@@ -1,4 +1,7 @@
-"""How good a checkpoint is on its own data set; `python fvd.py --ckpt vae.pt` and `python fvd.py --ckpt dit.pt` come here.
+"""How good is a checkpoint on its own data set?
+
+python evaluate.py --ckpt vae.pt
+python evaluate.py --ckpt dit.pt
 
 Stage 1: clips of the held-out set go through the autoencoder and back:    rFVD, PSNR, SSIM, LPIPS
 Stage 2: as many clips are generated as are taken of the training set:     gFVD, class agreement, diversity
@@ -9,6 +12,7 @@ does not grow with --videos. results.json and report.html, which needs no other 
 """
 
 import base64
+import functools
 import hashlib
 import html
 import json
@@ -17,6 +21,7 @@ import shlex
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +34,35 @@ from tqdm import tqdm
 import data
 import dit
 import fvd
-import utils
-import video
+from common import utils, video
+from common.utils import UserError, option
 from losses import LPIPS
-from utils import UserError
 from vae import Config as Stage1
 from vae import load_vae, reconstruct
 
 SHOWN = 8  # clips of each kind that are kept to be looked at
+
+
+@dataclass
+class Config:
+    ckpt: str = option("input", "dit.pt", "checkpoint of vae.py or dit.py")
+    data_dir: str = option("input", "", "where its data set is, if not where it was")
+    protocol: str = option("features", "stylegan-v", "of FVD: reference implementation to follow", choices=list(fvd.PROTOCOLS))
+    features: str = option("features", "i3d", "trained network, or one of random weights", choices=["i3d", "random"])
+    i3d: str = option("features", "", "file with the weights; default: in the cache directory, else downloaded")
+    allow_other_weights: bool = option("features", False, "take a state dict that is none of the known ones")
+    lpips: str = option("features", "vgg", "backbone of LPIPS", choices=["vgg", "alex", "squeeze", "none"])
+    videos: int = option("clips", 2048, "clips of each kind, one of each video")
+    seed: int = option("clips", 0, "of the choice of clips, of noise, of bootstrap and of random weights")
+    steps: int = option("sampling", 20, "evaluations of the denoiser, 1 to 1000")
+    sampler: str = option("sampling", "dpm", "DPM-Solver++, DDIM, or ancestral", choices=["dpm", "ddim", "ddpm"])
+    guidance: float = option("sampling", 2.0, "scale of classifier-free guidance; 1 is none")
+    judge_clips: int = option("result", 8192, "real clips that the judge of class agreement is trained on")
+    bootstrap: int = option("result", 100, "resamples for the intervals; 0 leaves them out")
+    infinity: bool = option("result", False, "extrapolate FVD to infinitely many videos")
+    out_dir: str = option("output", "out/eval", "where results.json, report.html and what is done so far go")
+    batch_size: int = option("machine", 8, "clips in the network at once")
+    device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
 
 
 # -------------------------------------------------------------------------------------------------------------- the judge
@@ -135,6 +161,41 @@ class Scorer:
         return torch.cat([vae.decode(part / scale, t).cpu() for part in tokens.split(16)]), tokens.cpu()
 
 
+# ----------------------------------------------------------------------------------------------------------------- frames
+
+
+def frame_psnr(x, y):
+    """Peak signal-to-noise ratio of each frame in dB: x, y float [..., 3, H, W] in [0, 1] -> [...]; at most 100 dB."""
+    return -10 * (x - y).square().mean((-3, -2, -1)).clamp_min(1e-10).log10()
+
+
+def ssim(x, y):
+    """Structural similarity of each frame (Wang et al. 2004): x, y float [..., 3, H, W] in [0, 1] -> [...], float64.
+
+    11 × 11 Gaussian window of σ = 1.5, K₁ = 0.01, K₂ = 0.03, population moments; the mean over channels and over all windows
+    within the frame, as in scikit-image with gaussian_weights=True, sigma=1.5, use_sample_covariance=False. ValueError for
+    frames smaller than the window.
+    """
+    if min(x.shape[-2:]) < 11:
+        raise ValueError(f"frames of {x.shape[-2]} x {x.shape[-1]} are smaller than the window of SSIM, 11 x 11")
+    x, y = x.double(), y.double()
+    mean_x, mean_y = gaussian_mean(x), gaussian_mean(y)
+    var_x, var_y = gaussian_mean(x * x) - mean_x**2, gaussian_mean(y * y) - mean_y**2
+    cov = gaussian_mean(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    return (luminance * (2 * cov + c2) / (var_x + var_y + c2)).mean((-3, -2, -1))
+
+
+def gaussian_mean(x):
+    """Means under the window of SSIM at all of its places: [..., H, W] -> [..., H - 10, W - 10]."""
+    window = torch.exp(-(torch.arange(-5.0, 6.0, dtype=torch.float64) ** 2) / (2 * 1.5**2))
+    window = (window / window.sum()).tolist()
+    for dim in (-2, -1):
+        x = functools.reduce(torch.add, (w * x.narrow(dim, k, x.shape[dim] - 10) for k, w in enumerate(window)))
+    return x
+
+
 # ---------------------------------------------------------------------------------------------------------------- batches
 
 
@@ -179,7 +240,7 @@ def reconstruct_batch(vae, dataset, detector, lpips, device):
         made = video.to_frames(decoded)  # everything is measured on frames as files hold them
         x, y = (torch.as_tensor(frames).movedim(-1, -3).to(device) / 255 for frames in (real, made))
         names = [dataset.name(i) for i in indices]
-        found = {"psnr": fvd.psnr(x, y), "ssim": fvd.ssim(x, y)}  # [B, T]
+        found = {"psnr": frame_psnr(x, y), "ssim": ssim(x, y)}  # [B, T]
         if lpips:
             found["lpips"] = torch.stack([lpips(2 * b[None] - 1, 2 * a[None] - 1) for a, b in zip(x, y)])
         found = {name: value.cpu().numpy() for name, value in found.items()}
@@ -262,7 +323,8 @@ def diversity_result(real, made, labels, config):
     return {"value": float(draws[0]), **quantiles(draws[1:]), "clips": len(labels), "unit": "%"}
 
 
-def main(config):
+def main(config=None):
+    config = config or utils.parse_options(Config, __doc__)
     utils.check_positive(config, "videos", "batch_size", "judge_clips")
     dit.check_steps(config.steps)
     began = time.time()
@@ -330,7 +392,7 @@ def main(config):
         "checkpoint": config.ckpt,
         "trained": f"{ckpt['step']} steps of stage {2 if model else 1}, revision {ckpt['revision'] or 'unknown'}",
         "evaluated": f"revision {utils.git_revision() or 'unknown'}, {time.strftime('%Y-%m-%d')}, {time.time() - began:.0f} s",
-        "command": "python fvd.py " + shlex.join(sys.argv[1:]),
+        "command": "python evaluate.py " + shlex.join(sys.argv[1:]),
         "data": f"{settings.dataset} {settings.data_dir}: {len(held_out)} held-out and {len(train_set)} training videos",
         "clips": f"{settings.num_frames} frames of {settings.resolution} x {settings.resolution}, stride {settings.stride}",
         "features": f"{detector.meta['features']}, protocol {config.protocol}",
@@ -407,3 +469,7 @@ def write_report(path, results, about, skipped, curves, shown):
 <p>{len(skipped)} videos skipped</p><ul>{left_out}</ul></body></html>
 """
     Path(path).write_text(page)
+
+
+if __name__ == "__main__":
+    utils.run(main)

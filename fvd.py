@@ -1,4 +1,4 @@
-"""How good is it? FVD, the Fréchet video distance, of two sets of videos; PSNR and SSIM of frames and their reconstructions.
+"""FVD, the Fréchet video distance, of two sets of videos. (evaluate.py takes it of a checkpoint, and measures the rest.)
 
 python fvd.py real/ generated/                          I3D's weights are downloaded once, or named with --i3d
 python fvd.py real/ generated/ --protocol videogpt      as another reference implementation takes it
@@ -6,8 +6,6 @@ python fvd.py real/ generated/ --infinity               extrapolated to infinite
 python fvd.py real/ generated/ --save-stats real.npz    keep the statistics of the first folder, …
 python fvd.py real.npz other/                           … and use them again
 python fvd.py real/ generated/ --features random        no weights: says less, and is never called FVD
-python fvd.py --ckpt vae.pt                             a checkpoint on its data set: rFVD, PSNR, SSIM, LPIPS; see evaluate.py
-python fvd.py --ckpt dit.pt                             … and gFVD, class agreement, diversity
 
 FVD (Unterthiner et al. 2018, arXiv:1812.01717) fits a Gaussian each to features of real and of generated clips and is the
 Fréchet distance of the two, |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½). The features are the 400 logits, averaged over time, of I3D
@@ -44,7 +42,6 @@ FVD of few videos is too large, by about a constant over their number: compare e
 
 import contextlib
 import copy
-import functools
 import hashlib
 import itertools
 import json
@@ -67,9 +64,8 @@ import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-import utils
-import video
-from utils import UserError, option
+from common import utils, video
+from common.utils import UserError, option
 
 SIZE = 224  # height and width that I3D was trained on
 SHORTEST = 9  # frames, of which I3D leaves the two that its average pool takes
@@ -583,41 +579,6 @@ def fvd_infinity(x, y, ddof=0, points=10, repeats=5, seed=0):
     return float(value), float(slope), [(int(n), float(mean)) for n, mean in zip(sizes, means)]
 
 
-# ----------------------------------------------------------------------------------------------------------------- frames
-
-
-def psnr(x, y):
-    """Peak signal-to-noise ratio of each frame in dB: x, y float [..., 3, H, W] in [0, 1] -> [...]; at most 100 dB."""
-    return -10 * (x - y).square().mean((-3, -2, -1)).clamp_min(1e-10).log10()
-
-
-def ssim(x, y):
-    """Structural similarity of each frame (Wang et al. 2004): x, y float [..., 3, H, W] in [0, 1] -> [...], float64.
-
-    11 × 11 Gaussian window of σ = 1.5, K₁ = 0.01, K₂ = 0.03, population moments; the mean over channels and over all windows
-    within the frame, as in scikit-image with gaussian_weights=True, sigma=1.5, use_sample_covariance=False. ValueError for
-    frames smaller than the window.
-    """
-    if min(x.shape[-2:]) < 11:
-        raise ValueError(f"frames of {x.shape[-2]} x {x.shape[-1]} are smaller than the window of SSIM, 11 x 11")
-    x, y = x.double(), y.double()
-    mean_x, mean_y = gaussian_mean(x), gaussian_mean(y)
-    var_x, var_y = gaussian_mean(x * x) - mean_x**2, gaussian_mean(y * y) - mean_y**2
-    cov = gaussian_mean(x * y) - mean_x * mean_y
-    c1, c2 = 0.01**2, 0.03**2
-    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
-    return (luminance * (2 * cov + c2) / (var_x + var_y + c2)).mean((-3, -2, -1))
-
-
-def gaussian_mean(x):
-    """Means under the window of SSIM at all of its places: [..., H, W] -> [..., H - 10, W - 10]."""
-    window = torch.exp(-(torch.arange(-5.0, 6.0, dtype=torch.float64) ** 2) / (2 * 1.5**2))
-    window = (window / window.sum()).tolist()
-    for dim in (-2, -1):
-        x = functools.reduce(torch.add, (w * x.narrow(dim, k, x.shape[dim] - 10) for k, w in enumerate(window)))
-    return x
-
-
 # ---------------------------------------------------------------------------------------------------------------- folders
 
 
@@ -634,14 +595,6 @@ class Config:
     bootstrap: int = option("result", 100, "resamples for the interval; 0 leaves it out")
     infinity: bool = option("result", False, "extrapolate to infinitely many videos")
     save_stats: str = option("result", "", "file, .npz, for the statistics of the first folder")
-    ckpt: str = option("checkpoint", "", "evaluate this checkpoint of vae.py or dit.py on its data set; no folders")
-    data_dir: str = option("checkpoint", "", "where its data set is, if not where it was")
-    lpips: str = option("checkpoint", "vgg", "backbone of LPIPS", choices=["vgg", "alex", "squeeze", "none"])
-    steps: int = option("checkpoint", 20, "evaluations of the denoiser, 1 to 1000")
-    sampler: str = option("checkpoint", "dpm", "DPM-Solver++, DDIM, or ancestral", choices=["dpm", "ddim", "ddpm"])
-    guidance: float = option("checkpoint", 2.0, "scale of classifier-free guidance; 1 is none")
-    judge_clips: int = option("checkpoint", 8192, "real clips that the judge of class agreement is trained on")
-    out_dir: str = option("checkpoint", "out/eval", "where results.json, report.html and what is done so far go")
     batch_size: int = option("machine", 8, "clips in the network at once")
     workers: int = option("machine", 0, "threads that decode; 0 is all cores")
     device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
@@ -760,10 +713,6 @@ def main():
     places = list(itertools.takewhile(lambda argument: not argument.startswith("-"), sys.argv[1:]))
     config = utils.parse_options(Config, __doc__, argv=sys.argv[1 + len(places) :])
     utils.check_positive(config, "frames", "stride", "videos", "batch_size")
-    if config.ckpt:
-        import evaluate  # it imports this file
-
-        return evaluate.main(config)
     if len(places) != 2:
         raise UserError("name two folders of videos first, or an .npz of --save-stats for one: python fvd.py real/ generated/")
     stored = {place: Statistics.load(place) for place in places if place.endswith(".npz")}

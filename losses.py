@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from utils import UserError
+from common.utils import UserError
 
 # ------------------------------------------------------------------------------------------------------------- perceptual
 

@@ -32,11 +32,6 @@ class NeRVConfig:
     stem_fraction: int = 1  # the first layer's generated block is [48/f, D/f]: f = 1 in S, 2 in B and L
     pos_dim: int = 16  # sinusoidal dimensions each for time, height and width
     pos_size: int = 8  # h = w of the position code (Table 2c)
-    # What else Table 2 compares. The defaults are the paper's choices; all others are in variants.py.
-    modulation: str = "channel"  # or "fmm", "repeat" (2a)
-    reuse: str = "multihead"  # or "direct", "none" (2b)
-    upsampling: str = "transposed"  # or "pixelshuffle", "bilinear" (2d)
-    side: str = "residual"  # or "skip", "none" (2e)
 
     def __post_init__(self):
         levels = math.log2(self.resolution / self.pos_size) if min(self.resolution, self.pos_size) > 0 else 0
@@ -181,7 +176,7 @@ class Block(nn.Module):
 class NeRV(nn.Module):
     """B videos' worth of weight tokens and T frame positions in, B videos out (Table A1)."""
 
-    Conv, Level = ModulatedConv, Block  # variants.py has others
+    Conv, Level = ModulatedConv, Block  # the ablations put others in their place (studies/variants.py)
 
     def __init__(self, config):
         super().__init__()
@@ -244,12 +239,3 @@ class NeRV(nn.Module):
         for block in self.blocks:
             x = block(x, tokens)
         return self.to_rgb(x, tokens)
-
-
-def build(config):
-    """The decoder of a NeRVConfig: the paper's, or what it is compared with in Table 2."""
-    if (config.modulation, config.reuse, config.upsampling, config.side) == ("channel", "multihead", "transposed", "residual"):
-        return NeRV(config)
-    import variants  # which builds on this file
-
-    return variants.nerv(config)

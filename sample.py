@@ -16,9 +16,8 @@ import numpy as np
 import torch
 
 import dit
-import utils
-import video
-from utils import UserError, option
+from common import utils, video
+from common.utils import UserError, option
 from vae import fine_power, load_vae, psnr
 
 

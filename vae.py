@@ -21,9 +21,9 @@ import torch.nn.functional as F
 import data
 import losses
 import nerv
-import utils
-from utils import UserError, option
-from video import tile, to_clip, to_frames, write_sheet
+from common import utils
+from common.utils import UserError, option
+from common.video import tile, to_clip, to_frames, write_sheet
 
 # ------------------------------------------------------------------------------------------------------------------ model
 
@@ -157,13 +157,13 @@ def grid_position(grid, width):
 
 
 class VAE(nn.Module):
-    """Encoder and generative NeRV (§3.1)."""
+    """Encoder and generative NeRV (§3.1); decoder is the class of the latter, which the ablations replace."""
 
-    def __init__(self, nerv_config, encoder_config):
+    def __init__(self, nerv_config, encoder_config, decoder=nerv.NeRV):
         super().__init__()
         self.nerv_config, self.encoder_config = nerv_config, encoder_config
         self.encoder = Encoder(encoder_config, nerv_config)
-        self.nerv = nerv.build(nerv_config)
+        self.nerv = decoder(nerv_config)
 
     def encode(self, video):
         """video [B, T, 3, H, W] in [-1, 1] -> mean, logvar of the tokens' posterior, each [B, N, d]."""
@@ -174,10 +174,10 @@ class VAE(nn.Module):
         return self.nerv(tokens, t)
 
 
-def load_vae(ckpt):
+def load_vae(ckpt, decoder=nerv.NeRV):
     """The VAE of a stage-1 checkpoint (also carried inside stage-2 checkpoints under "vae"), in evaluation mode."""
-    with utils.fitting_checkpoint():
-        vae = VAE(nerv.NeRVConfig(**ckpt["nerv_config"]), EncoderConfig(**ckpt["encoder_config"]))
+    with utils.fitting_checkpoint(ckpt, decoder=decoder):
+        vae = VAE(nerv.NeRVConfig(**ckpt["nerv_config"]), EncoderConfig(**ckpt["encoder_config"]), decoder)
         vae.load_state_dict(ckpt["ema"])
     return vae.eval().requires_grad_(False)
 
@@ -200,7 +200,6 @@ def fine_power(clips):
 
 
 SIZES = ("resolution", "num_frames", "num_tokens", "token_dim", "width", "pos_size")  # of the decoder, as options
-CHOICES = ("modulation", "reuse", "upsampling", "side")
 
 
 @dataclass
@@ -224,10 +223,6 @@ class Config:
     token_dim: int = option("model", 128, "d, width of a token")
     width: int = option("model", 128, "D, channels of the decoder; its last block has 2D (nano: D)")
     pos_size: int = option("model", 8, "h = w of the position code (Table 2c)")
-    modulation: str = option("model", "channel", "how tokens enter kernels (Table 2a)", choices=["channel", "fmm", "repeat"])
-    reuse: str = option("model", "multihead", "of the tokens in layers (Table 2b)", choices=["multihead", "direct", "none"])
-    upsampling: str = option("model", "transposed", "Table 2d", choices=["transposed", "pixelshuffle", "bilinear"])
-    side: str = option("model", "residual", "side connection of a level (Table 2e)", choices=["residual", "skip", "none"])
     steps: int = option("training", 2_000_000, "optimizer steps")
     batch_size: int = option("training", 32, "clips per step, of all processes together")
     accumulate: int = option("training", 1, "parts of the batch that go through one after another, to save memory")
@@ -273,8 +268,8 @@ def preset_defaults(args):
     return defaults
 
 
-def main():
-    config = utils.parse_options(Config, __doc__, preset_defaults)
+def main(argv=None, decoder=nerv.NeRV):
+    config = utils.parse_options(Config, __doc__, preset_defaults, argv)
     utils.check_positive(config, "steps", "batch_size", "accumulate", "decode_frames", "stride", *SIZES)
     utils.check_positive(config, "log_every", "save_every", "gan_every", "r1_every", "gan_width")
     if not 0.25 <= config.crop_scale <= 1:
@@ -285,10 +280,10 @@ def main():
         raise UserError("one clip at a time leaves batch norm nothing to compare with: use a larger --batch-size")
     utils.make_parent(config.out)
     torch.manual_seed(config.seed)
-    sizes = {k: getattr(config, k) for k in (*SIZES, *CHOICES)}
+    sizes = {k: getattr(config, k) for k in SIZES}
     try:
         nerv_config = dataclasses.replace(nerv.CONFIGS[config.preset], **sizes)
-        vae = VAE(nerv_config, ENCODERS[config.preset]).to(device)
+        vae = VAE(nerv_config, ENCODERS[config.preset], decoder).to(device)
     except ValueError as error:
         raise UserError(str(error)) from None
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
@@ -309,7 +304,7 @@ def main():
     if discriminator:
         parts |= {"discriminator": discriminator, "disc_step": adamw(discriminator)}
     start = 0
-    if ckpt := utils.resume(config, "vae"):
+    if ckpt := utils.resume(config, "vae", decoder=decoder):
         ema.load_state_dict(ckpt["ema"])
         for name, part in parts.items():
             part.load_state_dict(ckpt["training"][name])
@@ -332,7 +327,7 @@ def main():
         utils.save_checkpoint(
             config.out, final, stage="vae", step=step, config=dataclasses.asdict(config), classes=list(train_set.classes),
             nerv_config=dataclasses.asdict(nerv_config), encoder_config=dataclasses.asdict(vae.encoder_config),
-            ema=ema.state_dict(), training=training,
+            decoder=decoder.__name__, ema=ema.state_dict(), training=training,
         )  # fmt: skip
         log.write()
 

@@ -12,7 +12,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
-import video  # noqa: E402
+import demo  # noqa: E402
+import dit  # noqa: E402
+import sample  # noqa: E402
+import vae  # noqa: E402
+from common import utils, video  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
@@ -21,6 +25,25 @@ def script(name, *args, cwd, **kw):
     """Run a script of the repository as a user would; returns the CompletedProcess."""
     command = [sys.executable, str(ROOT / name), *map(str, args)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=150, **kw)
+
+
+PROGRAMS = {"vae.py": vae, "dit.py": dit, "sample.py": sample, "demo.py": demo}
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path):
+    """call("vae.py", "--steps 2 …") runs a script in this process, in a directory of its own; returns the exit status."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(program, options=""):
+        monkeypatch.setattr("sys.argv", [program, *options.split()])
+        try:
+            utils.run(PROGRAMS[program].main)
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    return call
 
 
 def write_mp4(path, clip):

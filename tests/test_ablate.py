@@ -12,13 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import ablate
 import data
 import dit
 import evaluate
-import vae
-import video
-from utils import UserError
+from common import video
+from common.utils import UserError
+from studies import ablate, variants
 
 VAE = "--preset nano --num-frames 4 --steps 2 --batch-size 2 --decode-frames 1 --bf16 off"
 DIT = "--steps 2 --batch-size 2 --num-latents 4 --bf16 off"
@@ -29,20 +28,20 @@ def in_this_process(monkeypatch):
     """Runs are calls of main(), which takes seconds less than a new Python; returns the list of them."""
     calls = []
 
-    def call(self, script, *options):
-        calls.append(shlex.join(map(str, (script, *options))))
+    def call(self, stage, *options):
+        calls.append(shlex.join(map(str, (stage, *options))))
         printed = []
         with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", [script, *map(str, options)])
-            patch.setattr("utils.tqdm.write", lambda line, **kw: printed.append(line))
-            {"vae.py": vae, "dit.py": dit}[script].main()
+            patch.setattr("common.utils.tqdm.write", lambda line, **kw: printed.append(line))
+            variants.main([stage, *map(str, options)])
         return "\n".join(printed)
 
     monkeypatch.setattr(ablate.Study, "call", call)
     monkeypatch.setattr(dit, "generate", functools.partial(dit.generate, steps=2))  # sheets and PSNR are most of the time
     fixed_clips = data.fixed_clips
     monkeypatch.setattr(data, "fixed_clips", lambda dataset, count: fixed_clips(dataset, min(count, 9)))
-    monkeypatch.setattr("utils.Interrupt", lambda: contextlib.nullcontext(SimpleNamespace(asked=False)))  # main thread only
+    asked = SimpleNamespace(asked=False)
+    monkeypatch.setattr("common.utils.Interrupt", lambda: contextlib.nullcontext(asked))  # signals: main thread only
     monkeypatch.setattr(ablate.Study, "score", lambda self, vae_pt, dit_pt, seed: (50.0 + seed, 2.0, 1.0))
     return calls
 
@@ -73,15 +72,15 @@ def test_every_row_trains(in_this_process, monkeypatch, tmp_path, capsys):
 def test_what_is_done_is_not_done_again(monkeypatch, tmp_path, capsys):
     calls = []
 
-    def call(self, script, *options):
-        calls.append(" ".join(map(str, (script, *options))))
+    def call(self, stage, *options):
+        calls.append(" ".join(map(str, (stage, *options))))
         Path(options[options.index("--out") + 1]).touch()
         return "held-out PSNR 20.00 dB after 2 steps, 1 s"
 
     monkeypatch.setattr(ablate.Study, "call", call)
     monkeypatch.setattr(ablate.Study, "score", lambda self, vae_pt, dit_pt, seed: (50.0 + seed, 2.0, 1.0))
     run(monkeypatch, tmp_path, "--seeds", "1", "--only", "3a")
-    assert [call.split()[0] for call in calls] == ["vae.py", "dit.py", "dit.py", "dit.py"]
+    assert [call.split()[0] for call in calls] == ["vae", "dit", "dit", "dit"]
     assert sum("--denoiser gpt" in call for call in calls) == sum("--denoiser latte" in call for call in calls) == 1
     before = (tmp_path / "runs.csv").read_text()
     run(monkeypatch, tmp_path, "--seeds", "1", "--only", "3a")
@@ -93,19 +92,19 @@ def test_what_is_done_is_not_done_again(monkeypatch, tmp_path, capsys):
     assert len(calls) == 8 and "50.50 ± 0.71" in capsys.readouterr().out
     next(tmp_path.glob("vae_seed0_*.pt")).unlink()  # stage 2 of another table builds on it again, and its row is there already
     run(monkeypatch, tmp_path, "--seeds", "1", "--only", "3b")
-    assert [call.split()[0] for call in calls[8:]] == ["vae.py", "dit.py", "dit.py", "dit.py"]
+    assert [call.split()[0] for call in calls[8:]] == ["vae", "dit", "dit", "dit"]
     assert sum(row.startswith("1,,") for row in (tmp_path / "runs.csv").read_text().splitlines()) == 2
     calls.clear()  # other settings are other runs, and other checkpoints
     run(monkeypatch, tmp_path, "--seeds", "1", "--only", "3a", "--vae-options", "--steps 3")
-    assert [call.split()[0] for call in calls] == ["vae.py", "dit.py", "dit.py", "dit.py"]
+    assert [call.split()[0] for call in calls] == ["vae", "dit", "dit", "dit"]
     assert len(list(tmp_path.glob("vae_seed0_*.pt"))) == 2
     calls.clear()  # clips and options of stage 2 do not change stage 1
     run(monkeypatch, tmp_path, "--seeds", "1", "--only", "3a", "--clips", "5")
-    assert [call.split()[0] for call in calls] == ["dit.py", "dit.py", "dit.py"]
+    assert [call.split()[0] for call in calls] == ["dit", "dit", "dit"]
 
 
 def test_a_run_that_fails_names_its_command(monkeypatch, tmp_path):
-    with pytest.raises(UserError, match="python vae.py .*--modulation repeat.* failed"):
+    with pytest.raises(UserError, match="python -m studies.variants vae .*--modulation repeat.* failed"):
         study = ablate.Study(ablate.Config(vae_options="--no-such-option", out_dir=str(tmp_path)))
         study.run("--modulation repeat", "", 0, False)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from test_nerv import SMALL, relative, small
 
-from bench_speed import image_decoder, loop_over_videos, pixel_shuffle, shared_and_block
+from bench.speed import image_decoder, loop_over_videos, pixel_shuffle, shared_and_block
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -15,10 +15,9 @@ import torch
 from conftest import ROOT, write_mp4
 from test_data import counting_clip, numbers
 
-import cache
-import video
-from cache import FrameCache, prepare, read_index
-from utils import UserError
+from common import cache, video
+from common.cache import FrameCache, prepare, read_index
+from common.utils import UserError
 
 
 @pytest.fixture
@@ -149,7 +148,7 @@ class Bomb:
 
 
 def test_caches_and_checkpoints_from_strangers_are_data(tmp_path, videos, monkeypatch):
-    import utils
+    from common import utils
     from dit import cached_latents
 
     monkeypatch.chdir(tmp_path)

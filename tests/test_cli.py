@@ -14,30 +14,8 @@ from conftest import ROOT, script, write_mp4
 from PIL import Image
 
 import data
-import demo
-import dit
-import sample
-import utils
 import vae
-import video
-
-PROGRAMS = {"vae.py": vae, "dit.py": dit, "sample.py": sample, "demo.py": demo}
-
-
-@pytest.fixture
-def call(monkeypatch, tmp_path):
-    """call("vae.py", "--steps 2 …") runs a script in this process, in a directory of its own; returns the exit status."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(program, options=""):
-        monkeypatch.setattr("sys.argv", [program, *options.split()])
-        try:
-            utils.run(PROGRAMS[program].main)
-        except SystemExit as stop:
-            return stop.code
-        return 0
-
-    return call
+from common import utils, video
 
 
 @pytest.fixture(scope="session")
@@ -67,27 +45,6 @@ def check_error(stderr, *words):
 
 
 # -------------------------------------------------------------------------------------------------------------------- --help
-
-
-@pytest.mark.parametrize(
-    "program, groups",
-    [
-        ("vae.py", ["data:", "model:", "training:", "machine:", "output:"]),
-        ("dit.py", ["data:", "model:", "training:", "machine:", "output:"]),
-        ("sample.py", ["input:", "what:", "time:", "sampling:", "machine:", "output:"]),
-        ("demo.py", ["data:", "training:", "judging:", "output:"]),
-        ("bench.py", ["what:"]),
-        ("bench_speed.py", ["what:"]),
-        ("ablate.py", ["data:", "what:", "training:", "judging:", "machine:"]),
-    ],
-)
-def test_help(program, groups, tmp_path):
-    done = script(program, "--help", cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr == ""
-    assert set(groups) - {"model:"} <= set(done.stdout.split("\n"))
-    options = re.split(r"\n  --", done.stdout)[1:]
-    assert len(options) > 3 and all("(default:" in " ".join(option.split()) for option in options)
-    assert not list(tmp_path.iterdir())
 
 
 def test_help_shows_the_defaults_of_the_preset(call, capsys):

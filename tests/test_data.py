@@ -9,11 +9,11 @@ from conftest import ROOT, write_mp4
 from PIL import Image
 
 import data
-import video
+from common import video
+from common.utils import UserError
+from common.video import to_clip
 from data import Config, Shapes, Stream, endless, fixed_clips, open_dataset
-from utils import UserError
 from vae import psnr
-from video import to_clip
 
 SHARED = ROOT.parent / "shared" / "data"
 

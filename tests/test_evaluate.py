@@ -12,9 +12,8 @@ import data
 import dit
 import evaluate
 import fvd
-import utils
-import video
-from utils import UserError
+from common import utils, video
+from common.utils import UserError
 from vae import load_vae
 
 
@@ -44,7 +43,7 @@ def detector(monkeypatch):
 def settings(trained, name, tmp_path, **kw):
     options = dict(out_dir=str(tmp_path / "eval"), videos=20, batch_size=4, bootstrap=20, judge_clips=64, steps=2)
     options |= dict(lpips="none", device="cpu")
-    return fvd.Config(ckpt=str(trained / name), **options | kw)
+    return evaluate.Config(ckpt=str(trained / name), **options | kw)
 
 
 def run(config):
@@ -170,7 +169,7 @@ def test_intervals():
 
 def test_bad_input(trained, tmp_path, detector):
     with pytest.raises(UserError, match="no checkpoint"):
-        evaluate.main(fvd.Config(ckpt=str(tmp_path / "none.pt")))
+        evaluate.main(evaluate.Config(ckpt=str(tmp_path / "none.pt")))
     with pytest.raises(UserError, match="--videos"):
         evaluate.main(settings(trained, "vae.pt", tmp_path, videos=0))
     with pytest.raises(UserError, match="--steps 1001"):

@@ -19,11 +19,11 @@ from scipy import linalg, ndimage
 from test_cli import check_error, messages
 
 import data
+import evaluate
 import fvd
-import utils
-import video
-from study_fvd import plain_i3d
-from utils import UserError
+from common import utils, video
+from common.utils import UserError
+from studies.fvd import plain_i3d
 
 
 @pytest.fixture(scope="module")
@@ -567,21 +567,21 @@ def reference_ssim(x, y):
 
 def test_ssim_equals_an_independent_one():
     x, y = some_frames()
-    result = fvd.ssim(torch.tensor(x), torch.tensor(y))
+    result = evaluate.ssim(torch.tensor(x), torch.tensor(y))
     expected = [[np.mean([reference_ssim(a, b) for a, b in zip(f, g)]) for f, g in zip(c, d)] for c, d in zip(x, y)]
     assert result.shape == (2, 3) and np.allclose(result, expected, atol=1e-10)
     assert 0.1 < result.min() and result.max() < 0.95
-    assert torch.allclose(fvd.ssim(torch.tensor(x), torch.tensor(x)), torch.ones(2, 3, dtype=torch.float64))
-    flat = fvd.ssim(torch.full((3, 16, 16), 0.25), torch.full((3, 16, 16), 0.75))
+    assert torch.allclose(evaluate.ssim(torch.tensor(x), torch.tensor(x)), torch.ones(2, 3, dtype=torch.float64))
+    flat = evaluate.ssim(torch.full((3, 16, 16), 0.25), torch.full((3, 16, 16), 0.75))
     assert flat.item() == pytest.approx((2 * 0.25 * 0.75 + 1e-4) / (0.25**2 + 0.75**2 + 1e-4), rel=1e-6)
     with pytest.raises(ValueError, match="smaller than the window"):
-        fvd.ssim(torch.zeros(3, 10, 20), torch.zeros(3, 10, 20))
+        evaluate.ssim(torch.zeros(3, 10, 20), torch.zeros(3, 10, 20))
 
 
 def test_ssim_and_psnr_equal_scikit_images():
     metrics = pytest.importorskip("skimage.metrics")
     x, y = some_frames()
-    similarity, ratio = fvd.ssim(torch.tensor(x), torch.tensor(y)), fvd.psnr(torch.tensor(x), torch.tensor(y))
+    similarity, ratio = evaluate.ssim(torch.tensor(x), torch.tensor(y)), evaluate.frame_psnr(torch.tensor(x), torch.tensor(y))
     options = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, win_size=11, data_range=1, channel_axis=0)
     for i in np.ndindex(2, 3):
         assert similarity[i].item() == pytest.approx(metrics.structural_similarity(x[i], y[i], **options), abs=1e-10)
@@ -590,9 +590,9 @@ def test_ssim_and_psnr_equal_scikit_images():
 
 def test_psnr_of_known_errors():
     x = torch.rand(2, 5, 3, 8, 8) * 0.5
-    result = fvd.psnr(x, x + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1, 1))
+    result = evaluate.frame_psnr(x, x + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1, 1))
     assert result.shape == (2, 5) and torch.allclose(result, torch.tensor([[20.0], [40.0]]).expand(2, 5), atol=1e-3)
-    assert fvd.psnr(x, x).tolist() == [[100.0] * 5] * 2
+    assert evaluate.frame_psnr(x, x).tolist() == [[100.0] * 5] * 2
 
 
 # ------------------------------------------------------------------------------------------------- frames at their own size

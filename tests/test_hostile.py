@@ -15,10 +15,10 @@ from conftest import ROOT, script, write_mp4
 from PIL import Image
 from test_data import counting_clip
 
-import video
+from common import video
+from common.utils import UserError
+from common.video import BadVideo, probe, read_frames
 from data import Config, find_videos, open_dataset
-from utils import UserError
-from video import BadVideo, probe, read_frames
 
 SHARED = ROOT.parent / "shared" / "data" / "clips"
 
@@ -194,7 +194,7 @@ def damage(content, rng):
 
 
 def test_fuzzed_files(tmp_path):
-    """A sample of what `python bench.py hostile` does at length."""
+    """A sample of what `python -m bench.data fuzz` does at length."""
     sources = [write_mp4(tmp_path / "clip", counting_clip(12)), encode(tmp_path / "a.mkv"), encode(tmp_path / "b.avi")]
     rng, read = random.Random(0), 0
     for i in range(24):

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import losses
+from common.utils import UserError
 from losses import LPIPS, Discriminator, DiscriminatorConfig, discriminator_loss, generator_loss
-from utils import UserError
 
 # ----------------------------------------------------------------------------------------------------------------- perceptual
 

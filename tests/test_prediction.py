@@ -8,8 +8,7 @@ from conftest import script, write_mp4
 
 import data
 import dit
-import utils
-import video
+from common import utils, video
 from dit import DiT, DiTConfig, cached_latents, encode_batch, encode_given, generate
 from vae import load_vae
 

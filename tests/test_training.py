@@ -13,9 +13,9 @@ import torch
 from conftest import ROOT, script
 
 import data
-import utils
 import vae
-from utils import UserError
+from common import utils
+from common.utils import UserError
 
 ADVERSARIAL = "--gan-weight 0.1 --gan-start 2 --gan-warmup 1 --gan-every 2 --r1-every 1 --gan-width 2"
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-import utils
 import vae
+from common import utils
 from nerv import CONFIGS, NeRVConfig
 from vae import ENCODERS, VAE, EncoderConfig, grid_position, load_vae, psnr
 

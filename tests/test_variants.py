@@ -9,7 +9,9 @@ from test_nerv import relative
 
 import dit
 import nerv
-import variants
+import vae
+from common.utils import UserError
+from studies import variants
 
 TINY = nerv.NeRVConfig(resolution=16, num_frames=4, num_tokens=6, token_dim=8, width=8, last_factor=2, block=4, pos_size=4)
 OPTIONS = {"modulation": ["fmm", "repeat"], "reuse": ["direct", "none"], "upsampling": ["pixelshuffle", "bilinear"]}
@@ -18,9 +20,10 @@ CASES = [(name, value) for name, values in OPTIONS.items() for value in values]
 
 
 def tiny(**options):
-    config = replace(TINY, **options)
+    config = replace(TINY, **{name: options.pop(name) for name in ("num_tokens", "pos_size") if name in options})
     torch.manual_seed(0)
-    return nerv.build(config).double(), torch.randn(3, config.num_tokens, config.token_dim, dtype=torch.float64)
+    model = variants.decoder(**options)(config).double()
+    return model, torch.randn(3, config.num_tokens, config.token_dim, dtype=torch.float64)
 
 
 def layers_of(model):
@@ -46,8 +49,8 @@ def test_videos_do_not_see_each_other_and_everything_learns(name, value):
 
 
 def test_the_papers_choices_are_the_plain_decoder():
-    assert type(nerv.build(TINY)) is nerv.NeRV
-    assert all(type(layer) is nerv.ModulatedConv for layer in layers_of(nerv.build(TINY)))
+    assert variants.decoder() is variants.decoder(side="residual", reuse="multihead") is nerv.NeRV
+    assert all(type(layer) is nerv.ModulatedConv for layer in layers_of(nerv.NeRV(TINY)))
 
 
 def test_fmm_is_a_gate_of_low_rank():
@@ -93,10 +96,31 @@ def test_no_reuse_gives_each_layer_its_own_numbers(side):
 
 
 def test_no_reuse_and_multiplication_do_not_go_together():
-    with pytest.raises(ValueError, match="reuse none has too few numbers for modulation fmm"):
-        nerv.build(replace(TINY, reuse="none", modulation="fmm"))
+    with pytest.raises(UserError, match="reuse none has too few numbers for modulation fmm"):
+        variants.decoder(reuse="none", modulation="fmm")
     with pytest.raises(ValueError, match="the 6 numbers of a layer are no kernel of 3 x 3"):
-        nerv.build(replace(TINY, reuse="none"))
+        tiny(reuse="none")
+
+
+def test_a_checkpoint_says_which_networks_it_holds(tmp_path, monkeypatch):
+    """Side connections have no parameters here: only the name tells the decoders apart."""
+    monkeypatch.chdir(tmp_path)
+    tiny = ["--num-frames", "4", "--steps", "1", "--batch-size", "2", "--decode-frames", "1", "--bf16", "off"]
+    variants.main(["vae", "--side", "none", *tiny])
+    ckpt = torch.load("vae.pt", weights_only=True)
+    assert ckpt["decoder"] == "NeRV side=none" and type(variants.load_vae(ckpt).nerv).__name__ == "NeRV side=none"
+    with pytest.raises(UserError, match="its decoder is 'NeRV side=none', not 'NeRV'"):
+        vae.load_vae(ckpt)
+    with pytest.raises(UserError, match="its decoder is 'NeRV side=none', not 'NeRV'"):
+        vae.main([*tiny, "--resume"])
+    with pytest.raises(UserError, match="its decoder is 'NeRV side=none', not 'NeRV'"):
+        dit.main(["--steps", "1"])
+    variants.main(["dit", "--denoiser", "latte", "--steps", "1", "--batch-size", "2", "--num-latents", "4", "--bf16", "off"])
+    ckpt = torch.load("dit.pt", weights_only=True)
+    model, autoencoder, _ = variants.load_dit(ckpt)
+    assert type(model) is variants.Latte and type(autoencoder.nerv).__name__ == "NeRV side=none"
+    with pytest.raises(UserError, match="its denoiser is 'Latte', not 'DiT'"):
+        dit.load_dit(ckpt)
 
 
 def test_pixel_shuffle_has_four_times_the_kernel():
@@ -143,7 +167,7 @@ def test_plain_blocks_are_the_main_path_alone():
 
 def denoiser(name, num_tokens=6):
     torch.manual_seed(0)
-    model = dit.build(dit.DiTConfig(num_tokens, 8, 3, width=16, depth=2, heads=2, denoiser=name))
+    model = variants.DENOISERS[name](dit.DiTConfig(num_tokens, 8, 3, width=16, depth=2, heads=2))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)  # gates and the last layer start at zero
     return model

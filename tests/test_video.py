@@ -6,11 +6,11 @@ from conftest import ROOT, write_mp4
 from PIL import Image
 from test_data import counting_clip
 
-import video
+from common import video
+from common.utils import UserError
+from common.video import read_frames, tile, to_clip, to_frames, write_sheet
 from data import Shapes
-from utils import UserError
 from vae import psnr
-from video import read_frames, tile, to_clip, to_frames, write_sheet
 
 SHARED = ROOT.parent / "shared" / "data"
 

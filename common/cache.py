@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import video
-from utils import UserError
+from common import video
+from common.utils import UserError
 
 FORMAT = "nerv-diffusion frames 1"
 

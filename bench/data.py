@@ -1,4 +1,4 @@
-"""How fast and how safely data come in: `python bench_data.py loader | prepare | hour | fuzz`, one table each.
+"""How fast and how safely data come in: `python -m bench.data loader | prepare | hour | fuzz`, one table each.
 
 loader     clips per second from the cache, against a plain copy of the same bytes
 prepare    decoding a folder of MP4s (--data-dir) into the cache, against plain ffmpeg and, where it is installed, PyAV
@@ -22,12 +22,10 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
-import cache
 import data
-import utils
-import video
-from bench import table
-from utils import UserError, option
+from bench.costs import table
+from common import cache, utils, video
+from common.utils import UserError, option
 
 
 @dataclass
@@ -179,11 +177,12 @@ def hour(config):
         subprocess.run([exe, "-v", "error", "-f", "lavfi", "-i", pattern, *fast, f"{directory}/minute.mp4"], check=True)
         loop = [exe, "-v", "error", "-stream_loop", "59", "-i", f"{directory}/minute.mp4", "-c", "copy", str(root / "hour.mp4")]
         subprocess.run(loop, check=True)
-        code = "import sys, cache; cache.prepare(sys.argv[1], sys.argv[2], [sys.argv[2] + '/hour.mp4'], int(sys.argv[3])); "
+        code = "import sys; from common import cache; "
+        code += "cache.prepare(sys.argv[1], sys.argv[2], [sys.argv[2] + '/hour.mp4'], int(sys.argv[3])); "
         code += "import resource as r; print(*(r.getrusage(k).ru_maxrss for k in (r.RUSAGE_SELF, r.RUSAGE_CHILDREN)))"
         start = time.time()
         command = [sys.executable, "-c", code, f"{directory}/cache", str(root), str(config.resolution)]
-        done = subprocess.run(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True, check=True)
         seconds, frames = time.time() - start, len(cache.FrameCache(f"{directory}/cache").frames("hour.mp4"))
         own, decoder = (int(x) / 2**20 for x in done.stdout.split())
         size = os.path.getsize(root / "hour.mp4") / 2**30

@@ -1,4 +1,4 @@
-"""How fast decoding and sampling are: `python bench_speed.py conv | decode | sample | quality | growth`, one table each.
+"""How fast decoding and sampling are: `python -m bench.speed conv | decode | sample | quality | growth`, one table each.
 
 conv     the modulated convolution as it is, against a loop over videos and two exact reformulations
 decode   frames from weight tokens, against H.264, frames in memory and a decoder of the shape of Stable Diffusion's
@@ -25,11 +25,10 @@ import data
 import dit
 import evaluate
 import nerv
-import utils
 import vae
-import video
-from bench import forward_costs, table
-from utils import option
+from bench.costs import forward_costs, table
+from common import utils, video
+from common.utils import option
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What it costs, computed and measured: `python bench.py costs | train | shares | processes | latents`, one table each.
+"""What it costs, computed and measured: `python -m bench.costs costs | train | shares | processes | latents`, one table each.
 
 costs      parameters, latent size, FLOPs and memory of the presets, from shapes alone (no weights are made)
 train      both training loops as they are, steps and clips per second, memory, eager against compiled
@@ -25,10 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import dit
 import nerv
-import utils
 import vae
-from utils import option
-from video import to_clip
+from common import utils
+from common.utils import option
+from common.video import to_clip
 
 
 @dataclass
@@ -126,7 +126,7 @@ def seconds_per_step(command, directory, steps, threads=None):
 
 
 def script(name):
-    return Path(__file__).with_name(name)
+    return Path(__file__).parent.parent / name
 
 
 def matrix_peak(device, size=8192):

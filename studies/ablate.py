@@ -1,8 +1,8 @@
 """Switch each idea of the paper off: Tables 2 and 3, on small models, with the paper's figures beside.
 
-python ablate.py                                                    the built-in shapes, hours on two CPU cores
-python ablate.py --dataset folder --data-dir PATH --vae-options "--preset nano --resolution 64"
-python ablate.py --only 2a 3b --seeds 1                             some tables, one seed
+python -m studies.ablate                                                    the built-in shapes, hours on two CPU cores
+python -m studies.ablate --dataset folder --data-dir PATH --vae-options "--preset nano --resolution 64"
+python -m studies.ablate --only 2a 3b --seeds 1                             some tables, one seed
 
 Every row is the paper's choice in all but one thing, trained on the same data with the same seeds, steps and settings. Rows of
 stage 1 are compared by the PSNR of held-out reconstructions. Rows of stage 2 are compared by Fréchet distances on random I3D
@@ -30,11 +30,11 @@ import torch
 from PIL import Image, ImageDraw
 
 import data
-import dit
-import utils
-from bench import table
+from bench.costs import table
+from common import utils
+from common.utils import option
 from evaluate import Scorer
-from utils import option
+from studies.variants import load_dit
 from vae import Config as Stage1
 
 # Table -> (what it compares, rows (name, the paper's gFVD, options of vae.py, options of dit.py), best of the paper last);
@@ -144,16 +144,17 @@ class Study:
             self.done[self.key(row)] = {name: str(row.get(name, "")) for name in COLUMNS}
         print(f"{time.strftime('%H:%M')} {', '.join(f'{name} {value}' for name, value in row.items() if value)}", flush=True)
 
-    def call(self, script, *options):
-        """Run a script of this repository, on a GPU of its own where there are some; returns what it printed."""
-        command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, options)]
-        env = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // self.jobs))}
+    def call(self, stage, *options):
+        """Train "vae" or "dit" (studies/variants.py), on a GPU of its own where there are some; returns what it printed."""
+        command = ["-m", "studies.variants", stage, *map(str, options)]
+        root = str(Path(__file__).parent.parent)
+        env = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // self.jobs)), "PYTHONPATH": root}
         place = self.places.get()
         if self.gpus:
             env["CUDA_VISIBLE_DEVICES"] = str(place % self.gpus)
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
         self.places.put(place)
-        said = f"python {shlex.join([script, *map(str, options)])}"
+        said = f"python {shlex.join(command)}"
         if done.returncode:
             raise utils.UserError(f"{said} failed: {done.stderr[-500:]}")
         if "interrupted after" in done.stdout:
@@ -177,7 +178,7 @@ class Study:
         where = ["--dataset", config.dataset, *(["--data-dir", config.data_dir] if config.data_dir else [])]
         settings = [*shlex.split(config.vae_options), *shlex.split(vae_options), "--seed", seed]
         unfinished = vae_pt.with_suffix(".part")
-        printed = self.call("vae.py", *where, *settings, "--out", unfinished, "--run-dir", vae_pt.with_suffix(""))
+        printed = self.call("vae", *where, *settings, "--out", unfinished, "--run-dir", vae_pt.with_suffix(""))
         os.replace(unfinished, vae_pt)
         psnr = next(line.split()[2] for line in printed.splitlines() if line.startswith("held-out PSNR"))
         if not self.get(1, vae_options, "", seed):
@@ -186,7 +187,7 @@ class Study:
     def stage2(self, vae_pt, vae_options, dit_options, seed):
         start, dit_pt = time.time(), self.checkpoint(2, f"{vae_options} {dit_options}", seed)
         settings = [*shlex.split(self.config.dit_options), *shlex.split(dit_options), "--seed", seed]
-        self.call("dit.py", "--ckpt", vae_pt, *settings, "--out", dit_pt, "--run-dir", dit_pt.with_suffix(""))
+        self.call("dit", "--ckpt", vae_pt, *settings, "--out", dit_pt, "--run-dir", dit_pt.with_suffix(""))
         agreement, to_real, to_reconstructed = (f"{score:.4g}" for score in self.score(vae_pt, dit_pt, seed))
         scores = {"to_real": to_real, "to_reconstructed": to_reconstructed, "agreement": agreement}
         self.keep(start, stage=2, vae=vae_options, dit=dit_options, seed=seed, **scores)
@@ -196,7 +197,7 @@ class Study:
     def score(self, vae_pt, dit_pt, seed):
         """Class agreement in %, distance to real clips, distance to their reconstructions."""
         ckpt = utils.load_checkpoint(dit_pt, "dit", "python dit.py")
-        model, vae, scale = dit.load_dit(ckpt)
+        model, vae, scale = load_dit(ckpt)
         device = torch.device("cuda" if self.gpus else "cpu")
         model, vae = model.to(device), vae.to(device)
         with self.judging:

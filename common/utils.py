@@ -3,7 +3,7 @@
 The checkpoint format lives here and nowhere else. A checkpoint is one torch.save'd dictionary of tensors, numbers and
 strings, so that it loads with weights_only=True and never executes code:
 
-    format    "nerv-diffusion 3"
+    format    "nerv-diffusion 4"
     stage     "vae" or "dit"
     step      finished steps; with config["seed"] it says which clips and random numbers come next (Stream, step_generator)
     config    the settings of the script that wrote it, {name: value}
@@ -12,7 +12,8 @@ strings, so that it loads with weights_only=True and never executes code:
     ema       averaged parameters and buffers of the stage's network, which are the ones to use
     training  what going on takes and using does not: the parameters themselves, optimizers, the count of skipped steps
 
-Each stage adds entries of its own: the sizes of its networks, and stage 2 the latent scale and all of stage 1.
+Each stage adds entries of its own: the sizes of its networks and the name of their class, and stage 2 the latent scale and all
+of stage 1.
 """
 
 import argparse
@@ -37,7 +38,7 @@ import torch.distributed.nn.functional as dist_nn
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-FORMAT = "nerv-diffusion 3"
+FORMAT = "nerv-diffusion 4"
 
 
 class UserError(Exception):
@@ -378,10 +379,10 @@ FREE = {
 }
 
 
-def resume(config, stage):
+def resume(config, stage, **network):
     """The checkpoint that --resume goes on from, or None: --out, where it exists and resuming was asked for.
 
-    A setting that differs from the checkpoint's, and is not in FREE, is an error.
+    A setting that differs from the checkpoint's, and is not in FREE, is an error; so is another decoder or denoiser.
     """
     if not (config.resume and Path(config.out).is_file()):
         return None
@@ -395,7 +396,8 @@ def resume(config, stage):
                 f"{config.out} was trained with {option} {then[name]}, not {now[name]}: give the same options to "
                 f"--resume, or start anew with another --out"
             )
-    return ckpt
+    with fitting_checkpoint(ckpt, **network):
+        return ckpt
 
 
 def load_checkpoint(path, stage, made_by):
@@ -414,9 +416,15 @@ def load_checkpoint(path, stage, made_by):
 
 
 @contextlib.contextmanager
-def fitting_checkpoint():
-    """Turn what goes wrong when a network is built from a checkpoint of another configuration into a UserError."""
+def fitting_checkpoint(ckpt, **network):
+    """Turn what goes wrong when a network is built from a checkpoint of another configuration into a UserError.
+
+    network: decoder=class or denoiser=class, whose name has to be the checkpoint's.
+    """
     try:
+        for role, cls in network.items():
+            if ckpt[role] != cls.__name__:
+                raise ValueError(f"its {role} is {ckpt[role]!r}, not {cls.__name__!r}")
         yield
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

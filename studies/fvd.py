@@ -1,4 +1,4 @@
-"""What fvd.py costs and what it can tell: `python study_fvd.py speed | bias | sensitivity`, one table each, PNGs in --out-dir.
+"""What fvd.py costs and what it can tell: `python -m studies.fvd speed | bias | sensitivity`, a table each, PNGs in --out-dir.
 
 speed        features of clips, against I3D written without any care for speed; both give the same features
 bias         FVD between two halves of one set of clips falls as 1 / n, and what fvd_infinity makes of it
@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 import data
 import fvd
-import utils
-from bench import table
-from utils import option
+from bench.costs import table
+from common import utils
+from common.utils import option
 
 
 @dataclass

@@ -1,4 +1,7 @@
-"""What the paper compares its choices with (Tables 2 and 3): nothing here is used unless an option asks for it.
+"""What the paper compares its choices with (Tables 2 and 3), and the two trainings with them.
+
+python -m studies.variants vae --modulation fmm --steps 600      vae.py with another decoder; all options of vae.py go
+python -m studies.variants dit --denoiser gpt                    dit.py with another denoiser; the decoder is the checkpoint's
 
 --modulation fmm | repeat            ModulatedConv: how generated numbers become a kernel        Table 2a
 --reuse direct | none                ModulatedConv: which numbers a layer gets of the tokens     Table 2b
@@ -7,16 +10,21 @@
 --denoiser gpt | latte               DiT: the transformer of stage 2                             Table 3a
 
 The paper names these and gives no details. What was chosen for each is in its docstring. Position codes (2c), tokens (2f) and
-the training of stage 2 (3b) are numbers, options of vae.py and dit.py.
+the training of stage 2 (3b) are numbers, options of vae.py and dit.py. A checkpoint says which decoder and denoiser it holds;
+those of a variant are read by load_vae and load_dit below, and by no other script.
 """
 
+import argparse
 import math
+import sys
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import dit
+import vae
+from common import utils
 from nerv import GELU_GAIN, Block, ModulatedConv, NeRV
 
 # ------------------------------------------------------------------------------------------------------ modulation, Table 2a
@@ -79,9 +87,11 @@ class DirectReuse:
 class NoReuse:
     """Every number of the tokens is one entry of one kernel: each layer has its share, and a block of as many channels."""
 
+    side = "residual"  # of the decoder, which decides how many layers there are
+
     def __init__(self, config, in_ch, out_ch, kernel_size, block_in, block_out, **kw):
         levels = int(math.log2(config.resolution // config.pos_size))
-        layers = 3 * levels + 1 + {"residual": config.last_factor > 1, "skip": levels - 1, "none": 0}[config.side]
+        layers = 3 * levels + 1 + {"residual": config.last_factor > 1, "skip": levels - 1, "none": 0}[self.side]
         share = config.num_tokens * config.token_dim // layers
         channels = math.isqrt(share // kernel_size**2)
         if not channels:
@@ -89,7 +99,7 @@ class NoReuse:
         super().__init__(config, in_ch, out_ch, kernel_size, min(channels, block_in), min(channels, block_out), **kw)
 
     def add_head(self, config, entries, std):
-        self.std, self.start = std, 0  # set by nerv() below, once all layers are there
+        self.std, self.start = std, 0  # start is set once all layers are there
         self.offset = nn.Parameter(torch.randn(entries) * std)
 
     def generate(self, tokens):
@@ -162,20 +172,41 @@ class SkipNeRV(PlainNeRV):
         return image
 
 
-def nerv(config):
-    """The decoder of a NeRVConfig in which something is not the paper's choice."""
-    if config.reuse == "none" and config.modulation != "channel":
-        raise ValueError(f"reuse none has too few numbers for modulation {config.modulation}: use direct or multihead")
-    choices = {"fmm": FMM, "repeat": Repeat, "direct": DirectReuse, "none": NoReuse, "pixelshuffle": PixelShuffle}
-    choices |= {"bilinear": Bilinear}
-    parts = [choices[name] for name in (config.upsampling, config.modulation, config.reuse) if name in choices]
-    network = {"residual": NeRV, "none": PlainNeRV, "skip": SkipNeRV}[config.side]
-    network = type("NeRV", (network,), {"Conv": type("ModulatedConv", (*parts, ModulatedConv), {})})(config)
-    start = 0
-    for layer in network.modules():
-        if isinstance(layer, NoReuse):
-            layer.start, start = start, start + len(layer.offset)
-    return network
+DEFAULTS = {"modulation": "channel", "reuse": "multihead", "upsampling": "transposed", "side": "residual"}
+CONVS = {
+    "fmm": FMM,
+    "repeat": Repeat,
+    "direct": DirectReuse,
+    "none": NoReuse,
+    "pixelshuffle": PixelShuffle,
+    "bilinear": Bilinear,
+}
+NETWORKS = {"residual": NeRV, "none": PlainNeRV, "skip": SkipNeRV}
+
+
+def decoder(**choices):
+    """The class of a decoder in which some of DEFAULTS are chosen otherwise; its name, "NeRV side=skip", says what."""
+    c = DEFAULTS | choices
+    if c["reuse"] == "none" and c["modulation"] != "channel":
+        raise utils.UserError(f"reuse none has too few numbers for modulation {c['modulation']}: use direct or multihead")
+    parts = [CONVS[c[name]] for name in ("upsampling", "modulation", "reuse") if c[name] != DEFAULTS[name]]
+    name = " ".join(["NeRV", *(f"{name}={c[name]}" for name in DEFAULTS if c[name] != DEFAULTS[name])])
+    if name == "NeRV":
+        return NeRV
+    conv = type("ModulatedConv", (*parts, ModulatedConv), {"side": c["side"]})
+
+    class Variant(NETWORKS[c["side"]]):
+        Conv = conv
+
+        def __init__(self, config):
+            super().__init__(config)
+            start = 0
+            for layer in self.modules():
+                if isinstance(layer, NoReuse):
+                    layer.start, start = start, start + len(layer.offset)
+
+    Variant.__name__ = name
+    return Variant
 
 
 # ------------------------------------------------------------------------------------------------------- denoisers, Table 3a
@@ -228,4 +259,38 @@ class Latte(dit.DiT):
         self.blocks = nn.ModuleList(LatteBlock(config, columns=i % 2 == 1) for i in range(config.depth))
 
 
-DENOISERS = {"gpt": GPT, "latte": Latte}
+DENOISERS = {"dit": dit.DiT, "gpt": GPT, "latte": Latte}
+
+
+# -------------------------------------------------------------------------------------------- checkpoints, and the trainings
+
+
+def load_vae(ckpt):
+    """vae.load_vae with the decoder that the checkpoint names."""
+    return vae.load_vae(ckpt, decoder(**dict(part.split("=") for part in ckpt["decoder"].split()[1:])))
+
+
+def load_dit(ckpt):
+    """dit.load_dit with the denoiser and the decoder that the checkpoint names."""
+    return dit.load_dit(ckpt, next(cls for cls in DENOISERS.values() if cls.__name__ == ckpt["denoiser"]), load_vae)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="vae | dit")
+    first, second = stages.add_parser("vae", add_help=False), stages.add_parser("dit", add_help=False)
+    first.add_argument("--modulation", choices=["channel", "fmm", "repeat"])
+    first.add_argument("--reuse", choices=["multihead", "direct", "none"])
+    first.add_argument("--upsampling", choices=["transposed", "pixelshuffle", "bilinear"])
+    first.add_argument("--side", choices=["residual", "skip", "none"])
+    second.add_argument("--denoiser", choices=list(DENOISERS), default="dit")
+    chosen, rest = parser.parse_known_args(argv)
+    if chosen.stage == "vae":
+        vae.main(rest, decoder(**{name: value for name in DEFAULTS if (value := getattr(chosen, name))}))
+    else:
+        dit.main(rest, DENOISERS[chosen.denoiser], load_vae)
+
+
+if __name__ == "__main__":
+    utils.run(main)

@@ -1,0 +1,1 @@
+"""What it costs: `python -m bench.costs`, `bench.speed`, `bench.data`."""

@@ -1,0 +1,1 @@
+"""Whether it pays: the ablations of the paper, and what FVD can tell."""
