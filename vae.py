@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import data
 import losses
@@ -113,6 +114,7 @@ class Encoder(nn.Module):
     def __init__(self, config, nerv_config):
         super().__init__()
         self.patch, self.num_tokens = config.patch, nerv_config.num_tokens
+        self.recompute = False  # True: keep the input of each block alone, and compute the rest again in the backward pass
         pt, ph, pw = config.patch
         size = nerv_config.resolution
         for name, length, step in (("num_frames", nerv_config.num_frames, pt), ("resolution", size, ph)):
@@ -141,7 +143,7 @@ class Encoder(nn.Module):
         x = self.embed(x) + self.position
         x = torch.cat([x, self.query.expand(len(x), -1, -1)], 1)
         for block in self.blocks[:-1]:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
         x = self.blocks[-1](x, last=self.num_tokens)  # what the patches would become, nothing reads
         x = self.norm(x.flatten(1)).unflatten(1, (self.num_tokens, -1))  # [B, N, width]
         return self.to_latent(x).float().chunk(2, -1)
@@ -245,7 +247,13 @@ class Config:
     r1_weight: float = option("losses", 1.0, "weight of R1, the discriminator's squared gradient on real clips")
     r1_every: int = option("losses", 16, "updates of the discriminator between those with R1, which then counts so much more")
     device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
-    bf16: str = option("machine", "auto", "bfloat16 autocast; auto: where the hardware has it", choices=["auto", "on", "off"])
+    bf16: str = option("machine", "auto", "bfloat16 autocast; auto: with CUDA", choices=["auto", "on", "off"])
+    recompute: str = option(
+        "machine",
+        "auto",
+        "activation checkpointing of the encoder; auto: where a GPU needs it",
+        choices=["auto", "on", "off"],
+    )
     compile: str = option("machine", "auto", "torch.compile; auto: with CUDA", choices=["auto", "on", "off"])
     out: str = option("output", "vae.pt", "the checkpoint")
     resume: bool = option("output", False, "go on from the checkpoint --out where it exists, exactly as if never stopped")
@@ -286,6 +294,7 @@ def main(argv=None, decoder=nerv.NeRV):
         vae = VAE(nerv_config, ENCODERS[config.preset], decoder).to(device)
     except ValueError as error:
         raise UserError(str(error)) from None
+    vae.encoder.recompute = config.recompute == "on"
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
     train_set = data.open_dataset(config, "train")
     test_set = data.open_dataset(config, "test", train_set.classes)
@@ -322,10 +331,12 @@ def main(argv=None, decoder=nerv.NeRV):
         for network in (vae.encoder, vae.nerv, *filter(None, [discriminator, perceptual])):
             network.compile()
 
+    saver = utils.Saver(config.out)
+
     def save(step, final=False):
         training = {name: part.state_dict() for name, part in parts.items()}
-        utils.save_checkpoint(
-            config.out, final, stage="vae", step=step, config=dataclasses.asdict(config), classes=list(train_set.classes),
+        saver(
+            final, stage="vae", step=step, config=dataclasses.asdict(config), classes=list(train_set.classes),
             nerv_config=dataclasses.asdict(nerv_config), encoder_config=dataclasses.asdict(vae.encoder_config),
             decoder=decoder.__name__, ema=ema.state_dict(), training=training,
         )  # fmt: skip
@@ -333,7 +344,8 @@ def main(argv=None, decoder=nerv.NeRV):
 
     def preview(step):
         """A sheet of held-out clips, each real one above its reconstruction; returns their PSNR."""
-        reconstructions = reconstruct(ema, held_out, device)
+        with utils.autocast(device, config.bf16):
+            reconstructions = reconstruct(ema, held_out, device).float()
         pairs = [clip for pair in zip(held_out[:6], reconstructions[:6]) for clip in pair]
         write_sheet(f"{config.run_dir}/step{step:07d}.png", pairs, ["real", "reconstructed"] * 6)
         log.video(step, "real_and_reconstructed", to_frames(tile(pairs)))
@@ -397,9 +409,9 @@ def main(argv=None, decoder=nerv.NeRV):
                     if isinstance(part, utils.FiniteStep):
                         part.check(step, train_set, stream)
             if done % config.save_every == 0 and done < config.steps and rank == 0:
-                preview(done)
                 save(done)
-            if interrupt.asked:
+                preview(done)
+            if interrupt.stop():
                 log.print(f"interrupted after {done} steps")
                 break
     if rank == 0:

@@ -92,13 +92,19 @@ class Config:
     out_dir: str = option("output", "out/ablate", "runs.csv, the plot and checkpoints go here")
 
 
+def visible_gpus():
+    """The names of this machine's GPUs, or of those that CUDA_VISIBLE_DEVICES leaves."""
+    names, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    return names.split(",")[:count] if names else [str(i) for i in range(count)]
+
+
 class Study:
     """The runs that are done, and how to do one more; threads share it."""
 
     def __init__(self, config):
         self.config, self.out = config, Path(config.out_dir)
-        self.gpus = torch.cuda.device_count()
-        self.jobs = config.jobs or self.gpus or os.cpu_count()
+        self.gpus = visible_gpus()
+        self.jobs = config.jobs or len(self.gpus) or os.cpu_count()
         self.lock, self.judging, self.places = threading.Lock(), threading.Lock(), queue.SimpleQueue()
         self.scorer, self.reconstructed = None, {}  # of a stage-1 checkpoint, features of the real clips
         self.training = {}  # stage-1 checkpoint -> lock of who trains it
@@ -151,7 +157,7 @@ class Study:
         env = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // self.jobs)), "PYTHONPATH": root}
         place = self.places.get()
         if self.gpus:
-            env["CUDA_VISIBLE_DEVICES"] = str(place % self.gpus)
+            env["CUDA_VISIBLE_DEVICES"] = self.gpus[place % len(self.gpus)]
         done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
         self.places.put(place)
         said = f"python {shlex.join(command)}"
