@@ -29,12 +29,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from scipy.stats import binomtest
-from tqdm import tqdm
 
 import data
 import dit
 import fvd
-from common import utils, video
+from common import progress, utils, video
 from common.utils import UserError, option
 from losses import LPIPS
 from vae import Config as Stage1
@@ -93,7 +92,7 @@ def train_classifier(train_set, num_classes, clips, device, batch_size=32, seed=
     batch_size, steps = min(batch_size, len(train_set)), clips // batch_size
     optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.05)
     batches = data.endless(train_set, data.Stream(len(train_set), batch_size, seed))
-    for step in tqdm(range(steps), desc="judge", unit="step", dynamic_ncols=True, mininterval=1):
+    for step in progress.bar(range(steps), "judge", unit="step"):
         for group in optimizer.param_groups:
             group["lr"] = utils.learning_rate(step, steps, 3e-3, 20)
         frames, label = (x.to(device) for x in next(batches))
@@ -206,7 +205,7 @@ def batches(directory, kind, indices, batch_size, measure, rank, world):
     """
     parts = [indices[k : k + batch_size] for k in range(0, len(indices), batch_size)]
     paths = [directory / f"{kind}-{k:05d}.npz" for k in range(len(parts))]
-    bar = tqdm(total=len(indices), desc=kind, unit="clip", dynamic_ncols=True, disable=rank > 0)
+    bar = progress.bar(total=len(indices), desc=kind, unit="clip", disable=rank > 0)
     with bar:
         for k, (path, part) in enumerate(zip(paths, parts)):
             if k % world == rank and not path.is_file():

@@ -38,6 +38,8 @@ import torch.distributed.nn.functional as dist_nn
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from common import progress
+
 FORMAT = "nerv-diffusion 4"
 
 
@@ -456,15 +458,7 @@ class RunLog:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(self.directory, purge_step=start or None)
-        self.bar = tqdm(
-            total=steps,
-            initial=start,
-            desc=self.directory.name,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=1,
-            disable=rank > 0,
-        )
+        self.bar = progress.bar(desc=self.directory.name, total=steps, unit="step", disable=rank > 0, initial=start)
         self.start = time.time() - before
 
     def print(self, line):

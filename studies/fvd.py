@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import fvd
 from bench.costs import table
-from common import utils
+from common import progress, utils
 from common.utils import option
 
 
@@ -45,7 +44,7 @@ def load_clips(config):
     """uint8 frames [--clips, T, H, W, 3]."""
     kind = "folder" if config.data_dir else "shapes"
     dataset = data.open_dataset(data.Config(kind, config.data_dir, 0, config.resolution, config.frames, cache="off"), "train")
-    return np.stack([dataset[i][0] for i in tqdm(range(config.clips), "clips", dynamic_ncols=True)])
+    return np.stack([dataset[i][0] for i in progress.bar(range(config.clips), "clips")])
 
 
 def load_detector(config):
@@ -60,7 +59,7 @@ def features_of(detector, clips, config, name):
     path = Path(config.out_dir) / ("-".join(map(str, parts)).replace(" ", "_") + ".npy")
     if path.is_file():
         return np.load(path)
-    starts = tqdm(range(0, len(clips), config.batch_size), name, unit="batch", dynamic_ncols=True)
+    starts = progress.bar(range(0, len(clips), config.batch_size), name, unit="batch")
     features = np.concatenate([detector(clips[i : i + config.batch_size]) for i in starts])
     utils.make_parent(path)
     np.save(path, features)
@@ -123,7 +122,7 @@ def speed(config):
         for _ in range(config.repeats):
             for name, run in runs.items():
                 start = time.perf_counter()
-                for _ in tqdm(range(batches), name, leave=False, dynamic_ncols=True):
+                for _ in progress.bar(range(batches), name, leave=False):
                     run()
                 seconds[name].append(time.perf_counter() - start)
     count, rows = batches * config.batch_size, []
