@@ -33,7 +33,7 @@ from scipy.stats import binomtest
 import data
 import dit
 import fvd
-from common import progress, utils, video
+from common import plot, progress, utils, video
 from common.utils import UserError, option
 from losses import LPIPS
 from vae import Config as Stage1
@@ -368,7 +368,7 @@ def main(config=None):
     results["SSIM"] = mean_result(decoded["ssim"].mean(1), config)
     if lpips:
         results[f"LPIPS ({config.lpips})"] = mean_result(decoded["lpips"], config)
-    curves = {"PSNR of each frame of the clip, dB": list(enumerate(decoded["psnr"].mean(0).tolist()))}
+    curves = [("frame of the clip", "PSNR, dB", list(enumerate(decoded["psnr"].mean(0).tolist())))]
     if model:
         judge = load_judge(work / "judge.pt", train_set, len(classes), config, device) if len(classes) > 1 else None
         indices = spread_over(train_set, config.videos)
@@ -383,7 +383,7 @@ def main(config=None):
             results["diversity, of that of real clips"] = result
         if len(indices) >= 16:
             points = fvd.fvd_infinity(made["real"], made["features"], protocol.ddof, seed=config.seed)[2]
-            curves[f"g{name} of n clips, over 10,000 / n"] = [(1e4 / n, value) for n, value in reversed(points)]
+            curves.append(("10,000 / n, of n clips", f"g{name}", [(1e4 / n, value) for n, value in points]))
     if rank:
         return
 
@@ -441,8 +441,8 @@ def write_report(path, results, about, skipped, curves, shown):
         for title, r in results.items()
     )
     with tempfile.TemporaryDirectory() as directory:
-        utils.plot(f"{directory}/plot.png", curves, "")
-        plot, rails = encoded(f"{directory}/plot.png"), []
+        plot.curves(f"{directory}/plot.png", curves)
+        picture, rails = encoded(f"{directory}/plot.png"), []
         for i in range(max(len(frames) for frames in shown.values())):
             for title, frames in shown.items():
                 if i < len(frames):
@@ -457,12 +457,13 @@ def write_report(path, results, about, skipped, curves, shown):
         for name, value in about.items()
     )
     left_out = "".join(f"<li>{html.escape(f'{name}: {reason}')}</li>\n" for name, reason in skipped.items())
+    alt = "; ".join(f"{y} against {x}" for x, y, _ in curves)
     page = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(about["checkpoint"])}</title><style>{STYLE}</style></head><body>
 <h1>{html.escape(about["checkpoint"])}</h1>
 <table><tr><th>metric</th><th>value</th><th>95 % interval (bootstrap over clips; Wilson for shares)</th><th>clips</th></tr>
 {rows}</table>
-<p><img alt="{html.escape("; ".join(curves))}" src="data:image/png;base64,{plot}"></p>
+<p><img alt="{html.escape(alt)}" src="data:image/png;base64,{picture}"></p>
 {"".join(rails)}
 <table>{facts}</table>
 <p>{len(skipped)} videos skipped</p><ul>{left_out}</ul></body></html>
