@@ -109,8 +109,8 @@ def test_matplotlib_is_late_and_says_nothing(tmp_path):
 def test_ablations(tmp_path):
     long = f"2c-size: {ablate.TABLES['2c-size'][0]}"
     panels = {
-        (long, "PSNR, dB ↑"): [("16 x 16, width 46", [20.0, 21.0, 22.5]), ("8 x 8", [25.0, 24.0, 26.0])],
         ("3b: training of stage 2", "class agreement, % ↑"): [("scheduled sampling", [100.0]), ("both", [100.0])],
+        (long, "PSNR, dB ↑"): [("16 x 16, width 46", [20.0, 21.0, 22.5]), ("8 x 8", [25.0, 24.0, 26.0])],
         ("2f", "distance to reconstructions ↓"): [("a", [0.1, 0.4]), ("b", [0.3, 0.2]), ("c", [0.2]), ("d", [0.3])],
     }
     ablate.draw(tmp_path / "ablate.png", panels)
