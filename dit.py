@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 import data
 import nerv
-from common import utils
+from common import progress, utils
 from common.utils import UserError, option
 from common.video import tile, to_clip, to_frames, write_sheet
 from vae import Attention, load_vae
@@ -295,7 +295,7 @@ def cached_latents(directory, key, vae, train_set, count, cond_frames, device, r
         utils.wait_for_all()
         latents, labels = np.load(latents_file, mmap_mode="r+"), np.load(labels_file, mmap_mode="r+")
         shares = [range(count)[r * count // world : (r + 1) * count // world] for r in range(world)]
-        bar = utils.tqdm(total=count, desc="encoding", unit="clip", dynamic_ncols=True, mininterval=1, disable=rank > 0)
+        bar = progress.bar(total=count, desc="encoding", unit="clip", disable=rank > 0)
         for i in range(shares[rank].start, shares[rank].stop, batch_size):
             clips = [train_set[j] for j in range(i, min(i + batch_size, shares[rank].stop))]
             video = torch.stack([to_clip(frames) for frames, _ in clips]).to(device)

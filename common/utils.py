@@ -37,9 +37,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
+
+from common import plot, progress
 
 FORMAT = "nerv-diffusion 4"
 
@@ -490,7 +492,7 @@ class RunLog:
 
     def __init__(self, directory, steps, every, start=0, rank=0):
         self.directory, self.every, self.rank, self.steps = Path(directory), every, rank, steps
-        self.rows, self.pending, self.board, before = [], {}, None, 0
+        self.rows, self.written, self.pending, self.board, before = [], 0, {}, None, 0
         if rank == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             if start and (self.directory / "losses.csv").is_file():
@@ -502,15 +504,7 @@ class RunLog:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(self.directory, purge_step=start or None)
-        self.bar = tqdm(
-            total=steps,
-            initial=start,
-            desc=self.directory.name,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=1,
-            disable=rank > 0,
-        )
+        self.bar = progress.bar(desc=self.directory.name, total=steps, unit="step", disable=rank > 0, initial=start)
         self.start = time.time() - before
 
     def print(self, line):
@@ -551,40 +545,19 @@ class RunLog:
 
     def write(self):
         """losses.csv and losses.png as of now."""
-        if self.rank or not self.rows:
+        if self.rank or len(self.rows) == self.written:
             return
+        self.written = len(self.rows)
         names = list(dict.fromkeys(k for row in self.rows for k in row))  # the adversarial ones join later
         with open(self.directory / "losses.csv", "w", newline="") as f:
             writer = csv.DictWriter(f, names, restval="")
             writer.writeheader()
             writer.writerows(self.rows)
-        curves = {k: [(r["step"], r[k]) for r in self.rows if k in r] for k in names if k not in ("step", "seconds")}
-        plot(self.directory / "losses.png", curves)
+        curves = [("step", k, [(r["step"], r[k]) for r in self.rows if k in r]) for k in names if k not in ("step", "seconds")]
+        plot.curves(self.directory / "losses.png", curves)
 
     def close(self):
         self.write()
         self.bar.close()
         if self.board:
             self.board.close()
-
-
-def plot(path, curves, x_name="step"):
-    """Line plots below each other, one for each of curves {name: [(x, y), …]}, with the range of each axis, as a PNG."""
-    width, height, left, top = 720, 150, 90, 24
-    image = Image.new("RGB", (width, (height + top + 20) * len(curves)), "white")
-    draw = ImageDraw.Draw(image)
-    for i, (name, points) in enumerate(curves.items()):
-        y0 = i * (height + top + 20) + top
-        first, last = points[0][0], points[-1][0]
-        points = [(x, y) for x, y in points if math.isfinite(y)] or [(first, 0)]
-        low, high = min(y for _, y in points), max(y for _, y in points)
-        scale_x, scale_y = (width - 10 - left) / max(last - first, 1), height / ((high - low) or 1)
-        draw.rectangle([left, y0, width - 10, y0 + height], outline="#bbbbbb")
-        draw.text((left, y0 - 16), name, fill="black")
-        draw.text((4, y0), f"{high:.4g}", fill="black")
-        draw.text((4, y0 + height - 12), f"{low:.4g}", fill="black")
-        draw.text((left, y0 + height + 3), f"{x_name} {first:g}", fill="black")
-        draw.text((width - 80, y0 + height + 3), f"{last:g}", fill="black")
-        if len(points) > 1:
-            draw.line([(left + scale_x * (x - first), y0 + scale_y * (high - y)) for x, y in points], fill="#1f77b4", width=2)
-    image.save(path)
