@@ -31,6 +31,7 @@ from common.utils import UserError, option
 DATASETS = ("shapes", "folder", "ucf", "kinetics", "taichi", "sky")
 STRIDES = {"taichi": 4}  # the paper's, where it is not 1
 AUTO_CACHE = 8 * 2**30  # bytes of frames up to which a training prepares a cache without being asked
+KEPT_SHAPES = 2**29  # bytes of drawn frames that Shapes keeps: all 8192 clips of the nano preset, 682 at 128 x 128
 
 
 SHAPES = ("square", "triangle", "ring")
@@ -50,16 +51,20 @@ class Shapes:
     def __init__(self, role="train", resolution=32, num_frames=16, length=None, seed=0):
         self.role, self.resolution, self.num_frames, self.seed = role, resolution, num_frames, seed
         self.length = length or {"train": 8192, "test": 512}[role]
-        self.cache = {}  # drawn once: frames by index
+        self.cache = {}  # frames by index: those drawn first, as many as KEPT_SHAPES allows
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, i):
         i %= self.length
-        if i not in self.cache:
-            self.cache[i] = self.draw(i)
-        return self.cache[i], i % len(self.classes)
+        frames = self.cache.get(i)
+        if frames is None:
+            frames = self.draw(i)
+            # Clips come back in a new order, so that those drawn first are as good as any; the latest ones would all be gone.
+            if (len(self.cache) + 1) * frames.nbytes <= KEPT_SHAPES:
+                self.cache[i] = frames
+        return frames, i % len(self.classes)
 
     def name(self, i):
         return f"clip {i % self.length}"
@@ -432,11 +437,13 @@ def endless(dataset, stream, workers=-1, device=None):
     """Batches (uint8 frames [B, T, H, W, 3], labels [B]) of a data set in the order of a Stream, without end.
 
     workers: threads that work ahead, each with a decoder process where there is something to decode; -1 is all cores of this
-    process. On a CPU a batch lasts until the next one is asked for; its memory is used again, which is faster than new.
+    process. A batch lasts until the next one is asked for; its memory is used again, which is faster than new. For a CUDA
+    device it is pinned, and a copy to the GPU that was begun by then (`to(device, non_blocking=True)`) is waited for.
     """
     pin = device is not None and device.type == "cuda"
     workers = workers if workers > 0 else max(1, os.cpu_count() // utils.local_processes())
     shape, free, ahead = dataset[0][0].shape, [], collections.deque()
+    copying = collections.deque()  # pinned batches, each with an event after the copy to the GPU
 
     def fill(rows, indices):
         labels = []
@@ -448,17 +455,19 @@ def endless(dataset, stream, workers=-1, device=None):
     pool = ThreadPoolExecutor(workers)
     try:
         for indices in stream:
-            if pin or not free:  # pinned memory is not given out again before the GPU has read it
-                batch = torch.empty((len(indices), *shape), dtype=torch.uint8, pin_memory=pin)
-            else:
-                batch = free.pop()
+            while copying and copying[0][1].query():
+                free.append(copying.popleft()[0])
+            batch = free.pop() if free else torch.empty((len(indices), *shape), dtype=torch.uint8, pin_memory=pin)
             share = 1 if dataset.decodes else math.ceil(len(indices) / workers)
             parts = [(batch.numpy()[k : k + share], indices[k : k + share]) for k in range(0, len(indices), share)]
             ahead.append((batch, [pool.submit(fill, *part) for part in parts]))
             if len(ahead) > 1 and (not dataset.decodes or sum(len(b) for b, _ in ahead) > 2 * workers):
                 batch, parts = ahead.popleft()
                 yield batch, torch.tensor([label for part in parts for label in part.result()])
-                free.append(batch)
+                if pin:
+                    copying.append((batch, torch.cuda.current_stream(device).record_event()))
+                else:
+                    free.append(batch)
     finally:
         pool.shutdown(cancel_futures=True)
 

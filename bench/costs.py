@@ -1,6 +1,7 @@
-"""What it costs, computed and measured: `python -m bench.costs costs | train | shares | processes | latents`, one table each.
+"""What it costs, computed and measured: `python -m bench.costs costs | memory | train | shares | processes | latents`.
 
 costs      parameters, latent size, FLOPs and memory of the presets, from shapes alone (no weights are made)
+memory     what a training step takes of a GPU, from shapes alone, and the options that make it fit cards of 24 to 141 GB
 train      both training loops as they are, steps and clips per second, memory, eager against compiled
 shares     what of a step of either training goes into data, forward, backward and optimizer; all frames and a few of them
 processes  two processes with one thread each against one with two, at equal global batch
@@ -9,6 +10,7 @@ latents    stage 2 with --cache-latents against encoding at every step
 
 import copy
 import csv
+import itertools
 import os
 import subprocess
 import sys
@@ -24,9 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import dit
+import losses
 import nerv
 import vae
-from common import utils
+from common import memory, utils
 from common.utils import option
 from common.video import to_clip
 
@@ -34,17 +37,23 @@ from common.video import to_clip
 @dataclass
 class Config:
     preset: str = option("what", "nano", "of train and shares", choices=list(nerv.CONFIGS))
-    batch_size: int = option("what", 16, "clips per step")
+    batch_size: int = option("what", 0, "clips per step; 0: 16, and in train as many of 32 as fit the GPU")
     steps: int = option("what", 40, "steps of each run; the first quarter is not counted")
     workers: int = option("what", 0, "data loading processes")
 
 
 def table(header, rows):
-    """Print rows as a Markdown table."""
-    rows = [header, ["---"] * len(header), *rows]
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(header))]
-    for row in rows:
+    """Print rows as a Markdown table: those of a list in even columns, those of an iterator as they come."""
+    known = rows if isinstance(rows, list) else [[" " * 12] * len(header)]
+    widths = [max(len(str(row[i])) for row in [header, *known]) for i in range(len(header))]
+    for row in itertools.chain([header, ["---"] * len(header)], rows):
         print("| " + " | ".join(f"{cell!s:<{width}}" for cell, width in zip(row, widths)) + " |", flush=True)
+
+
+def short_of_memory(error):
+    """Whether an exception, or what a program wrote to stderr, says that a GPU's or the machine's memory was not enough."""
+    words = ("out of memory", "can't allocate memory", "MemoryError")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 # ---------------------------------------------------------------------------------------------------------------- computed
@@ -102,6 +111,72 @@ def costs(config):
     print("encode, decode, denoise once: GFLOP of one clip's forward pass; keeps: GiB for its backward pass, in float32")
 
 
+CARDS = (24, 40, 80, 141)  # GB
+
+
+def networks(preset, recompute=False, lpips="vgg"):
+    """All that a step of vae.py trains or asks, with random weights."""
+    autoencoder = vae.VAE(nerv.CONFIGS[preset], vae.ENCODERS[preset])
+    autoencoder.encoder.recompute = recompute
+    discriminator = losses.Discriminator(losses.DiscriminatorConfig())
+    return autoencoder, discriminator, losses.LPIPS(lpips, pretrained=False) if lpips != "none" else None
+
+
+def training_memory(preset, rows, recompute=False, bf16=True, lpips="vgg", gan=True):
+    """GiB by part that an eager step of vae.py takes in one process, `rows` clips at a time and 16 frames of each decoded."""
+    predict = memory.stage1(partial(networks, preset, recompute, lpips), 16, bf16, gan)
+    return {part: size / 2**30 for part, size in predict(rows).items()}
+
+
+def stage2_memory(preset, rows, bf16=True):
+    """GiB by part that an eager step of dit.py takes in one process, `rows` clips at a time, encoded in the step."""
+
+    def make():
+        c = nerv.CONFIGS[preset]
+        return dit.DiT(dit.DiTConfig(c.num_tokens, c.token_dim, **dit.SIZES[preset])), networks(preset, lpips="none")[0]
+
+    return {part: size / 2**30 for part, size in memory.stage2(make, bf16)(rows).items()}
+
+
+def memory_table(config):
+    """Every preset but nano with LPIPS and discriminator, eager in bfloat16, at the paper's 32 clips a step."""
+
+    def options(found):
+        if found is None:
+            return "does not fit"
+        accumulate, recompute = found
+        return " ".join([f"--accumulate {accumulate}"] * (accumulate > 1) + ["--recompute on"] * recompute) or "as it is"
+
+    def rows():
+        for preset in (name for name in nerv.CONFIGS if name != "nano"):
+            predicts = [memory.stage1(partial(networks, preset, recompute), 16) for recompute in (False, True)]
+            takes = [f"{sum(predict(n).values()) / 2**30:.0f}" for n in (4, 32) for predict in predicts]
+            stage2 = f"{sum(stage2_memory(preset, 8).values()):.0f}"
+            for card in CARDS:
+                most = [0, 0]
+                for i, predict in enumerate(predicts):
+                    most[i] = max((n for n in range(1, 33) if memory.plan([predict], n, card * 2**30) == (1, 0)), default=0)
+                advice = [options(memory.plan(predicts, 32 // count, card * 2**30)) for count in (8, 1)]
+                yield [preset, *takes, stage2, f"{card} GB", *most, *advice]
+
+    header = [
+        "preset",
+        "4 clips",
+        "recomputed",
+        "32 clips",
+        "recomputed",
+        "stage 2, 8 clips",
+        "card",
+        "clips fit",
+        "recomputed",
+    ]
+    table([*header, "8 cards, 32 clips a step", "1 card, 32 clips a step"], rows())
+    print(
+        "\nGiB of a process that takes so many clips at a time, eager, in bfloat16; compiled code takes less. recomputed: with"
+    )
+    print("--recompute on, for one more forward pass of the encoder. A tenth of each card is kept free.")
+
+
 def count(network):
     """Parameters, in millions."""
     return sum(p.numel() for p in network.parameters()) / 1e6
@@ -111,13 +186,18 @@ def count(network):
 
 
 def seconds_per_step(command, directory, steps, threads=None):
-    """Run a training loop and time it by its own losses.csv: (seconds a step after the first quarter, what it printed)."""
+    """Run a training loop and time it by its own losses.csv: (seconds a step after the first quarter, what it printed).
+
+    MemoryError where memory was not enough, UserError where something else went wrong.
+    """
     first = max(1, steps // 4)
     command = [*command, "--steps", steps, "--log-every", first, "--save-every", 10**9]
     command += ["--out", directory / "out.pt", "--run-dir", directory / "run"]
     env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     done = subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True)
     if done.returncode:
+        if short_of_memory(done.stderr):
+            raise MemoryError
         raise utils.UserError(f"{' '.join(map(str, command))} failed: {done.stderr[-500:]}")
     with open(directory / "run" / "losses.csv") as f:
         rows = list(csv.DictReader(f))
@@ -149,40 +229,52 @@ def train(config):
     peak = matrix_peak("cuda") if cuda else None
     print(f"{torch.cuda.get_device_name() if cuda else 'no CUDA device: CPU'}; bf16 matrix peak "
           f"{f'{peak / 1e12:.0f} TFLOP/s' if cuda else 'not measured'}")  # fmt: skip
-    c = nerv.CONFIGS[config.preset]
+    c, batch_size = nerv.CONFIGS[config.preset], config.batch_size
+    frames = 2 if config.preset == "nano" else min(16, c.num_frames)
+    if not batch_size and cuda:  # as many as fit in eager bfloat16
+        predict = memory.stage1(partial(networks, config.preset, lpips="none"), frames, gan=False)
+        parts, _ = memory.plan([predict], 32, torch.cuda.mem_get_info()[0]) or (16, 0)
+        batch_size = max(2, 32 // parts)
+    batch_size = batch_size or 16
     with FakeTensorMode():
         model = vae.VAE(c, vae.ENCODERS[config.preset])
         video = torch.empty(2, c.num_frames, 3, c.resolution, c.resolution)
-        frames = 2 if config.preset == "nano" else min(16, c.num_frames)
         flops, _ = forward_costs(lambda: model.decode(model.encode(video)[0], torch.empty(frames)))
         denoiser = dit.DiT(dit.DiTConfig(c.num_tokens, c.token_dim, **dit.SIZES[config.preset]))
         z, two = torch.empty(2, c.num_tokens, c.token_dim), torch.empty(2, dtype=torch.long)
         denoise, _ = forward_costs(lambda: denoiser(z, two, two))
-    rows = []
     with tempfile.TemporaryDirectory() as directory:
         directory = Path(directory)
-        shared = ["--batch-size", config.batch_size, "--workers", config.workers]
-        first = [script("vae.py"), "--dataset", "shapes", "--preset", config.preset, "--lpips", "none", *shared]
-        seconds_per_step([*first, "--compile", "off"], directory / "a", 4)  # a checkpoint for stage 2
+        first = [script("vae.py"), "--dataset", "shapes", "--preset", config.preset, "--lpips", "none"]
+        first += ["--workers", config.workers, "--batch-size"]
+        seconds_per_step([*first, 2, "--compile", "off"], directory / "a", 4)  # a checkpoint for stage 2
         second = [script("dit.py"), "--ckpt", directory / "a" / "out.pt", "--num-latents", 512, "--cache-latents"]
-        second += ["--batch-size", config.batch_size]
-        # Forward and backward are three forwards; scheduled sampling adds a second pass in a quarter of the steps.
-        modes = [("off", "off"), ("off", "on"), ("on", "off"), ("on", "on")]  # (bf16, compiled)
-        for name, command, work in (("vae.py", first, 1.5 * flops), ("dit.py", second, 1.5 * 1.25 * denoise)):
-            eager = None
-            for bf16, compiled in modes if cuda else modes[:3]:
-                mode = ("compiled" if compiled == "on" else "eager") + (", bf16" if bf16 == "on" else ", float32")
-                options = [*command, "--compile", compiled, "--bf16", bf16]
-                seconds, out = seconds_per_step(options, directory / "b", config.steps)
-                eager = eager or seconds
-                memory = [line.split()[-2] for line in out.splitlines() if line.startswith("peak memory")]
-                share = f"{100 * work * config.batch_size / seconds / peak:.1f} %" if cuda else "not measured"
-                rows.append([
-                    name, config.preset, config.batch_size, mode, f"{1 / seconds:.2f}", f"{config.batch_size / seconds:.1f}",
-                    f"{eager / seconds:.2f}", f"{memory[0]} GiB", share,
-                ])  # fmt: skip
-    header = ["loop", "preset", "batch", "mode", "steps / s", "clips / s", "times eager", "memory", "share of the matrix peak"]
-    table(header, rows)
+        second += ["--batch-size"]
+        # What a GPU is for comes first, and what takes the most memory last.
+        modes = [("on", "on"), ("on", "off"), ("off", "on"), ("off", "off")]  # (bf16, compiled)
+
+        def rows():
+            # Forward and backward are three forwards; scheduled sampling adds a second pass in a quarter of the steps.
+            for name, command, work in (("vae.py", first, 1.5 * flops), ("dit.py", second, 1.5 * 1.25 * denoise)):
+                reference = None
+                for bf16, compiled in modes if cuda else modes[:0:-1]:
+                    mode = ("compiled" if compiled == "on" else "eager") + (", bf16" if bf16 == "on" else ", float32")
+                    options = [*command, batch_size, "--compile", compiled, "--bf16", bf16]
+                    row = [name, config.preset, batch_size, mode]
+                    try:
+                        seconds, out = seconds_per_step(options, directory / "b", config.steps)
+                    except MemoryError:
+                        yield [*row, "out of memory", "", "", "", ""]
+                        continue
+                    reference = reference or seconds
+                    used = [line.split()[-2] for line in out.splitlines() if line.startswith("peak memory")]
+                    share = f"{100 * work * batch_size / seconds / peak:.1f} %" if cuda else "not measured"
+                    yield [*row, f"{1 / seconds:.2f}", f"{batch_size / seconds:.1f}", f"{reference / seconds:.2f}",
+                           f"{used[0]} GiB", share]  # fmt: skip
+
+        header = ["loop", "preset", "batch", "mode", "steps / s", "clips / s", "times the first", "memory"]
+        header.append("share of the matrix peak")
+        table(header, rows())
 
 
 def shares(config):
@@ -272,11 +364,13 @@ def latents(config):
     table(["", "steps / s", "start and end, encoding into the cache included"], rows)
 
 
-TOPICS = {"costs": costs, "train": train, "shares": shares, "processes": processes, "latents": latents}
+TOPICS = {"costs": costs, "memory": memory_table, "train": train, "shares": shares, "processes": processes, "latents": latents}
 
 
 def main():
     topic, config = utils.parse_topic(Config, __doc__, TOPICS)
+    if topic is not train:
+        config.batch_size = config.batch_size or 16
     topic(config)
 
 

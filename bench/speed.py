@@ -10,6 +10,7 @@ What a row is compared with is measured in turns with it. Two more rows are what
 large matrices, and a copy of an array that no cache holds.
 """
 
+import contextlib
 import statistics
 import tempfile
 import time
@@ -26,7 +27,7 @@ import dit
 import evaluate
 import nerv
 import vae
-from bench.costs import forward_costs, table
+from bench.costs import forward_costs, short_of_memory, table
 from common import plot, utils, video
 from common.utils import option
 
@@ -42,7 +43,7 @@ class Config:
 
 
 def measure(runs, repeats, device):
-    """Call each of runs {name: function} in turns -> {name: seconds of each call}."""
+    """Call each of runs {name: function} in turns -> {name: seconds of each call}; [] of those that ran out of memory."""
 
     def timed(run):
         start = time.perf_counter()
@@ -51,23 +52,34 @@ def measure(runs, repeats, device):
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    for run in runs.values():
-        timed(run)
-    seconds = {name: [] for name in runs}
+    seconds, able = {name: [] for name in runs}, {}
+    for name, run in runs.items():
+        try:
+            timed(run)
+            able[name] = run
+        except (RuntimeError, MemoryError) as error:
+            if not short_of_memory(error):
+                raise
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     for _ in range(repeats):
-        for name, run in runs.items():
+        for name, run in able.items():
             seconds[name].append(timed(run))
     return seconds
 
 
 def ratio(seconds, name, reference):
     """How many times as fast as the reference: the median over turns, and the range."""
+    if not (seconds[name] and seconds[reference]):
+        return ""
     ratios = [b / a for a, b in zip(seconds[name], seconds[reference])]
     return f"{statistics.median(ratios):.3g} ({min(ratios):.3g} to {max(ratios):.3g})"
 
 
 def spread(values, unit=1.0):
     """Median (least to most) of values, in a unit."""
+    if not values:
+        return "out of memory"
     values = [value * unit for value in values]
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
@@ -129,59 +141,61 @@ def pixel_shuffle(layer, x, tokens):
     return F.pixel_shuffle(y, 2)[..., 1:-1, 1:-1]
 
 
+@contextlib.contextmanager
+def exact_float32():
+    """Without TF32, whose ten bits would look like an error of a convolution or a matrix product."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # enabled is off unless named
+        yield
+    torch.set_float32_matmul_precision(before)
+
+
 def conv(config):
     """A 3×3 and a transposed layer of each preset, 4 videos of 2 frames at 16 × 16 (on a GPU 16 of 16 at 32 × 32)."""
     device = utils.pick_device(config.device)
     machine_peak(config, device)
     B, T, size = (16, 16, 32) if device.type == "cuda" else (4, 2, 16)
-    rows = []
-    for preset in ("S", "B", "L"):
-        network = nerv.NeRV(nerv.CONFIGS[preset]).to(device)
-        tokens = torch.randn(B, 128, 128, device=device)
-        for kind, layer in (("3×3", network.blocks[0].convs[0]), ("transposed", network.blocks[0].up)):
-            x = torch.randn(T, B * layer.in_ch, size, size, device=device)
-            channels_last = x.contiguous(memory_format=torch.channels_last)
-            other = pixel_shuffle if layer.upsample else shared_and_block
-            ways = {
-                "group convolution": (layer, x),
-                "… channels last": (layer, channels_last),
-                "loop over videos": (lambda x, tokens, layer=layer: loop_over_videos(layer, x, tokens), x),
-                other.__name__.replace("_", " "): (lambda x, tokens, layer=layer, f=other: f(layer, x, tokens), x),
-                "group convolution, bf16": (layer, x.bfloat16()),
-            }
-            with torch.no_grad():
-                true = layer(x, tokens)
-                error = {name: (way(x, tokens) - true).abs().max() / true.abs().max() for name, (way, x) in ways.items()}
-            for name in ways:
-                if "bf16" not in name and error[name] > 1e-5:
-                    raise utils.UserError(f"{name} differs by {error[name]:.1e}")
 
-            def both(way, x, tokens=tokens):
-                x = x.detach().requires_grad_()
-                y = way(x, tokens)
-                y.backward(y.detach())
+    def rows():
+        for preset in ("S", "B", "L"):
+            network = nerv.NeRV(nerv.CONFIGS[preset]).to(device)
+            tokens = torch.randn(B, 128, 128, device=device)
+            for kind, layer in (("3×3", network.blocks[0].convs[0]), ("transposed", network.blocks[0].up)):
+                x = torch.randn(T, B * layer.in_ch, size, size, device=device)
+                channels_last = x.contiguous(memory_format=torch.channels_last)
+                other = pixel_shuffle if layer.upsample else shared_and_block
+                ways = {
+                    "group convolution": (layer, x),
+                    "… channels last": (layer, channels_last),
+                    "loop over videos": (lambda x, tokens, layer=layer: loop_over_videos(layer, x, tokens), x),
+                    other.__name__.replace("_", " "): (lambda x, tokens, layer=layer, f=other: f(layer, x, tokens), x),
+                    "group convolution, bf16": (layer, x.bfloat16()),
+                }
+                with torch.no_grad(), exact_float32():
+                    true = layer(x, tokens)
+                    error = {name: (way(x, tokens) - true).abs().max() / true.abs().max() for name, (way, x) in ways.items()}
+                for name in ways:
+                    if "bf16" not in name and error[name] > 1e-5:
+                        raise utils.UserError(f"{name} differs by {error[name]:.1e}")
 
-            with torch.no_grad():
-                forward = measure({n: lambda w=w, z=tokens: w[0](w[1], z) for n, w in ways.items()}, config.repeats, device)
-            there = measure({n: lambda w=w: both(*w) for n, w in ways.items()}, config.repeats, device)
-            for name in ways:
-                rows.append([
-                    preset, kind, name, spread(forward[name], 1000), ratio(forward, name, "group convolution"),
-                    spread(there[name], 1000), ratio(there, name, "group convolution"), f"{error[name]:.0e}",
-                ])  # fmt: skip
-    table(
-        [
-            "preset",
-            "layer",
-            "way",
-            "forward, ms",
-            "times as fast",
-            "and backward, ms",
-            "times as fast",
-            "difference, of the largest",
-        ],
-        rows,
-    )
+                def both(way, x, tokens=tokens):
+                    x = x.detach().requires_grad_()
+                    y = way(x, tokens)
+                    y.backward(y.detach())
+
+                with torch.no_grad():
+                    forward = measure({n: lambda w=w, z=tokens: w[0](w[1], z) for n, w in ways.items()}, config.repeats, device)
+                there = measure({n: lambda w=w: both(*w) for n, w in ways.items()}, config.repeats, device)
+                for name in ways:
+                    yield [
+                        preset, kind, name, spread(forward[name], 1000), ratio(forward, name, "group convolution"),
+                        spread(there[name], 1000), ratio(there, name, "group convolution"), f"{error[name]:.0e}",
+                    ]  # fmt: skip
+
+    header = ["preset", "layer", "way", "forward, ms", "times as fast", "and backward, ms", "times as fast"]
+    header.append("difference, of the largest")
+    table(header, rows())
 
 
 # ----------------------------------------------------------------------------------------------------------------- decode
@@ -226,19 +240,18 @@ def decode(config):
     device = utils.pick_device(config.device)
     gpu = device.type == "cuda"
     peak, peak16 = machine_peak(config, device)
-    rows = []
 
-    def add(runs, reference):
-        """runs: {name: (function, frames, FLOPs or None)}."""
+    def rows_of(runs, reference):
+        """runs: {name: (function, frames, FLOPs or None)}; out of memory is a row too."""
         with torch.no_grad():
             seconds = measure({name: run for name, (run, _, _) in runs.items()}, config.repeats, device)
         per_frame = {name: [s / runs[name][1] for s in seconds[name]] for name in runs}
         for name, (_, frames, flops) in runs.items():
             rate = [1 / s for s in per_frame[name]]
             best = peak16 if "bf16" in name else peak
-            share = f"{100 * flops / statistics.median(seconds[name]) / best:.0f} %" if flops else ""
+            share = f"{100 * flops / statistics.median(seconds[name]) / best:.0f} %" if flops and rate else ""
             work = f"{flops / frames / 1e9:.3g}" if flops else ""
-            rows.append([name, frames, work, spread(rate), share, ratio(per_frame, name, reference), reference])
+            yield [name, frames, work, spread(rate), share, ratio(per_frame, name, reference), reference]
 
     def from_tokens(preset, B, T, loop=False, half=False, t=None):
         c = nerv.CONFIGS[preset]
@@ -252,45 +265,56 @@ def decode(config):
             return lambda: [network(one, t) for one in tokens.split(1)], B * T, flops
         return lambda: network(tokens, t), B * len(t), flops
 
-    # Many videos at once against one after another, and one frame, and many frames of few.
-    runs = {f"nano, {B} videos in a call": from_tokens("nano", B, 16) for B in (1, 4, 16, 64)}
-    runs["nano, 16 videos in a loop"] = from_tokens("nano", 16, 16, loop=True)
-    runs["nano, one frame at random"] = from_tokens("nano", 1, 1, t=torch.tensor([7.3], device=device))
-    runs["nano, 128 frames of 16"] = from_tokens("nano", 1, 128, t=torch.linspace(0, 15, 128, device=device))
-    add(runs, "nano, 16 videos in a loop")
-    # The paper's sizes. On a CPU a frame of L takes seconds.
-    frames = config.frames or (16 if gpu else 1)
-    runs = {f"S, {B} videos": from_tokens("S", B, frames) for B in ((1, 4, 16, 64) if gpu else (1, 4))}
-    few = 16 if gpu else 4
-    runs[f"S, {few} videos in a loop"] = from_tokens("S", few, frames, loop=True)
-    if gpu:  # CPUs without matrix units for bfloat16 take minutes
-        runs[f"S, {few} videos, bf16"] = from_tokens("S", few, frames, half=True)
-    for preset in ("S-256", "B", *(("B-256", "L", "L-256") if gpu else ("L",))):
-        runs[f"{preset}, {few if gpu else 1} videos"] = from_tokens(preset, few if gpu else 1, frames)
-    runs["S, 1 video of 16 frames"] = from_tokens("S", 1, 16)
-    sd = image_decoder().to(device)
-    z = torch.randn(16, 4, 16, 16, device=device)
-    flops, _ = forward_costs(lambda: image_decoder().to("meta")(z.to("meta")))
-    parameters = sum(p.numel() for p in sd.parameters())
-    name = f"image decoder of Stable Diffusion's shape, {parameters / 1e6:.1f} M"
-    runs[name] = lambda: sd(z), len(z), flops
-    add(runs, name)
-    # The same clips as files and as frames in memory; frames end as float clips.
-    for size, preset in ((32, "nano"), (128, "S")):
-        clips = np.random.default_rng(0).integers(0, 256, (8, 16, 4, 4, 3), dtype=np.uint8)
-        clips = clips.repeat(size // 4, 2).repeat(size // 4, 3)
-        with tempfile.TemporaryDirectory() as directory:
-            for i, clip in enumerate((*clips, clips.reshape(-1, *clips.shape[2:]))):
-                video.write_video(Path(directory) / f"{i}", video.to_clip(clip))
-            files = [Path(directory) / f"{i}.mp4" for i in range(len(clips) + 1)]
-            runs = {f"{size}² frames from memory": (lambda x=clips: [video.to_clip(clip.copy()) for clip in x], 128, None)}
-            runs[f"{size}² H.264, one file of 8 clips"] = lambda f=files[-1], s=size: video.read_frames(f, s), 128, None
-            runs[f"{size}² H.264, a file for each"] = (
-                lambda f=files[:-1], s=size: [video.read_frames(file, s) for file in f], 128, None,
-            )  # fmt: skip
-            runs[f"{preset} again, 4 videos"] = from_tokens(preset, 4, 16 if preset == "nano" or gpu else 1)
-            add(runs, f"{size}² H.264, a file for each")
-    table(["what", "frames", "GFLOP a frame", "frames / s", "of the peak", "times as fast", "as"], rows)
+    def rows():
+        # Many videos at once against one after another, and one frame, and many frames of few.
+        runs = {f"nano, {B} videos in a call": from_tokens("nano", B, 16) for B in (1, 4, 16, 64)}
+        runs["nano, 16 videos in a loop"] = from_tokens("nano", 16, 16, loop=True)
+        runs["nano, one frame at random"] = from_tokens("nano", 1, 1, t=torch.tensor([7.3], device=device))
+        runs["nano, 128 frames of 16"] = from_tokens("nano", 1, 128, t=torch.linspace(0, 15, 128, device=device))
+        yield from rows_of(runs, "nano, 16 videos in a loop")
+        # The paper's sizes. On a CPU a frame of L takes seconds.
+        frames = config.frames or (16 if gpu else 1)
+        runs = {f"S, {B} videos": from_tokens("S", B, frames) for B in ((1, 4, 16, 64) if gpu else (1, 4))}
+        few = 16 if gpu else 4
+        runs[f"S, {few} videos in a loop"] = from_tokens("S", few, frames, loop=True)
+        if gpu:  # CPUs without matrix units for bfloat16 take minutes
+            runs[f"S, {few} videos, bf16"] = from_tokens("S", few, frames, half=True)
+        for preset in ("S-256", "B", *(("B-256", "L", "L-256") if gpu else ("L",))):
+            runs[f"{preset}, {few if gpu else 1} videos"] = from_tokens(preset, few if gpu else 1, frames)
+        runs["S, 1 video of 16 frames"] = from_tokens("S", 1, 16)
+        sd = image_decoder().to(device)
+        z = torch.randn(16, 4, 16, 16, device=device)
+        flops, _ = forward_costs(lambda: image_decoder().to("meta")(z.to("meta")))
+        parameters = sum(p.numel() for p in sd.parameters())
+        name = f"image decoder of Stable Diffusion's shape, {parameters / 1e6:.1f} M"
+        runs[name] = lambda: sd(z), len(z), flops
+        yield from rows_of(runs, name)
+        # The same clips as files and as frames in memory; frames end as float clips.
+        for size, preset in ((32, "nano"), (128, "S")):
+            clips = np.random.default_rng(0).integers(0, 256, (8, 16, 4, 4, 3), dtype=np.uint8)
+            clips = clips.repeat(size // 4, 2).repeat(size // 4, 3)
+            with tempfile.TemporaryDirectory() as directory:
+                for i, clip in enumerate((*clips, clips.reshape(-1, *clips.shape[2:]))):
+                    video.write_video(Path(directory) / f"{i}", video.to_clip(clip))
+                files = [Path(directory) / f"{i}.mp4" for i in range(len(clips) + 1)]
+                runs = {f"{size}² frames from memory": (lambda x=clips: [video.to_clip(clip.copy()) for clip in x], 128, None)}
+                runs[f"{size}² H.264, one file of 8 clips"] = lambda f=files[-1], s=size: video.read_frames(f, s), 128, None
+                runs[f"{size}² H.264, a file for each"] = (
+                    lambda f=files[:-1], s=size: [video.read_frames(file, s) for file in f], 128, None,
+                )  # fmt: skip
+                runs[f"{preset} again, 4 videos"] = from_tokens(preset, 4, 16 if preset == "nano" or gpu else 1)
+                yield from rows_of(runs, f"{size}² H.264, a file for each")
+
+    header = [
+        "what" + " " * 40,
+        "frames",
+        "GFLOP a frame",
+        "frames / s" + " " * 14,
+        "of the peak",
+        "times as fast" + " " * 9,
+        "as",
+    ]
+    table(header, rows())
 
 
 # ----------------------------------------------------------------------------------------------------------------- sample

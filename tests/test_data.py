@@ -1,6 +1,7 @@
 import random
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,6 +103,22 @@ def test_shapes_can_be_drawn_between_their_frames():
     assert np.array_equal(shapes.draw(3, [2, 5.0]), shapes.draw(3)[[2, 5]])
     left, between, right = (shapes.draw(0, [t]).astype(float) for t in (3, 3.5, 4))  # class 0 moves sideways, fast at t = 4
     assert min(abs(between - left).mean(), abs(between - right).mean()) > 0.3 * abs(left - right).mean() > 0
+
+
+def test_shapes_keep_what_they_drew_up_to_a_limit(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Shapes, "draw", lambda self, i, draw=Shapes.draw: drawn.append(i) or draw(self, i))
+    monkeypatch.setattr(data, "KEPT_SHAPES", 10 * 4 * 32 * 32 * 3)
+    shapes = Shapes(num_frames=4)
+    before = [shapes[i][0] for i in range(30)]
+    assert len(shapes.cache) == 10 and sum(frames.nbytes for frames in shapes.cache.values()) <= data.KEPT_SHAPES
+    assert all(np.array_equal(shapes[i][0], frames) for i, frames in enumerate(before))
+    assert drawn == [*range(30), *range(10, 30)]
+
+
+@pytest.mark.parametrize("role", ["train", "test"])
+def test_all_of_the_nano_preset_is_drawn_once(role):
+    assert len(Shapes(role)) * Shapes(role)[0][0].nbytes <= data.KEPT_SHAPES
 
 
 # ------------------------------------------------------------------------------------------------------------------- folders
@@ -366,6 +383,44 @@ def test_each_clip_comes_once_in_a_pass(workers):
     again = endless(clips, Stream(12, 4, seed=3))
     assert [i for _ in range(3) for i in next(again)[1].tolist()] == passes[0]
     assert Stream(12, 4, seed=4).batch(0) != Stream(12, 4, seed=3).batch(0)
+
+
+class Events:
+    """The current stream of a GPU that is `late` copies behind: each event is of the batch that was given out last."""
+
+    def __init__(self, late):
+        self.late, self.shown, self.waiting = late, None, []
+
+    def record_event(self):
+        event = SimpleNamespace(done=False, query=lambda: event.done)
+        self.waiting.append((event, *self.shown))
+        while len(self.waiting) > self.late:
+            copied, batch, label = self.waiting.pop(0)
+            assert (batch[:, 0, 0, 0, 0] == label).all(), "overwritten before it was copied"
+            copied.done = True
+        return event
+
+
+@pytest.mark.parametrize("late", [0, 3, 1000])
+def test_pinned_batches_are_used_again_once_they_are_copied(monkeypatch, late):
+    buffers, empty, stream = [], torch.empty, Events(late)
+
+    def pinned(*args, pin_memory=False, **kw):
+        tensor = empty(*args, **kw)
+        if pin_memory:
+            buffers.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", pinned)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    clips = Numbers((np.full((1, 2, 2, 3), i, np.uint8), i) for i in range(250))
+    batches = endless(clips, Stream(250, 1), 2, torch.device("cuda"))
+    for _ in range(200):
+        stream.shown = next(batches)
+    assert len({b.data_ptr() for b in buffers}) == len(buffers)
+    assert len(buffers) <= late + 3 if late < 200 else len(buffers) == 201  # two in the making, one shown, those copied
+    for _, batch, label in stream.waiting:
+        assert batch.flatten()[0] == label
 
 
 def test_passes_follow_each_other_without_a_gap():
