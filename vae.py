@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import data
 import losses
 import nerv
-from common import utils
+from common import memory, utils
 from common.utils import UserError, option
 from common.video import tile, to_clip, to_frames, write_sheet
 
@@ -276,6 +277,32 @@ def preset_defaults(args):
     return defaults
 
 
+def choose_memory(config, make, rows, world, card):
+    """What --recompute is on a GPU of `card` bytes, and a line of advice, or "", for a step of `rows` clips at a time.
+
+    make() -> (VAE, Discriminator or None, LPIPS or None). --accumulate is left to the user: batch norm compares the clips that
+    go through together, so that another number of parts is another training.
+    """
+    choices = {"auto": [False, True], "on": [True], "off": [False]}[config.recompute]
+
+    def networks(recompute):
+        autoencoder, discriminator, perceptual = make()
+        autoencoder.encoder.recompute = recompute
+        return autoencoder, discriminator, perceptual
+
+    frames, bf16 = min(config.decode_frames, config.num_frames), config.bf16 != "off"
+    predicts = [memory.stage1(partial(networks, recompute), frames, bf16) for recompute in choices]
+    parts, choice = memory.plan(predicts, rows, card, world) or (None, -1)
+    if parts == 1:
+        return choices[choice], ""
+    taken, way = sum(predicts[-1](rows).values()) / 2**30, "no number of parts (--accumulate) fits either"
+    if parts:
+        way, choice = f"--accumulate {parts * config.accumulate} would fit", -1
+    return choices[
+        choice
+    ], f"warning: {rows} clips at a time take about {taken:.0f} GiB, this GPU has {card / 2**30:.0f}; {way}"
+
+
 def main(argv=None, decoder=nerv.NeRV):
     config = utils.parse_options(Config, __doc__, preset_defaults, argv)
     utils.check_positive(config, "steps", "batch_size", "accumulate", "decode_frames", "stride", *SIZES)
@@ -289,21 +316,29 @@ def main(argv=None, decoder=nerv.NeRV):
     utils.make_parent(config.out)
     torch.manual_seed(config.seed)
     sizes = {k: getattr(config, k) for k in SIZES}
+
+    def networks(pretrained=True):
+        """The autoencoder, and the discriminator and LPIPS or None."""
+        autoencoder = VAE(nerv_config, ENCODERS[config.preset], decoder)
+        perceptual = losses.LPIPS(config.lpips, pretrained) if config.lpips != "none" else None
+        discriminator = losses.Discriminator(losses.DiscriminatorConfig(config.gan_width)) if config.gan_weight else None
+        return autoencoder, discriminator, perceptual
+
     try:
         nerv_config = dataclasses.replace(nerv.CONFIGS[config.preset], **sizes)
-        vae = VAE(nerv_config, ENCODERS[config.preset], decoder).to(device)
+        vae, discriminator, perceptual = (network and network.to(device) for network in networks())
     except ValueError as error:
         raise UserError(str(error)) from None
-    vae.encoder.recompute = config.recompute == "on"
+    if discriminator:
+        discriminator.to(memory_format=torch.channels_last_3d)  # twice as fast on a CPU
+    vae.encoder.recompute, advice = config.recompute == "on", ""
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device).total_memory
+        vae.encoder.recompute, advice = choose_memory(config, partial(networks, pretrained=False), rows, world, card)
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
     train_set = data.open_dataset(config, "train")
     test_set = data.open_dataset(config, "test", train_set.classes)
     held_out, _ = data.fixed_clips(test_set, 64)
-    perceptual = losses.LPIPS(config.lpips).to(device) if config.lpips != "none" else None
-    discriminator = None
-    if config.gan_weight:
-        discriminator = losses.Discriminator(losses.DiscriminatorConfig(config.gan_width))
-        discriminator.to(device, memory_format=torch.channels_last_3d)  # twice as fast on a CPU
 
     def adamw(network):
         optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
@@ -327,6 +362,8 @@ def main(argv=None, decoder=nerv.NeRV):
         f"{vae.nerv.num_kernel_weights() / 1e6:.2f} M, tokens {config.num_tokens} x {config.token_dim}"
         + (f"; going on after step {start}" if start else "")
     )
+    if advice:
+        log.print(advice)
     if utils.wants_compile(device, config.compile):
         for network in (vae.encoder, vae.nerv, *filter(None, [discriminator, perceptual])):
             network.compile()

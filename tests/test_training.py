@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from conftest import ROOT, script
 import data
 import nerv
 import vae
-from common import utils
+from common import memory, utils
 from common.utils import UserError
 
 ADVERSARIAL = "--gan-weight 0.1 --gan-start 2 --gan-warmup 1 --gan-every 2 --r1-every 1 --gan-width 2"
@@ -183,7 +184,7 @@ INTERRUPTED = """
 import sys, time
 sys.path.insert(0, sys.argv.pop(1))
 import vae
-from common import utils
+from common import memory, utils
 finite_step = utils.FiniteStep.__call__
 def slow(self, loss, lr):
     finite_step(self, loss, lr)
@@ -502,6 +503,33 @@ def test_blocks_computed_again_give_the_same_gradient_and_keep_less():
     assert little < 0.5 * much
     for a, b in zip(plain, again):
         torch.testing.assert_close(a, b)
+
+
+def test_blocks_are_computed_again_where_a_gpu_is_too_small_and_nowhere_else(monkeypatch):
+    def make():
+        return SimpleNamespace(encoder=SimpleNamespace(recompute=None)), None, None
+
+    def stage1(make, frames, bf16):
+        assert (frames, bf16) == (16, True)
+        gib = 2**30 * (1 if make()[0].encoder.recompute else 3)  # a clip
+        return lambda rows: {"weights": 2**30, "encoder": rows * gib}
+
+    monkeypatch.setattr(memory, "stage1", stage1)
+
+    def choose(recompute, gib, world=1, **options):
+        return vae.choose_memory(vae.Config(recompute=recompute, **options), make, 32, world, int(gib * 2**30))
+
+    assert choose("auto", 120) == (False, "") and choose("on", 120) == (True, "") and choose("off", 120) == (False, "")
+    assert choose("auto", 100) == (True, "")  # a tenth of which is not ours; 97 GiB, or 33
+    assert choose("off", 100) == (
+        False,
+        "warning: 32 clips at a time take about 97 GiB, this GPU has 100; --accumulate 2 would fit",
+    )
+    assert choose("auto", 20, accumulate=3) == (
+        True, "warning: 32 clips at a time take about 33 GiB, this GPU has 20; --accumulate 6 would fit"
+    )  # fmt: skip
+    alone, eight = choose("auto", 2.5), choose("auto", 2.5, world=8)
+    assert "no number of parts" in alone[1] and "--accumulate 32 would fit" in eight[1]
 
 
 # ----------------------------------------------------------------------------------------------------------- a bad day's files
