@@ -1,16 +1,24 @@
 # make demo: train both stages on the built-in shapes, sample, interpolate and judge; everything lands in out/demo/
-# make test: run the tests.      Both first make a virtual environment with the requirements.
+# make test: run the tests; nothing is downloaded
+# make test-weights: fetch the pretrained weights (111 MB, once) and run the tests that take them
+# Each first makes a virtual environment with the requirements.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test weights test-weights lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python demo.py
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -m "not weights" tests
+
+weights: $(VENV)/.installed
+	$(BIN)/python fvd.py --get-weights
+
+test-weights: weights
+	$(BIN)/python -m pytest -q -m weights tests
 
 lint: $(VENV)/.installed
 	$(BIN)/python -m pip install -q ruff

@@ -33,7 +33,7 @@ from scipy.stats import binomtest
 import data
 import dit
 import fvd
-from common import plot, progress, utils, video
+from common import plot, progress, utils, video, weights
 from common.utils import UserError, option
 from losses import LPIPS
 from vae import Config as Stage1
@@ -48,9 +48,9 @@ class Config:
     data_dir: str = option("input", "", "where its data set is, if not where it was")
     protocol: str = option("features", "stylegan-v", "of FVD: reference implementation to follow", choices=list(fvd.PROTOCOLS))
     features: str = option("features", "i3d", "trained network, or one of random weights", choices=["i3d", "random"])
-    i3d: str = option("features", "", "file with the weights; default: in the cache directory, else downloaded")
+    i3d: str = option("features", "", "file with the weights; default: those that fvd.py --get-weights fetches")
     allow_other_weights: bool = option("features", False, "take a state dict that is none of the known ones")
-    lpips: str = option("features", "vgg", "backbone of LPIPS", choices=["vgg", "alex", "squeeze", "none"])
+    lpips: str = option("features", "vgg", "backbone of LPIPS", choices=["vgg", "alex", "none"])
     videos: int = option("clips", 2048, "clips of each kind, one of each video")
     seed: int = option("clips", 0, "of the choice of clips, of noise, of bootstrap and of random weights")
     steps: int = option("sampling", 20, "evaluations of the denoiser, 1 to 1000")
@@ -396,6 +396,8 @@ def main(config=None):
         "clips": f"{settings.num_frames} frames of {settings.resolution} x {settings.resolution}, stride {settings.stride}",
         "features": f"{detector.meta['features']}, protocol {config.protocol}",
     }
+    if lpips:
+        about["LPIPS"] = weights.title(f"lpips-{config.lpips}")
     if model:
         about["sampling"] = f"{config.sampler}, {config.steps} steps, guidance {config.guidance}, seed {config.seed}"
     skipped = getattr(held_out, "skipped", {}) | getattr(train_set, "skipped", {})

@@ -1,6 +1,7 @@
 """FVD, the Fréchet video distance, of two sets of videos. (evaluate.py takes it of a checkpoint, and measures the rest.)
 
-python fvd.py real/ generated/                          I3D's weights are downloaded once, or named with --i3d
+python fvd.py --get-weights                             fetch I3D's weights, and LPIPS's, ahead of all use: 111 MB
+python fvd.py real/ generated/                          I3D's weights are fetched once, or named with --i3d
 python fvd.py real/ generated/ --protocol videogpt      as another reference implementation takes it
 python fvd.py real/ generated/ --infinity               extrapolated to infinitely many videos
 python fvd.py real/ generated/ --save-stats real.npz    keep the statistics of the first folder, …
@@ -9,11 +10,10 @@ python fvd.py real/ generated/ --features random        no weights: says less, a
 
 FVD (Unterthiner et al. 2018, arXiv:1812.01717) fits a Gaussian each to features of real and of generated clips and is the
 Fréchet distance of the two, |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½). The features are the 400 logits, averaged over time, of I3D
-(Carreira & Zisserman 2017, arXiv:1705.07750) after training on Kinetics-400; a clip is 16 frames. All agree on that; --protocol
-chooses the rest:
+(Carreira & Zisserman 2017, arXiv:1705.07750) after training on Kinetics-400; a clip is 16 frames. All agree on that, and on the
+weights, which common/weights.py fetches; --protocol chooses the rest:
 
                  stylegan-v                    videogpt                        tensorflow
-    weights      i3d_torchscript.pt            i3d_pretrained_400.pt           i3d_pretrained_400.pt
     frame        whole; a wide one is cut to   shorter side to 224, then the   whole, to 224 × 224, whatever
                  its central square first      central 224 × 224               its shape
     bilinear     half-pixel centres            half-pixel centres              TensorFlow 1's: pixel i at i · size / 224
@@ -22,35 +22,20 @@ chooses the rest:
     generated    the first 16                  the first 16                    the first 16
 
 None of them antialiases. Here every video gives one clip, and a seeded random choice of --videos is taken where there are more.
-The sources, as far as their code shows:
-
-stylegan-v  github.com/universome/stylegan-v (Skorokhodov et al. 2022), src/metrics. Its detector, a TorchScript file, is given
-    [0, 255] and scales, resizes and averages within (rescale=True, resize=True, return_features=True); its repository does not
-    show the interpolation in there. Videos are square. 2,048 of each set: of the real ones the first by name, which may leave
-    out classes; to repeat that, give a folder of these. LARP (github.com/hywang66/LARP) calls the same file with [-1, 1] and
-    resize=True, github.com/universome/fvd-comparison with resize=False.
-videogpt    github.com/wilson1yan/VideoGPT (Yan et al. 2021), videogpt/fvd, which TATS and DIGAN build on: I3D in plain PyTorch.
-    It takes 256 videos at a time, four times, and draws among all clips of all videos, so that long ones count more. The
-    versions of its code that were looked at feed I3D [-0.5, 0.5]; the copies that people use (TATS, and
-    JunyaoHu/common_metrics_on_video_quality) feed [-1, 1], as I3D was trained, and so does this. TATS does not crop.
-tensorflow  github.com/google-research/google-research, frechet_video_distance: tf.hub's deepmind/i3d-kinetics-400/1, from which
-    i3d_pretrained_400.pt was converted (TATS, convert_tf_pretrained.py), and TF-GAN's distance. Which clips, and how many, is
-    left to its caller.
+docs/evaluation.md says where each is from. --i3d takes the files of others, too: i3d_pretrained_400.pt, and StyleGAN-V's
+i3d_torchscript.pt, which with its own protocol resizes and scales by itself.
 
 FVD of few videos is too large, by about a constant over their number: compare equal numbers only, or use --infinity.
 """
 
 import contextlib
 import copy
-import hashlib
 import itertools
-import json
 import math
 import os
 import random
 import sys
-import tempfile
-import urllib.request
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -63,18 +48,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from common import progress, utils, video
+from common import progress, utils, video, weights
+from common.moments import Statistics
 from common.utils import UserError, option
 
 SIZE = 224  # height and width that I3D was trained on
 SHORTEST = 9  # frames, of which I3D leaves the two that its average pool takes
-KEPT = 4096  # videos of a Statistics whose features themselves are kept, for intervals and extrapolation: 6.5 MB
 
 
 class Protocol(NamedTuple):
     """One column of the table above."""
 
-    weights: str  # that are looked for and downloaded where no others are named
     frame: str  # "square", "shorter" or "whole"
     half_pixel: bool
     ddof: int  # covariances are divided by N - ddof
@@ -82,19 +66,13 @@ class Protocol(NamedTuple):
 
 
 PROTOCOLS = {
-    "stylegan-v": Protocol("i3d_torchscript.pt", "square", True, 0, ("random", "first")),
-    "videogpt": Protocol("i3d_pretrained_400.pt", "shorter", True, 1, ("random", "first")),
-    "tensorflow": Protocol("i3d_pretrained_400.pt", "whole", False, 1, ("first", "first")),
+    "stylegan-v": Protocol("square", True, 0, ("random", "first")),
+    "videogpt": Protocol("shorter", True, 1, ("random", "first")),
+    "tensorflow": Protocol("whole", False, 1, ("first", "first")),
 }
 
-
-# The known files by their git blob ids (git hash-object). GitHub gives out any blob of a repository by its id, too.
-WEIGHTS = {
-    "i3d_torchscript.pt": "93daef59c7ae0e9e8f76225521407e60cbafa6aa",
-    "i3d_pretrained_400.pt": "a867b87ac3a9097d200598b1d48a1b890d8ec744",
-}
-LINKS = {"i3d_torchscript.pt": ["https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1"]}
-BLOBS = "https://api.github.com/repos/JunyaoHu/common_metrics_on_video_quality/git/blobs/"
+# What a distance has to be measured with to be called FVD.
+PUBLISHED = {weights.title("i3d"), *weights.FILES}
 
 
 # -------------------------------------------------------------------------------------------------------------------- I3D
@@ -223,94 +201,19 @@ class I3D(nn.Module):
         return network.to(memory_format=torch.channels_last_3d)
 
 
-# ---------------------------------------------------------------------------------------------------------------- weights
+def load_i3d(path="", allow_other=False):
+    """(network, name of its weights): an I3D with the weights that common/weights.py fetches, or with those of a file.
 
-
-def blob_id(path):
-    """The name git gives to a file's content: the SHA-1 of "blob SIZE\\0" and the bytes. UserError where it cannot be read."""
-    try:
-        with open(path, "rb") as f:
-            digest = hashlib.sha1(b"blob %d\0" % os.fstat(f.fileno()).st_size)
-            while part := f.read(1 << 20):
-                digest.update(part)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    return digest.hexdigest()
-
-
-def cache_directory():
-    """Where downloaded weights are kept: $XDG_CACHE_HOME/nerv-diffusion, or ~/.cache/nerv-diffusion."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nerv-diffusion"
-
-
-def download(name, path):
-    """Fetch one of WEIGHTS to path, where it is then whole and checked, or not at all. UserError with what to do."""
-    utils.make_parent(path)
-    reasons = []
-    for url in [*LINKS.get(name, []), BLOBS + WEIGHTS[name]]:
-        request = urllib.request.Request(url, headers={"Accept": "application/vnd.github.raw", "User-Agent": "nerv-diffusion"})
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
-            try:
-                with urllib.request.urlopen(request, timeout=60) as source:
-                    total = int(source.headers.get("Content-Length") or 0) or None
-                    with progress.bar(desc=name, total=total, unit="B", unit_scale=True) as bar:
-                        while data := source.read(1 << 16):
-                            bar.update(part.write(data))
-                part.close()
-                if blob_id(part.name) == WEIGHTS[name]:
-                    os.replace(part.name, path)
-                    return
-                reasons.append(f"{url} gives another file")
-            except (OSError, ValueError) as error:  # URLError and HTTPError are OSErrors
-                reasons.append(f"{url}: {' '.join(str(error).split()) or type(error).__name__}")
-            finally:
-                with contextlib.suppress(OSError):
-                    os.unlink(part.name)
-    raise UserError(
-        f"{name} could not be downloaded ({'; '.join(reasons)}): fetch it by other means and put it at {path}, or name it with "
-        f"--i3d; --features random goes without"
-    )
-
-
-def load_weights(path, allow_other=False):
-    """An I3D and the name of its weights: a ScriptModule of the known TorchScript file, or an I3D with a state dict.
-
-    With allow_other, files other than WEIGHTS are taken too, but as state dicts only: a TorchScript file is a program, and runs
-    only if it is the known one. UserError for files that are neither, that are cut off, and for networks other than I3D.
+    The file may be one of weights.FILES, whose TorchScript one gives a ScriptModule, and with allow_other any state dict of an
+    I3D. UserError for files that are neither, that are cut off, and for networks other than I3D.
     """
-    blob = blob_id(path)
-    name = next((name for name, known in WEIGHTS.items() if known == blob), None)
-    if name is None and not allow_other:
-        raise UserError(
-            f"{path} is none of the known weights of I3D, or a damaged copy (git blob {blob}): fetch it again; a state dict of "
-            f"other weights is taken with --allow-other-weights"
-        )
-    if name == "i3d_torchscript.pt":
-        return torch.jit.load(str(path), map_location="cpu").eval(), name
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # what a foreign file makes the unpickler raise depends on its first bytes
-        raise UserError(f"{path} cannot be read as a state dict: it is cut off, or a file of another kind") from None
+    state, name = weights.read_file(path, allow_other) if path else weights.load("i3d")
+    if isinstance(state, torch.jit.ScriptModule):
+        return state, name
     network = I3D()
-    check_state(path, state, network.state_dict())
+    weights.check_state(path or name, state, network.state_dict())
     network.load_state_dict(state, strict=False)
-    return network, name or f"other weights {blob[:12]}"
-
-
-def check_state(path, state, expected):
-    """UserError that names the file, and the first difference, where a state dict is not the expected one."""
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path} holds no state dict of an I3D")
-    counters = {name for name in expected if name.endswith("num_batches_tracked")}  # converted weights have none
-    differences = [f"{name} is missing" for name in expected if name not in state and name not in counters]
-    differences += [f"{name} is not in it" for name in state if name not in expected]
-    for name in state.keys() & expected.keys():
-        if state[name].shape != expected[name].shape:
-            differences.append(f"{name} is {list(state[name].shape)}, not {list(expected[name].shape)}")
-    if differences:
-        raise UserError(
-            f"{path} holds another network than I3D: {differences[0]}, and {len(differences) - 1} more of that kind"
-        )
+    return network, name
 
 
 # --------------------------------------------------------------------------------------------------------------- features
@@ -345,29 +248,37 @@ class Detector:
         else:
             pixels = preprocess(clips, self.protocol, self.size)
         options = {"rescale": within, "resize": within, "return_features": True} if self.scripted else {}
-        # TF32 has ten bits.
-        exact = torch.backends.cudnn.flags(allow_tf32=False) if self.device.type == "cuda" else contextlib.nullcontext()
-        with exact:
+        with exact():
             features = self.network(pixels, **options).float().cpu()
         check_finite(features, names, "features")
         return features.numpy()
 
 
+SETTINGS = threading.Lock()
+
+
+@contextlib.contextmanager
+def exact():
+    """No TF32, which has ten bits, in convolutions and products on GPUs. Settings are the process's: threads take turns."""
+    with SETTINGS, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
 def load_detector(features="i3d", protocol="stylegan-v", path="", allow_other=False, seed=0, device="cpu"):
-    """The Detector of --features random, or i3d: of the weights at path, in the cache directory, or downloaded to there."""
+    """The Detector of --features random, or i3d: of the weights at path, or of those that weights.py fetches."""
     if features == "random":
         return Detector(I3D.random(seed), f"random I3D, seed {seed}", protocol, device)
-    if not path:
-        name = PROTOCOLS[protocol].weights
-        path = cache_directory() / name
-        if not path.is_file():
-            download(name, path)
-    return Detector(*load_weights(path, allow_other), protocol, device)
+    return Detector(*load_i3d(path, allow_other), protocol, device)
 
 
 def label(meta):
     """What a Fréchet distance of such features is called: FVD only where the weights are those that everybody uses."""
-    if meta["features"] in WEIGHTS:
+    if meta["features"] in PUBLISHED:
         return "FVD"
     return "FVD on random I3D features" if meta["features"].startswith("random") else f"FVD on {meta['features']}"
 
@@ -412,94 +323,6 @@ def resize_from_corner(x, target):
         high = (low + 1).clamp(max=x.shape[dim] - 1)
         x = torch.lerp(x.index_select(dim, low), x.index_select(dim, high), weight)
     return x
-
-
-# ------------------------------------------------------------------------------------------------------------- statistics
-
-
-class Statistics:
-    """Number, mean and covariance of features, in one pass, in float64; those of several processes merge into one.
-
-    Deviations are summed from a running mean (Chan, Golub & LeVeque 1979), which loses no digits where the mean is large. The
-    features themselves are kept up to KEPT videos, beyond which memory is constant; `features` is None then.
-    """
-
-    def __init__(self, meta=None):
-        self.meta, self.n, self.mean, self.scatter, self.features = dict(meta or {}), 0, None, None, []
-
-    def add(self, features):
-        """Take in features [B, d], an array."""
-        x = np.asarray(features, np.float64)
-        mean = x.mean(0)
-        self.join(len(x), mean, (x - mean).T @ (x - mean), [np.asarray(features, np.float32)])
-
-    def merge(self, other):
-        """Take in all that another Statistics, of the same kind, has seen."""
-        self.check(other.meta, "the other statistics")
-        if other.n:
-            self.join(other.n, other.mean, other.scatter, other.features)
-
-    def join(self, n, mean, scatter, features):
-        if self.mean is None:
-            self.mean, self.scatter = np.zeros_like(mean), np.zeros_like(scatter)
-        total, delta = self.n + n, mean - self.mean
-        self.mean = self.mean + delta * n / total
-        self.scatter = self.scatter + scatter + np.outer(delta, delta) * self.n * n / total
-        self.n = total
-        self.features = None if self.features is None or features is None or total > KEPT else [*self.features, *features]
-
-    def covariance(self, ddof=0):
-        """[d, d], divided by n - ddof. UserError where there are fewer than two videos."""
-        if self.n < 2:
-            raise UserError(f"a distribution takes two videos or more, and there {'is' if self.n == 1 else 'are'} {self.n}")
-        return self.scatter / (self.n - ddof)
-
-    def kept(self):
-        """The features, float32 [n, d]. UserError where there were too many to keep them."""
-        if self.features is None:
-            raise UserError(f"features are kept of up to {KEPT} videos, and there are {self.n}")
-        return np.concatenate(self.features)
-
-    def check(self, meta, where):
-        """UserError where the features are others than meta says."""
-        for name in sorted(self.meta.keys() | meta.keys()):
-            if self.meta.get(name) != meta.get(name):
-                raise UserError(
-                    f"{where} cannot be compared: it has {name} {meta.get(name)!r}, and {self.meta.get(name)!r} is needed; "
-                    f"give the same options, or make it anew"
-                )
-
-    def save(self, path):
-        """Write an .npz, whole or not at all."""
-        path = Path(path)
-        utils.make_parent(path)
-        part = path.with_name(path.name + ".part")
-        arrays = {"n": self.n, "mean": self.mean, "scatter": self.scatter, "meta": json.dumps(self.meta)}
-        if self.features is not None:
-            arrays["features"] = self.kept()
-        try:
-            with open(part, "wb") as f:
-                np.savez(f, **arrays)
-            os.replace(part, path)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from None
-
-    @classmethod
-    def load(cls, path):
-        """Read what save() wrote; nothing in it is executed. UserError for any other file."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                stats = cls(json.loads(str(file["meta"])))
-                stats.n, stats.mean, stats.scatter = int(file["n"]), file["mean"], file["scatter"]
-                stats.features = [file["features"]] if "features" in file else None
-            whole = np.isfinite(stats.scatter).all() and stats.scatter.shape == (*stats.mean.shape, *stats.mean.shape)
-            if not (whole and stats.meta["features"] and stats.meta["protocol"] in PROTOCOLS):
-                raise ValueError
-        except FileNotFoundError:
-            raise UserError(f"there is no file {path}") from None
-        except Exception:  # what a foreign file raises depends on its first bytes
-            raise UserError(f"{path} holds no statistics, or damaged ones: make it with --save-stats") from None
-        return stats
 
 
 # --------------------------------------------------------------------------------------------------------------- distance
@@ -585,7 +408,7 @@ def fvd_infinity(x, y, ddof=0, points=10, repeats=5, seed=0):
 class Config:
     protocol: str = option("features", "stylegan-v", "reference implementation to follow", choices=list(PROTOCOLS))
     features: str = option("features", "i3d", "trained network, or one of random weights", choices=["i3d", "random"])
-    i3d: str = option("features", "", "file with the weights; default: in the cache directory, else downloaded")
+    i3d: str = option("features", "", "file with the weights; default: those that --get-weights fetches")
     allow_other_weights: bool = option("features", False, "take a state dict that is none of the known ones")
     frames: int = option("clips", 16, "frames of a clip")
     stride: int = option("clips", 1, "frames of the video per frame of the clip")
@@ -594,6 +417,7 @@ class Config:
     bootstrap: int = option("result", 100, "resamples for the interval; 0 leaves it out")
     infinity: bool = option("result", False, "extrapolate to infinitely many videos")
     save_stats: str = option("result", "", "file, .npz, for the statistics of the first folder")
+    get_weights: bool = option("machine", False, "fetch all weights of common/weights.py, and no more")
     batch_size: int = option("machine", 8, "clips in the network at once")
     workers: int = option("machine", 0, "threads that decode; 0 is all cores")
     device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
@@ -712,9 +536,11 @@ def main():
     places = list(itertools.takewhile(lambda argument: not argument.startswith("-"), sys.argv[1:]))
     config = utils.parse_options(Config, __doc__, argv=sys.argv[1 + len(places) :])
     utils.check_positive(config, "frames", "stride", "videos", "batch_size")
+    if config.get_weights:
+        return weights.get_all()
     if len(places) != 2:
         raise UserError("name two folders of videos first, or an .npz of --save-stats for one: python fvd.py real/ generated/")
-    stored = {place: Statistics.load(place) for place in places if place.endswith(".npz")}
+    stored = {place: Statistics.load(place, PROTOCOLS) for place in places if place.endswith(".npz")}
     for place in places:
         if place not in stored:
             list_videos(place)  # a wrong name shows before hours of work

@@ -1,78 +1,70 @@
 """The losses of stage 1 beyond L2 and KL (Eq. 1): a perceptual one, LPIPS, and an adversarial one, with its discriminator."""
 
-import re
-import sys
-import warnings
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.utils import UserError
+from common.weights import weights
 
 # ------------------------------------------------------------------------------------------------------------- perceptual
 
 
-DECLARED = []  # declarations last as long as these objects
-
-
-def import_lpips():
-    """The lpips package; UserError, in one line, where it cannot be imported.
-
-    lpips imports torchvision, and torchvision's wheel from the package index is built for CUDA: beside a CPU build of torch
-    its compiled operators do not load, and its import stops at the first one that it wants to describe ("operator
-    torchvision::nms does not exist"). lpips uses none of these operators: they are declared, without code, and it goes on.
-    """
-    try:
-        for _ in range(10):
-            try:
-                import torchvision  # noqa: F401
-
-                break
-            except RuntimeError as error:
-                missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
-                if not missing:
-                    raise
-                for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-                    del sys.modules[name]  # half imported
-                DECLARED.append(torch.library.Library("torchvision", "FRAGMENT"))
-                DECLARED[-1].define(f"{missing[1]}() -> ()")
-        import lpips
-    except (ImportError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"LPIPS is not available here ({reason}): install lpips, or train without it with --lpips none"
-        ) from None
-    return lpips
+# The backbones: convolutions with their ReLU, (channels, kernel, stride, padding); pooling; "tap": what is compared.
+VGG_POOL, ALEX_POOL = ("pool", 2, 2), ("pool", 3, 2)
+BACKBONES = {
+    "vgg": [
+        *[(64, 3, 1, 1)] * 2, "tap", VGG_POOL, *[(128, 3, 1, 1)] * 2, "tap", VGG_POOL, *[(256, 3, 1, 1)] * 3, "tap", VGG_POOL,
+        *[(512, 3, 1, 1)] * 3, "tap", VGG_POOL, *[(512, 3, 1, 1)] * 3, "tap",
+    ],
+    "alex": [
+        (64, 11, 4, 2), "tap", ALEX_POOL, (192, 5, 1, 2), "tap", ALEX_POOL, (384, 3, 1, 1), "tap", (256, 3, 1, 1), "tap",
+        (256, 3, 1, 1), "tap",
+    ],
+}  # fmt: skip
 
 
 class LPIPS(nn.Module):
-    """Perceptual distance of frames (Zhang et al. 2018), the mean over a batch; backbone "vgg", "alex" or "squeeze".
+    """Perceptual distance of frames (Zhang et al. 2018, v0.1), the mean over a batch; backbone "vgg" or "alex".
 
-    The backbone's weights are downloaded at first use, into the cache of torch.hub. pretrained False leaves them random
-    (for tests). UserError where they cannot be had.
+    Unit vectors of five of the backbone's layers are subtracted, squared, weighted by the heads and averaged over places. The
+    backbone is torchvision's of ImageNet, and fixed; both come from common/weights.py. pretrained False leaves them random (for
+    tests). UserError where they cannot be had.
     """
 
     def __init__(self, backbone="vgg", pretrained=True):
         super().__init__()
-        lpips = import_lpips()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # lpips names its weights in a way that torchvision has since renamed
-                distance = lpips.LPIPS(net=backbone, pnet_rand=not pretrained, verbose=False)
-        except OSError as error:  # URLError and HTTPError are OSErrors
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"the weights of LPIPS's backbone {backbone} could not be downloaded ({reason}): go online once, or train "
-                f"without it with --lpips none"
-            ) from None
+        self.layers, self.convs, self.heads, channels = BACKBONES[backbone], nn.ModuleList(), nn.ParameterList(), 3
+        for layer in self.layers:
+            if layer == "tap":
+                self.heads.append(torch.rand(channels))
+            elif layer[0] != "pool":
+                self.convs.append(nn.Conv2d(channels, *layer))
+                channels = layer[0]
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
+        if pretrained:
+            self.load_state_dict(weights(f"lpips-{backbone}"))
+        self.requires_grad_(False)
 
-        self.distance = distance.eval().requires_grad_(False)
+    def features(self, x):
+        """x [B, 3, H, W] in [-1, 1] -> unit vectors at each place of the five taps, [float32 [B, C, h, w], …]."""
+        x, convs, found = (x - self.shift) / self.scale, iter(self.convs), []
+        for layer in self.layers:
+            if layer == "tap":
+                y = x.float()  # a sum of squares takes more digits than bfloat16 has
+                found.append(y * (y.square().sum(1, keepdim=True) + 1e-20).rsqrt())  # the root of 0 would have no gradient
+            elif layer[0] == "pool":
+                x = F.max_pool2d(x, *layer[1:])
+            else:
+                x = F.relu(next(convs)(x))
+        return found
 
     def forward(self, frames, real):
-        """frames, real [B, T, 3, H, W] in [-1, 1] -> the mean distance, 0-d."""
-        return self.distance(frames.flatten(0, 1), real.flatten(0, 1)).mean()
+        """frames, real [B, T, 3, H, W] in [-1, 1], 32 pixels wide or more -> the mean distance, 0-d."""
+        pairs = zip(self.heads, self.features(frames.flatten(0, 1)), self.features(real.flatten(0, 1)))
+        return sum(((a - b).square() * head.view(-1, 1, 1)).sum(1).mean() for head, a, b in pairs)
 
 
 # ------------------------------------------------------------------------------------------------------------ adversarial

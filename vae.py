@@ -237,7 +237,7 @@ class Config:
     ema: float = option("training", 0.9995, "decay of the averaged weights, which are the ones to use")
     seed: int = option("training", 0, "of weights, data order and noise")
     kl_weight: float = option("losses", 1e-5, "weight of the KL divergence, summed over tokens and widths")
-    lpips: str = option("losses", "vgg", "backbone of the perceptual loss", choices=["vgg", "alex", "squeeze", "none"])
+    lpips: str = option("losses", "vgg", "backbone of the perceptual loss", choices=["vgg", "alex", "none"])
     lpips_weight: float = option("losses", 1.0, "weight of the perceptual loss")
     gan_weight: float = option("losses", 1.0, "weight of the adversarial loss; 0 trains no discriminator")
     gan_start: int = option("losses", 20_000, "steps before the discriminator joins; frames are consecutive from then on")

@@ -6,6 +6,7 @@ train      both training loops as they are, steps and clips per second, memory, 
 shares     what of a step of either training goes into data, forward, backward and optimizer; all frames and a few of them
 processes  two processes with one thread each against one with two, at equal global batch
 latents    stage 2 with --cache-latents against encoding at every step
+lpips      a step of stage 1 without LPIPS and with each of its backbones, at 64 x 64 and at 128 x 128
 """
 
 import copy
@@ -364,7 +365,31 @@ def latents(config):
     table(["", "steps / s", "start and end, encoding into the cache included"], rows)
 
 
-TOPICS = {"costs": costs, "memory": memory_table, "train": train, "shares": shares, "processes": processes, "latents": latents}
+def lpips(config):
+    """Stage 1 of the preset on the built-in shapes, L2 and KL alone and with LPIPS beside them, the faster of two runs each."""
+    rows, backbones = [], ("none", "alex", "vgg")
+    for size in (64, 128):
+        runs = {backbone: [] for backbone in backbones}
+        for backbone in 2 * backbones:  # in turns
+            command = [script("vae.py"), "--preset", config.preset, "--resolution", size, "--batch-size", config.batch_size]
+            command += ["--lpips", backbone, "--gan-weight", 0]
+            with tempfile.TemporaryDirectory() as directory:
+                seconds, out = seconds_per_step(command, Path(directory), config.steps)
+            runs[backbone].append(
+                (seconds, [line.split()[-2] for line in out.splitlines() if line.startswith("peak memory")][0])
+            )
+        alone, _ = min(runs["none"])
+        for backbone, measured in runs.items():
+            seconds, memory = min(measured)
+            row = [f"{size} × {size}", backbone, f"{seconds:.2f}", f"{seconds - alone:.2f}", f"{seconds / alone:.2f}"]
+            rows.append([*row, f"{memory} GiB"])
+    frames = vae.preset_defaults(vae.Config(preset=config.preset)).get("decode_frames", 16)
+    print(f"preset {config.preset}, {config.batch_size} clips a step, {frames} frames of each are decoded and judged")
+    table(["frames", "backbone", "s a step", "of that LPIPS", "times none", "memory"], rows)
+
+
+TOPICS = {"costs": costs, "memory": memory_table, "train": train, "shares": shares, "processes": processes}
+TOPICS |= {"latents": latents, "lpips": lpips}
 
 
 def main():

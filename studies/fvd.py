@@ -4,7 +4,7 @@ speed        features of clips, against I3D written without any care for speed; 
 bias         FVD between two halves of one set of clips falls as 1 / n, and what fvd_infinity makes of it
 sensitivity  does the distance grow with blur, noise, swapped, frozen and shuffled frames? Rank correlations
 
-Clips are the built-in shapes, or those of any videos (--data-dir). Features are of random weights unless --features i3d.
+Clips are the built-in shapes, or those of any videos (--data-dir). --features random measures on an untrained I3D.
 """
 
 import hashlib
@@ -31,8 +31,8 @@ class Config:
     frames: int = option("clips", 16, "frames of a clip")
     clips: int = option("clips", 64, "how many: bias takes two halves of them, speed and sensitivity all")
     size: int = option("features", 224, "height and width that I3D sees; smaller is faster, and another network")
-    features: str = option("features", "random", "weights", choices=["random", "i3d"])
-    i3d: str = option("features", "", "file with the weights, for --features i3d")
+    features: str = option("features", "i3d", "trained network, or one of random weights", choices=["i3d", "random"])
+    i3d: str = option("features", "", "file with the weights; default: those that fvd.py --get-weights fetches")
     protocol: str = option("features", "stylegan-v", "see fvd.py", choices=list(fvd.PROTOCOLS))
     seed: int = option("features", 0, "of random weights, and of all that is drawn")
     batch_size: int = option("machine", 4, "clips in the network at once")

@@ -23,6 +23,11 @@ import sample  # noqa: E402
 import vae  # noqa: E402
 from common import utils, video  # noqa: E402
 
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "weights: takes pretrained weights, which make test-weights fetches first")
+
+
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 

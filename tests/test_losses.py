@@ -1,68 +1,108 @@
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
+from test_weights import needs
 
-import losses
-from common.utils import UserError
 from losses import LPIPS, Discriminator, DiscriminatorConfig, discriminator_loss, generator_loss
 
 # ----------------------------------------------------------------------------------------------------------------- perceptual
 
 
-@pytest.fixture(scope="module")
-def lpips():
-    try:
-        torch.manual_seed(0)
-        return LPIPS("alex", pretrained=False)  # a random backbone: nothing is downloaded
-    except UserError as error:
-        pytest.skip(str(error))
+@pytest.fixture(params=["alex", "vgg"])
+def lpips(request):
+    torch.manual_seed(0)
+    return LPIPS(request.param, pretrained=False)
 
 
-def test_lpips_against_a_direct_computation(lpips):
+def some_frames(size=40):
     torch.manual_seed(1)
-    frames, real = (torch.rand(2, 3, 3, 64, 64) * 2 - 1 for _ in range(2))
-    distance = lpips.distance
+    return (torch.rand(2, 3, 3, size, size) * 2 - 1 for _ in range(2))
+
+
+def functional_lpips(state, frames, real):
+    """LPIPS written down layer by layer, from its paper's appendix and the two networks' tables: both [B, 3, H, W] -> [B]."""
+
+    def conv(x, i):
+        weight = state[f"convs.{i}.weight"]
+        stride, padding = (4, 2) if weight.shape[2] == 11 else (1, weight.shape[2] // 2)
+        return F.conv2d(x, weight, state[f"convs.{i}.bias"], stride, padding).relu()
 
     def features(x):
-        x = (x.flatten(0, 1) - torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)) / torch.tensor([0.458, 0.448, 0.450]).view(
-            3, 1, 1
-        )
-        found = []
-        for i in range(1, 6):
-            x = getattr(distance.net, f"slice{i}")(x)
+        x = (x - torch.tensor([-0.030, -0.088, -0.188])[:, None, None]) / torch.tensor([0.458, 0.448, 0.450])[:, None, None]
+        alex, found, i = state["convs.0.weight"].shape[2] == 11, [], 0
+        for k, count in enumerate([1, 1, 1, 1, 1] if alex else [2, 2, 3, 3, 3]):
+            if k:
+                x = (F.max_pool2d(x, 3, 2) if k < 3 else x) if alex else F.max_pool2d(x, 2)
+            for _ in range(count):
+                x, i = conv(x, i), i + 1
             found.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
         return found
 
-    expected = 0
-    for i, (a, b) in enumerate(zip(features(frames), features(real))):
-        weight = getattr(distance, f"lin{i}").model[-1].weight  # [1, C, 1, 1]
-        expected = expected + (weight * (a - b).square()).sum(1).mean((1, 2))
-    torch.testing.assert_close(lpips(frames, real), expected.mean(), rtol=1e-4, atol=1e-6)
-    assert lpips(real, real) == 0
+    total = 0
+    for k, (a, b) in enumerate(zip(features(frames), features(real))):
+        total = total + (state[f"heads.{k}"].view(1, -1, 1, 1) * (a - b).square()).sum(1).mean((1, 2))
+    return total
+
+
+def test_lpips_against_a_direct_computation(lpips):
+    frames, real = some_frames()
+    expected = functional_lpips(lpips.state_dict(), frames.flatten(0, 1), real.flatten(0, 1)).mean()
+    torch.testing.assert_close(lpips(frames, real), expected, rtol=1e-4, atol=1e-6)
+    assert lpips(real, real) == 0 and lpips(frames, real) > 1e-3
+
+
+def test_lpips_equals_the_package_where_that_can_be_imported(lpips):
+    try:
+        import lpips as package
+    except Exception as error:  # a torchvision built for another torch raises a RuntimeError
+        pytest.skip(f"no lpips: {error}")
+    theirs = package.LPIPS(net="alex" if len(lpips.convs) == 5 else "vgg", pnet_rand=True, verbose=False).eval()
+    convs = [module for module in theirs.net.modules() if isinstance(module, torch.nn.Conv2d)]
+    for mine, its in zip(lpips.convs, convs, strict=True):
+        mine.load_state_dict(its.state_dict())
+    for i in range(5):
+        lpips.heads[i].copy_(getattr(theirs, f"lin{i}").model[-1].weight.flatten())
+    frames, real = some_frames()
+    torch.testing.assert_close(
+        lpips(frames, real), theirs(frames.flatten(0, 1), real.flatten(0, 1)).mean(), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_lpips_teaches_the_frames_and_not_itself(lpips):
     frames = torch.zeros(1, 1, 3, 64, 64, requires_grad=True)
     lpips(frames, torch.ones(1, 1, 3, 64, 64)).backward()
     assert frames.grad.abs().sum() > 0 and not any(p.requires_grad for p in lpips.parameters())
-    assert not lpips.distance.training
+    with torch.no_grad():
+        for conv in lpips.convs:
+            conv.bias.fill_(-100)  # no feature is left: the unit vector of nothing is nothing, and has a gradient
+    frames.grad = None
+    lpips(frames, torch.ones(1, 1, 3, 64, 64)).backward()
+    assert torch.isfinite(frames.grad).all()
 
 
-def test_a_backbone_that_cannot_be_downloaded_is_an_error_that_names_the_way_on(lpips, monkeypatch):
-    def offline(*args, **kwargs):
-        raise OSError("<urlopen error no network>")
+def test_lpips_compiled_in_bfloat16_and_channels_last_is_the_same(lpips):
+    frames, real = some_frames()
+    expected = lpips(frames, real)
+    compiled = torch.compile(lpips, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(frames, real), expected)
+    last = frames.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (2, 3)).requires_grad_()
+    found = lpips.to(memory_format=torch.channels_last)(last, real)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = lpips(last, real)
+    found.backward()
+    assert found.dtype == torch.float32 and torch.isfinite(last.grad).all()
+    assert found.item() == pytest.approx(expected.item(), rel=0.05)  # bfloat16 has 8 bits
 
-    monkeypatch.setattr(losses.import_lpips(), "LPIPS", offline)
-    with pytest.raises(UserError, match="backbone vgg could not be downloaded.*no network.*--lpips none"):
-        LPIPS("vgg")
 
-
-def test_a_missing_package_is_an_error_that_names_the_way_on(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(UserError, match="LPIPS is not available.*--lpips none"):
-        LPIPS("vgg")
+@needs("lpips-vgg", "lpips-alex")
+def test_lpips_of_the_published_weights():
+    """What the lpips package gives of these numbers with v0.1 of its weights."""
+    for seed, expected in ((123, {"vgg": 0.3485, "alex": 0.1486}), (42, {"vgg": 0.3498, "alex": 0.1469})):
+        torch.manual_seed(seed)
+        frames, real = (torch.rand(1, 10, 3, 100, 100) * 2 - 1 for _ in range(2))
+        for backbone, value in expected.items():
+            assert LPIPS(backbone)(frames, real).item() == pytest.approx(value, abs=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------- adversarial
