@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import utils, video
+from common import progress, utils, video
 from common.cache import FrameCache, prepare
 from common.utils import UserError, option
 
@@ -513,7 +513,7 @@ def describe(root, items, notes, span, skipped):
             skipped.setdefault(os.path.relpath(item[0], root), error.reason)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        collections.deque(tqdm(pool.map(look, items), "looking", len(items), unit="video", dynamic_ncols=True), maxlen=0)
+        collections.deque(progress.bar(pool.map(look, items), "looking", len(items), "video"), maxlen=0)
     counts = collections.Counter(name for path, name in items if path in infos)
     yield f"{len(infos)} videos of {len(counts)} classes in {root}"
     for name, count in sorted(counts.items()):

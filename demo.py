@@ -20,7 +20,7 @@ import torch
 
 import data
 import dit
-from common import utils
+from common import progress, utils
 from common.utils import UserError, option
 from common.video import to_clip, write_sheet
 from evaluate import agreement, train_classifier
@@ -44,7 +44,7 @@ class Config:
 def nearest_clips(clips, train_set, count=None):
     """For each clip the training clip with the smallest mean squared pixel difference: (clips, differences)."""
     best, found = torch.full((len(clips),), float("inf")), torch.zeros_like(clips)
-    for i in utils.tqdm(range(count or len(train_set)), desc="nearest", unit="clip", dynamic_ncols=True, mininterval=1):
+    for i in progress.bar(range(count or len(train_set)), "nearest", unit="clip"):
         candidate = to_clip(train_set[i][0])
         distance = (clips - candidate).square().mean((1, 2, 3, 4))
         closer = distance < best

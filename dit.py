@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 import data
 import nerv
-from common import utils
+from common import progress, utils
 from common.utils import UserError, option
 from common.video import tile, to_clip, to_frames, write_sheet
 from vae import Attention, load_vae
@@ -184,10 +184,10 @@ def generate(model, labels, steps=20, guidance=2.0, sampler="dpm", seed=None, gi
     for now, then in zip(times[:-1], times[1:]):
         step = torch.full_like(labels, now - 1)
         if guidance == 1:
-            eps = model(x, step, labels, given)
+            eps = model(x, step, labels, given).float()
         else:  # the second half knows neither the class nor the given frames
             conditions = torch.cat([labels, none]), torch.cat([given, torch.zeros_like(given)])
-            both = model(x.repeat(2, 1, 1), step.repeat(2), *conditions)
+            both = model(x.repeat(2, 1, 1), step.repeat(2), *conditions).float()
             with_class, without = both.chunk(2)
             eps = without + guidance * (with_class - without)
         if sampler == "dpm":
@@ -239,7 +239,7 @@ class Config:
     ema: float = option("training", 0.9999, "decay of the averaged weights that sampling uses")
     seed: int = option("training", 0, "of weights, data order and noise")
     device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
-    bf16: str = option("machine", "auto", "bfloat16 autocast; auto: where the hardware has it", choices=["auto", "on", "off"])
+    bf16: str = option("machine", "auto", "bfloat16 autocast; auto: with CUDA", choices=["auto", "on", "off"])
     compile: str = option("machine", "auto", "torch.compile; auto: with CUDA", choices=["auto", "on", "off"])
     out: str = option("output", "dit.pt", "the checkpoint; it carries stage 1 too")
     resume: bool = option("output", False, "go on from the checkpoint --out where it exists, exactly as if never stopped")
@@ -295,7 +295,7 @@ def cached_latents(directory, key, vae, train_set, count, cond_frames, device, r
         utils.wait_for_all()
         latents, labels = np.load(latents_file, mmap_mode="r+"), np.load(labels_file, mmap_mode="r+")
         shares = [range(count)[r * count // world : (r + 1) * count // world] for r in range(world)]
-        bar = utils.tqdm(total=count, desc="encoding", unit="clip", dynamic_ncols=True, mininterval=1, disable=rank > 0)
+        bar = progress.bar(total=count, desc="encoding", unit="clip", disable=rank > 0)
         for i in range(shares[rank].start, shares[rank].stop, batch_size):
             clips = [train_set[j] for j in range(i, min(i + batch_size, shares[rank].stop))]
             video = torch.stack([to_clip(frames) for frames, _ in clips]).to(device)
@@ -393,10 +393,12 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
         model.compile()
         vae.encoder.compile()
 
+    saver = utils.Saver(config.out)
+
     def save(step, final=False):
         training = {name: part.state_dict() for name, part in parts.items()}
-        utils.save_checkpoint(
-            config.out, final, stage="dit", step=step, config=dataclasses.asdict(config), classes=classes,
+        saver(
+            final, stage="dit", step=step, config=dataclasses.asdict(config), classes=classes,
             dit_config=dataclasses.asdict(dit_config), denoiser=denoiser.__name__, latent_scale=latent_scale,
             ema=ema.state_dict(), training=training, vae=vae_ckpt,
         )  # fmt: skip
@@ -465,9 +467,9 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
             if log.step(step):
                 parts["step"].check(step, train_set, stream)
             if done % config.save_every == 0 and done < config.steps and rank == 0:
-                preview(done)
                 save(done)
-            if interrupt.asked:
+                preview(done)
+            if interrupt.stop():
                 log.print(f"interrupted after {done} steps")
                 break
     if rank == 0:

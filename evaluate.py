@@ -29,12 +29,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from scipy.stats import binomtest
-from tqdm import tqdm
 
 import data
 import dit
 import fvd
-from common import utils, video
+from common import plot, progress, utils, video
 from common.utils import UserError, option
 from losses import LPIPS
 from vae import Config as Stage1
@@ -93,7 +92,7 @@ def train_classifier(train_set, num_classes, clips, device, batch_size=32, seed=
     batch_size, steps = min(batch_size, len(train_set)), clips // batch_size
     optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.05)
     batches = data.endless(train_set, data.Stream(len(train_set), batch_size, seed))
-    for step in tqdm(range(steps), desc="judge", unit="step", dynamic_ncols=True, mininterval=1):
+    for step in progress.bar(range(steps), "judge", unit="step"):
         for group in optimizer.param_groups:
             group["lr"] = utils.learning_rate(step, steps, 3e-3, 20)
         frames, label = (x.to(device) for x in next(batches))
@@ -206,7 +205,7 @@ def batches(directory, kind, indices, batch_size, measure, rank, world):
     """
     parts = [indices[k : k + batch_size] for k in range(0, len(indices), batch_size)]
     paths = [directory / f"{kind}-{k:05d}.npz" for k in range(len(parts))]
-    bar = tqdm(total=len(indices), desc=kind, unit="clip", dynamic_ncols=True, disable=rank > 0)
+    bar = progress.bar(total=len(indices), desc=kind, unit="clip", disable=rank > 0)
     with bar:
         for k, (path, part) in enumerate(zip(paths, parts)):
             if k % world == rank and not path.is_file():
@@ -369,7 +368,7 @@ def main(config=None):
     results["SSIM"] = mean_result(decoded["ssim"].mean(1), config)
     if lpips:
         results[f"LPIPS ({config.lpips})"] = mean_result(decoded["lpips"], config)
-    curves = {"PSNR of each frame of the clip, dB": list(enumerate(decoded["psnr"].mean(0).tolist()))}
+    curves = [("frame of the clip", "PSNR, dB", list(enumerate(decoded["psnr"].mean(0).tolist())))]
     if model:
         judge = load_judge(work / "judge.pt", train_set, len(classes), config, device) if len(classes) > 1 else None
         indices = spread_over(train_set, config.videos)
@@ -384,7 +383,7 @@ def main(config=None):
             results["diversity, of that of real clips"] = result
         if len(indices) >= 16:
             points = fvd.fvd_infinity(made["real"], made["features"], protocol.ddof, seed=config.seed)[2]
-            curves[f"g{name} of n clips, over 10,000 / n"] = [(1e4 / n, value) for n, value in reversed(points)]
+            curves.append(("10,000 / n, of n clips", f"g{name}", [(1e4 / n, value) for n, value in points]))
     if rank:
         return
 
@@ -442,8 +441,8 @@ def write_report(path, results, about, skipped, curves, shown):
         for title, r in results.items()
     )
     with tempfile.TemporaryDirectory() as directory:
-        utils.plot(f"{directory}/plot.png", curves, "")
-        plot, rails = encoded(f"{directory}/plot.png"), []
+        plot.curves(f"{directory}/plot.png", curves)
+        picture, rails = encoded(f"{directory}/plot.png"), []
         for i in range(max(len(frames) for frames in shown.values())):
             for title, frames in shown.items():
                 if i < len(frames):
@@ -458,12 +457,13 @@ def write_report(path, results, about, skipped, curves, shown):
         for name, value in about.items()
     )
     left_out = "".join(f"<li>{html.escape(f'{name}: {reason}')}</li>\n" for name, reason in skipped.items())
+    alt = "; ".join(f"{y} against {x}" for x, y, _ in curves)
     page = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(about["checkpoint"])}</title><style>{STYLE}</style></head><body>
 <h1>{html.escape(about["checkpoint"])}</h1>
 <table><tr><th>metric</th><th>value</th><th>95 % interval (bootstrap over clips; Wilson for shares)</th><th>clips</th></tr>
 {rows}</table>
-<p><img alt="{html.escape("; ".join(curves))}" src="data:image/png;base64,{plot}"></p>
+<p><img alt="{html.escape(alt)}" src="data:image/png;base64,{picture}"></p>
 {"".join(rails)}
 <table>{facts}</table>
 <p>{len(skipped)} videos skipped</p><ul>{left_out}</ul></body></html>

@@ -62,9 +62,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from tqdm import tqdm
 
-from common import utils, video
+from common import progress, utils, video
 from common.utils import UserError, option
 
 SIZE = 224  # height and width that I3D was trained on
@@ -254,7 +253,7 @@ def download(name, path):
             try:
                 with urllib.request.urlopen(request, timeout=60) as source:
                     total = int(source.headers.get("Content-Length") or 0) or None
-                    with tqdm(desc=name, total=total, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+                    with progress.bar(desc=name, total=total, unit="B", unit_scale=True) as bar:
                         while data := source.read(1 << 16):
                             bar.update(part.write(data))
                 part.close()
@@ -659,7 +658,7 @@ def measure(root, detector, config, start="first"):
         batch.clear()
 
     total, workers = min(config.videos, len(paths)), config.workers or os.cpu_count()
-    bar = tqdm(desc=Path(root).name or str(root), total=total, unit="video", dynamic_ncols=True)
+    bar = progress.bar(desc=Path(root).name or str(root), total=total, unit="video")
     with bar, contextlib.closing(ahead(read, paths, workers)) as clips:
         for path, clip in clips:
             if isinstance(clip, video.BadVideo):

@@ -126,12 +126,18 @@ class Discriminator(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, video):
-        """video [B, T, 3, H, W] in [-1, 1], T consecutive frames, H = W at least 2**blocks -> logits [B], positive: real."""
-        x = F.leaky_relu(self.from_rgb(video.transpose(1, 2)), 0.2)  # [B, width, T, H, W]
-        for block in self.blocks:
-            x = block(x)
-        x = F.leaky_relu(self.conv(x), 0.2).mean((2, 3, 4))  # [B, 16 * width]
-        return self.out(x)[:, 0]
+        """video [B, T, 3, H, W] in [-1, 1], T consecutive frames, H = W at least 2**blocks -> logits [B], positive: real.
+
+        Under autocast the convolutions are in bfloat16 on GPUs, and the logits in float32: a bfloat16 has eight bits. On CPUs
+        all of it is in float32, where the bfloat16 weight gradient of conv3d is wrong for clips of two frames.
+        """
+        exact = self.out.weight.dtype
+        with torch.autocast("cpu", enabled=False):
+            x = F.leaky_relu(self.from_rgb(video.to(exact).transpose(1, 2)), 0.2)  # [B, width, T, H, W]
+            for block in self.blocks:
+                x = block(x)
+            x = F.leaky_relu(self.conv(x), 0.2).to(exact).mean((2, 3, 4))  # [B, 16 * width]
+        return (x * self.out.weight).sum(1) + self.out.bias  # as self.out does, which autocast would round
 
 
 def generator_loss(discriminator, frames):
@@ -142,13 +148,17 @@ def generator_loss(discriminator, frames):
 def discriminator_loss(discriminator, real, frames, r1_weight=0.0):
     """Logistic loss of real clips and decoded frames, both [B, T, 3, H, W], plus R1 (Mescheder et al. 2018) on the real ones.
 
-    r1_weight / 2 * E[|dD/dx|²]. Returns (loss, mean logit of real clips minus that of decoded ones).
+    r1_weight / 2 * E[|dD/dx|²], in float32. Returns (loss, mean logit of real clips minus that of decoded ones).
     """
-    real = real.detach().requires_grad_(r1_weight > 0)
-    on_real, on_decoded = discriminator(real), discriminator(frames.detach())
-    loss = F.softplus(-on_real).mean() + F.softplus(on_decoded).mean()
+    on_decoded = discriminator(frames.detach())
     if r1_weight > 0:
-        # No clip's answer depends on another clip, so the gradient of the sum holds the gradient of each.
-        (grad,) = torch.autograd.grad(on_real.sum(), real, create_graph=True)
-        loss = loss + 0.5 * r1_weight * grad.float().square().sum((1, 2, 3, 4)).mean()
+        real = real.detach().requires_grad_()
+        with torch.autocast(real.device.type, enabled=False):
+            on_real = discriminator.forward(real)  # not the compiled call: what torch.compile makes has no second derivative
+            # No clip's answer depends on another clip, so the gradient of the sum holds the gradient of each.
+            (grad,) = torch.autograd.grad(on_real.sum(), real, create_graph=True)
+            r1 = 0.5 * r1_weight * grad.square().sum((1, 2, 3, 4)).mean()
+    else:
+        on_real, r1 = discriminator(real.detach()), 0.0
+    loss = F.softplus(-on_real).mean() + F.softplus(on_decoded).mean() + r1
     return loss, (on_real.mean() - on_decoded.mean()).detach()

@@ -11,6 +11,7 @@ python sample.py --predict a.mp4 b.mp4            go on from the first frames of
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -46,6 +47,7 @@ class Config:
     seed: int = option("sampling", 0, "of the noise")
     batch_size: int = option("machine", 16, "videos decoded at once")
     device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
+    bf16: str = option("machine", "auto", "bfloat16 autocast; auto: with CUDA", choices=["auto", "on", "off"])
     out_dir: str = option("output", "out/samples", "where the videos go")
 
 
@@ -62,6 +64,7 @@ class Sampler:
         else:
             self.vae = load_vae(ckpt)
         self.vae.to(self.device)
+        self.autocast = partial(utils.autocast, self.device, config.bf16)
         # Time is a continuous query (§4.5.1): any positions will do, 0 … T-1 is the clip that was trained on.
         frames = self.vae.nerv_config.num_frames
         inside = torch.linspace(0, frames - 1, max(1, round(frames * config.time_scale)))
@@ -93,7 +96,8 @@ class Sampler:
             given = torch.cat([dit.encode_given(self.vae, part.to(self.device), cond_frames) for part in parts])
             given = given * self.latent_scale
         labels = torch.tensor(labels, device=self.device)
-        return dit.generate(self.dit, labels, c.steps, c.guidance, c.sampler, c.seed, given) / self.latent_scale
+        with self.autocast():
+            return dit.generate(self.dit, labels, c.steps, c.guidance, c.sampler, c.seed, given) / self.latent_scale
 
     def read(self, files, needed=None):
         """The first clip of each file, [B, T, 3, H, W], of which only the first `needed` frames have to be there.
@@ -113,13 +117,15 @@ class Sampler:
 
     @torch.no_grad()
     def encode(self, clips):
-        return torch.cat([self.vae.encode(b.to(self.device))[0] for b in clips.split(self.config.batch_size)])
+        with self.autocast():
+            return torch.cat([self.vae.encode(b.to(self.device))[0] for b in clips.split(self.config.batch_size)])
 
     @torch.no_grad()
     def decode(self, tokens, t=None):
         """Tokens [B, N, d] -> clips [B, len(t), 3, H, W] on the CPU; t are the positions that were asked for, if not given."""
         t = (self.t if t is None else t).to(self.device)
-        return torch.cat([self.vae.decode(b, t).cpu() for b in tokens.split(self.config.batch_size)])
+        with self.autocast():
+            return torch.cat([self.vae.decode(b, t).float().cpu() for b in tokens.split(self.config.batch_size)])
 
     def write(self, name, clips, titles):
         """Each clip as a video of its own, all of them as one sheet and as one tiled video."""

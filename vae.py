@@ -13,15 +13,17 @@ import copy
 import dataclasses
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import data
 import losses
 import nerv
-from common import utils
+from common import memory, utils
 from common.utils import UserError, option
 from common.video import tile, to_clip, to_frames, write_sheet
 
@@ -113,6 +115,7 @@ class Encoder(nn.Module):
     def __init__(self, config, nerv_config):
         super().__init__()
         self.patch, self.num_tokens = config.patch, nerv_config.num_tokens
+        self.recompute = False  # True: keep the input of each block alone, and compute the rest again in the backward pass
         pt, ph, pw = config.patch
         size = nerv_config.resolution
         for name, length, step in (("num_frames", nerv_config.num_frames, pt), ("resolution", size, ph)):
@@ -141,7 +144,7 @@ class Encoder(nn.Module):
         x = self.embed(x) + self.position
         x = torch.cat([x, self.query.expand(len(x), -1, -1)], 1)
         for block in self.blocks[:-1]:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
         x = self.blocks[-1](x, last=self.num_tokens)  # what the patches would become, nothing reads
         x = self.norm(x.flatten(1)).unflatten(1, (self.num_tokens, -1))  # [B, N, width]
         return self.to_latent(x).float().chunk(2, -1)
@@ -245,7 +248,13 @@ class Config:
     r1_weight: float = option("losses", 1.0, "weight of R1, the discriminator's squared gradient on real clips")
     r1_every: int = option("losses", 16, "updates of the discriminator between those with R1, which then counts so much more")
     device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
-    bf16: str = option("machine", "auto", "bfloat16 autocast; auto: where the hardware has it", choices=["auto", "on", "off"])
+    bf16: str = option("machine", "auto", "bfloat16 autocast; auto: with CUDA", choices=["auto", "on", "off"])
+    recompute: str = option(
+        "machine",
+        "auto",
+        "activation checkpointing of the encoder; auto: where a GPU needs it",
+        choices=["auto", "on", "off"],
+    )
     compile: str = option("machine", "auto", "torch.compile; auto: with CUDA", choices=["auto", "on", "off"])
     out: str = option("output", "vae.pt", "the checkpoint")
     resume: bool = option("output", False, "go on from the checkpoint --out where it exists, exactly as if never stopped")
@@ -268,6 +277,32 @@ def preset_defaults(args):
     return defaults
 
 
+def choose_memory(config, make, rows, world, card):
+    """What --recompute is on a GPU of `card` bytes, and a line of advice, or "", for a step of `rows` clips at a time.
+
+    make() -> (VAE, Discriminator or None, LPIPS or None). --accumulate is left to the user: batch norm compares the clips that
+    go through together, so that another number of parts is another training.
+    """
+    choices = {"auto": [False, True], "on": [True], "off": [False]}[config.recompute]
+
+    def networks(recompute):
+        autoencoder, discriminator, perceptual = make()
+        autoencoder.encoder.recompute = recompute
+        return autoencoder, discriminator, perceptual
+
+    frames, bf16 = min(config.decode_frames, config.num_frames), config.bf16 != "off"
+    predicts = [memory.stage1(partial(networks, recompute), frames, bf16) for recompute in choices]
+    parts, choice = memory.plan(predicts, rows, card, world) or (None, -1)
+    if parts == 1:
+        return choices[choice], ""
+    taken, way = sum(predicts[-1](rows).values()) / 2**30, "no number of parts (--accumulate) fits either"
+    if parts:
+        way, choice = f"--accumulate {parts * config.accumulate} would fit", -1
+    return choices[
+        choice
+    ], f"warning: {rows} clips at a time take about {taken:.0f} GiB, this GPU has {card / 2**30:.0f}; {way}"
+
+
 def main(argv=None, decoder=nerv.NeRV):
     config = utils.parse_options(Config, __doc__, preset_defaults, argv)
     utils.check_positive(config, "steps", "batch_size", "accumulate", "decode_frames", "stride", *SIZES)
@@ -281,20 +316,29 @@ def main(argv=None, decoder=nerv.NeRV):
     utils.make_parent(config.out)
     torch.manual_seed(config.seed)
     sizes = {k: getattr(config, k) for k in SIZES}
+
+    def networks(pretrained=True):
+        """The autoencoder, and the discriminator and LPIPS or None."""
+        autoencoder = VAE(nerv_config, ENCODERS[config.preset], decoder)
+        perceptual = losses.LPIPS(config.lpips, pretrained) if config.lpips != "none" else None
+        discriminator = losses.Discriminator(losses.DiscriminatorConfig(config.gan_width)) if config.gan_weight else None
+        return autoencoder, discriminator, perceptual
+
     try:
         nerv_config = dataclasses.replace(nerv.CONFIGS[config.preset], **sizes)
-        vae = VAE(nerv_config, ENCODERS[config.preset], decoder).to(device)
+        vae, discriminator, perceptual = (network and network.to(device) for network in networks())
     except ValueError as error:
         raise UserError(str(error)) from None
+    if discriminator:
+        discriminator.to(memory_format=torch.channels_last_3d)  # twice as fast on a CPU
+    vae.encoder.recompute, advice = config.recompute == "on", ""
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device).total_memory
+        vae.encoder.recompute, advice = choose_memory(config, partial(networks, pretrained=False), rows, world, card)
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
     train_set = data.open_dataset(config, "train")
     test_set = data.open_dataset(config, "test", train_set.classes)
     held_out, _ = data.fixed_clips(test_set, 64)
-    perceptual = losses.LPIPS(config.lpips).to(device) if config.lpips != "none" else None
-    discriminator = None
-    if config.gan_weight:
-        discriminator = losses.Discriminator(losses.DiscriminatorConfig(config.gan_width))
-        discriminator.to(device, memory_format=torch.channels_last_3d)  # twice as fast on a CPU
 
     def adamw(network):
         optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
@@ -318,14 +362,18 @@ def main(argv=None, decoder=nerv.NeRV):
         f"{vae.nerv.num_kernel_weights() / 1e6:.2f} M, tokens {config.num_tokens} x {config.token_dim}"
         + (f"; going on after step {start}" if start else "")
     )
+    if advice:
+        log.print(advice)
     if utils.wants_compile(device, config.compile):
         for network in (vae.encoder, vae.nerv, *filter(None, [discriminator, perceptual])):
             network.compile()
 
+    saver = utils.Saver(config.out)
+
     def save(step, final=False):
         training = {name: part.state_dict() for name, part in parts.items()}
-        utils.save_checkpoint(
-            config.out, final, stage="vae", step=step, config=dataclasses.asdict(config), classes=list(train_set.classes),
+        saver(
+            final, stage="vae", step=step, config=dataclasses.asdict(config), classes=list(train_set.classes),
             nerv_config=dataclasses.asdict(nerv_config), encoder_config=dataclasses.asdict(vae.encoder_config),
             decoder=decoder.__name__, ema=ema.state_dict(), training=training,
         )  # fmt: skip
@@ -333,7 +381,8 @@ def main(argv=None, decoder=nerv.NeRV):
 
     def preview(step):
         """A sheet of held-out clips, each real one above its reconstruction; returns their PSNR."""
-        reconstructions = reconstruct(ema, held_out, device)
+        with utils.autocast(device, config.bf16):
+            reconstructions = reconstruct(ema, held_out, device).float()
         pairs = [clip for pair in zip(held_out[:6], reconstructions[:6]) for clip in pair]
         write_sheet(f"{config.run_dir}/step{step:07d}.png", pairs, ["real", "reconstructed"] * 6)
         log.video(step, "real_and_reconstructed", to_frames(tile(pairs)))
@@ -397,9 +446,9 @@ def main(argv=None, decoder=nerv.NeRV):
                     if isinstance(part, utils.FiniteStep):
                         part.check(step, train_set, stream)
             if done % config.save_every == 0 and done < config.steps and rank == 0:
-                preview(done)
                 save(done)
-            if interrupt.asked:
+                preview(done)
+            if interrupt.stop():
                 log.print(f"interrupted after {done} steps")
                 break
     if rank == 0:

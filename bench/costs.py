@@ -155,8 +155,8 @@ def memory_table(config):
             for card in CARDS:
                 most = [0, 0]
                 for i, predict in enumerate(predicts):
-                    most[i] = max((n for n in range(1, 33) if memory.plan([predict], n, card * 2**30) == (1, 0)), default=0)
-                advice = [options(memory.plan(predicts, 32 // count, card * 2**30)) for count in (8, 1)]
+                    most[i] = max((n for n in range(1, 33) if memory.plan([predict], n, card * 2**30, 8) == (1, 0)), default=0)
+                advice = [options(memory.plan(predicts, 32 // count, card * 2**30, count)) for count in (8, 1)]
                 yield [preset, *takes, stage2, f"{card} GB", *most, *advice]
 
     header = [

@@ -28,7 +28,7 @@ import evaluate
 import nerv
 import vae
 from bench.costs import forward_costs, short_of_memory, table
-from common import utils, video
+from common import plot, utils, video
 from common.utils import option
 
 
@@ -405,7 +405,7 @@ def growth(config):
         "videos": [(n, base, n, 4) for n in (1, 2, 4, 8, 16)],
         "width": [(n, replace(base, width=n, block=min(n, 64)), 1, 4) for n in (16, 32, 64, 128)],
     }
-    rows, exponents, curves = [], [], {}
+    rows, exponents, panels = [], [], {}
     for what, points in series.items():
         columns = {"kernel entries": [], "latent": [], "FLOPs": [], "seconds": []}
         runs = {}
@@ -427,13 +427,41 @@ def growth(config):
             first = [f"{columns[name][i]:.3g}" for name in ("kernel entries", "latent", "FLOPs")]
             times = [columns["seconds"][i] / columns["seconds"][0], value / points[0][0]]
             rows.append([what, value, *first, spread(seconds[value]), f"{times[0]:.2f}", f"{times[1]:.0f}"])
-        curves[f"log2 seconds against log2 {what}"] = [(np.log2(v), np.log2(s)) for v, s in zip(seconds, columns["seconds"])]
+        panels[what] = {
+            value: (columns["kernel entries"][i], columns["latent"][i], s) for i, (value, s) in enumerate(seconds.items())
+        }
     table(["", "", "kernel entries", "latent", "FLOPs", "seconds", "times the first", "of so many times"], rows)
     print()
     table(["exponents, against", "kernel entries", "latent", "FLOPs", "seconds"], exponents)
     if config.plot:
         utils.make_parent(config.plot)
-        utils.plot(config.plot, curves, "log2")
+        draw(config.plot, panels)
+
+
+def draw(path, panels):
+    """A panel for each of {what grows: {value: (kernel entries, latent, seconds of each call)}}, in multiples of the first's.
+
+    Axes are logarithmic: what grows in proportion goes along the dashed line of slope 1, what has two widths along slope 2.
+    """
+    fig, axes = plot.figure(len(panels), 2, 4, 3)
+    for ax, (what, points) in zip(axes, panels.items()):
+        x, (entries, latent, seconds) = list(points), zip(*points.values())
+        middle, least, most = (np.array([f(s) for s in seconds]) for f in (statistics.median, min, max))
+        ranges = np.stack([middle - least, most - middle]) / middle[0]
+        for name, y, look, colour in (("kernel entries", entries, "s-", plot.RED), ("latent", latent, "^-", plot.GREEN)):
+            ax.plot(x, np.array(y) / y[0], look, color=colour, markersize=4, label=name)
+        ax.errorbar(
+            x, middle / middle[0], ranges, fmt="o-", color=plot.BLUE, markersize=4, capsize=2, label="seconds, and range"
+        )
+        for slope in (1, 2) if what == "width" else (1,):
+            end = (x[-1], (x[-1] / x[0]) ** slope)
+            ax.plot([x[0], end[0]], [1, end[1]], "--", color=plot.INK, linewidth=0.8, zorder=3)
+            ax.annotate(f"slope {slope}", end, (7, -3), textcoords="offset points", color=plot.INK, size=8)
+        plot.logarithmic(ax.xaxis, x)
+        plot.logarithmic(ax.yaxis)
+        ax.set(xlabel=what, ylabel="times the first")
+    axes[0].legend(fontsize=8, labelcolor=plot.INK, frameon=False)
+    fig.savefig(path)
 
 
 TOPICS = {"conv": conv, "decode": decode, "sample": sample, "quality": quality, "growth": growth}

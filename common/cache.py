@@ -23,9 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from common import video
+from common import progress, video
 from common.utils import UserError
 
 FORMAT = "nerv-diffusion frames 1"
@@ -97,7 +96,7 @@ def prepare(directory, root, videos, size, fps=0.0, workers=0):
             files.put((k, stack.enter_context(open(directory / f"frames-{k:02d}.u8", "ab+"))))
 
         index, one_at_a_time = stack.enter_context(open(directory / "index.jsonl", "a")), threading.Lock()
-        bar = stack.enter_context(tqdm(total=len(todo), desc="preparing", unit="video", dynamic_ncols=True))
+        bar = stack.enter_context(progress.bar(total=len(todo), desc="preparing", unit="video"))
 
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []  # of the calling thread alone
         jobs = list(groups(todo, paths))
@@ -208,7 +207,8 @@ class FrameCache:
         except (OSError, KeyError, TypeError, ValueError):
             raise UserError(f"the frames of {directory} are missing or too few: remove it and prepare it again") from None
         names = list(self.entries)
-        for name in tqdm(names if verify else names[:: len(names) // 8 + 1], "verifying", unit="video", disable=not verify):
+        some = names if verify else names[:: len(names) // 8 + 1]
+        for name in progress.bar(some, "verifying", unit="video", disable=not verify):
             e, frame_bytes = self.entries[name], self.size**2 * 3
             path = self.directory / f"frames-{e['file']:02d}.u8"
             if crc_of(path, e["start"] * frame_bytes, e["frames"] * frame_bytes) != e["crc"]:

@@ -190,13 +190,13 @@ def stage2(make, bf16=True):
     return predict
 
 
-def plan(predicts, rows, card):
+def plan(predicts, rows, card, world=1):
     """How one process takes `rows` clips a step on a card of so many bytes: (parts that they go through in, which of predicts).
 
     predicts: functions of stage1 or stage2, the preferred one first. As few parts as can be, since batch norm compares the
-    clips of one; None where not even one clip fits.
+    clips of one, of all of `world` processes: two or more. None where not even that fits.
     """
-    for parts in (n for n in range(1, rows + 1) if rows % n == 0):
+    for parts in (n for n in range(1, rows + 1) if rows % n == 0 and rows // n * world > 1):
         for i, predict in enumerate(predicts):
             if sum(predict(rows // parts).values()) <= USABLE * card:
                 return parts, i

@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import datetime
 import functools
 import hashlib
 import io
@@ -30,13 +31,17 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
-from PIL import Image, ImageDraw
+import torch.distributed._functional_collectives as collectives
+from PIL import Image
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
+
+from common import plot, progress
 
 FORMAT = "nerv-diffusion 4"
 
@@ -49,6 +54,8 @@ def run(main):
     """Call a script's main() and turn a UserError into one line on stderr and exit status 2."""
     try:
         main()
+        if dist.is_initialized():  # after an error it would wait for the other processes, and nobody would see the traceback
+            dist.destroy_process_group()
     except UserError as error:
         for bar in list(tqdm._instances):  # the message gets a line of its own
             bar.close()
@@ -57,26 +64,32 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 class Interrupt:
-    """Inside a `with`, Ctrl-C and SIGTERM only ask: the loop looks at `asked` between two steps and stops there. A second
-    one does not wait."""
+    """Inside a `with`, Ctrl-C and SIGTERM only ask: the loop calls `stop` between two steps and ends where it is true.
+
+    A second one does not wait, unless it comes at once: Ctrl-C reaches torchrun too, which then signals its processes again.
+    """
+
+    GRACE = 5.0  # seconds in which a signal is taken for an echo of the first
 
     def __init__(self):
-        self.asked = False
+        self.asked = None  # when
 
     def __enter__(self):
         self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def ask(self, number, frame):
-        if self.asked:
+        if self.asked is None:
+            self.asked = time.monotonic()
+        elif time.monotonic() - self.asked > self.GRACE:
             raise KeyboardInterrupt
-        self.asked = True
+
+    def stop(self):
+        """Whether any process has been asked: the same answer in all, or one of them would wait for the others' next step."""
+        return max_over_ranks(self.asked is not None) > 0
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
@@ -143,7 +156,7 @@ def parse_topic(cls, description, topics):
 
 
 def pick_device(name):
-    """ "auto" -> this process's CUDA device where there is one, else the CPU."""
+    """ "auto" -> this process's CUDA device where there is one, set up for speed, else the CPU."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     if name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{local}"
@@ -153,7 +166,12 @@ def pick_device(name):
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name} is not available here: use --device cpu, or leave it out") from None
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
+        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    return device
 
 
 def start_processes(name):
@@ -163,13 +181,11 @@ def start_processes(name):
     and the gradient are averaged over ranks (average_over_ranks, FiniteStep), rank 0 alone writes.
     """
     device = pick_device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
-        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device, 0, 1
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    cuda = {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+    # Others wait for as long as the first process decodes a data set or encodes it: hours, where the default is 10 minutes.
+    dist.init_process_group(**cuda, timeout=datetime.timedelta(days=7))
     return device, dist.get_rank(), dist.get_world_size()
 
 
@@ -188,7 +204,15 @@ def average_over_ranks(x):
     """The mean of a tensor over all processes, with its gradient; x itself where there is one process."""
     if not dist.is_initialized():
         return x
-    return dist_nn.all_reduce(x) / dist.get_world_size()
+    return collectives.all_reduce(x, "sum", dist.group.WORLD) / dist.get_world_size()  # the kind that torch.compile knows
+
+
+def max_over_ranks(value):
+    """The largest of the numbers of all processes. It goes between CPUs, so that no GPU is waited for."""
+    value = torch.tensor(float(value))
+    if dist.is_initialized():
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value.item()
 
 
 def rank():
@@ -203,8 +227,7 @@ def local_processes():
 
 def wait_for_all():
     """Until every process has come here."""
-    if dist.is_initialized():
-        dist.barrier()
+    max_over_ranks(0)
 
 
 def step_generator(device, seed, step):
@@ -217,8 +240,11 @@ def step_generator(device, seed, step):
 
 
 def autocast(device, bf16):
-    """bf16 "auto" | "on" | "off" -> the autocast context: auto is on where the hardware multiplies bfloat16 natively."""
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    """bf16 "auto" | "on" | "off" -> the autocast context: auto is on with CUDA, where the card multiplies bfloat16 natively.
+
+    CPUs compute in float32 unless told otherwise, so that the same command gives the same figures on any of them.
+    """
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16 == "on" or (bf16 == "auto" and native))
 
 
@@ -285,11 +311,13 @@ class FiniteStep:
             )
 
     def state_dict(self):
-        return {"optimizer": self.optimizer.state_dict(), "skipped": int(self.skipped)}
+        counts = {"skipped": int(self.skipped), "in_a_row": int(self.in_a_row)}
+        return {"optimizer": self.optimizer.state_dict(), **counts}
 
     def load_state_dict(self, state):
         self.optimizer.load_state_dict(state["optimizer"])
         self.skipped.fill_(state["skipped"])
+        self.in_a_row.fill_(state["in_a_row"])
         self.reported = state["skipped"]
 
 
@@ -343,6 +371,25 @@ def save_checkpoint(path, final=True, **content):
         tqdm.write(f"warning: cannot write the checkpoint {path}: {reason}{kept}; training goes on", file=sys.stderr)
 
 
+class Saver:
+    """Writes the checkpoints of a training beside it: a file of 8 GB takes the disk some 20 s, a copy in memory takes one.
+
+    One at a time: the next one waits until this one is written, and so does the end of the program.
+    """
+
+    def __init__(self, path):
+        self.path, self.thread, self.writing = path, ThreadPoolExecutor(1), None
+
+    def __call__(self, final, ema, training, **content):
+        """save_checkpoint(path, final, …) of what ema and training are now; where final, it is written on return."""
+        if self.writing:
+            self.writing.result()
+        ema, training = tree_map_only(torch.Tensor, lambda x: x.detach().to("cpu", copy=True), (ema, training))
+        self.writing = self.thread.submit(save_checkpoint, self.path, final, ema=ema, training=training, **content)
+        if final:
+            self.writing.result()
+
+
 def fingerprint(network):
     """A hash of a network's parameters and buffers: a cache of what it made says which one made it."""
     digest = hashlib.sha256()
@@ -370,6 +417,7 @@ FREE = {
     "device",
     "bf16",
     "compile",
+    "recompute",
     "accumulate",
     "out",
     "resume",
@@ -444,7 +492,7 @@ class RunLog:
 
     def __init__(self, directory, steps, every, start=0, rank=0):
         self.directory, self.every, self.rank, self.steps = Path(directory), every, rank, steps
-        self.rows, self.pending, self.board, before = [], {}, None, 0
+        self.rows, self.written, self.pending, self.board, before = [], 0, {}, None, 0
         if rank == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             if start and (self.directory / "losses.csv").is_file():
@@ -456,15 +504,7 @@ class RunLog:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(self.directory, purge_step=start or None)
-        self.bar = tqdm(
-            total=steps,
-            initial=start,
-            desc=self.directory.name,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=1,
-            disable=rank > 0,
-        )
+        self.bar = progress.bar(desc=self.directory.name, total=steps, unit="step", disable=rank > 0, initial=start)
         self.start = time.time() - before
 
     def print(self, line):
@@ -505,40 +545,19 @@ class RunLog:
 
     def write(self):
         """losses.csv and losses.png as of now."""
-        if self.rank or not self.rows:
+        if self.rank or len(self.rows) == self.written:
             return
+        self.written = len(self.rows)
         names = list(dict.fromkeys(k for row in self.rows for k in row))  # the adversarial ones join later
         with open(self.directory / "losses.csv", "w", newline="") as f:
             writer = csv.DictWriter(f, names, restval="")
             writer.writeheader()
             writer.writerows(self.rows)
-        curves = {k: [(r["step"], r[k]) for r in self.rows if k in r] for k in names if k not in ("step", "seconds")}
-        plot(self.directory / "losses.png", curves)
+        curves = [("step", k, [(r["step"], r[k]) for r in self.rows if k in r]) for k in names if k not in ("step", "seconds")]
+        plot.curves(self.directory / "losses.png", curves)
 
     def close(self):
         self.write()
         self.bar.close()
         if self.board:
             self.board.close()
-
-
-def plot(path, curves, x_name="step"):
-    """Line plots below each other, one for each of curves {name: [(x, y), …]}, with the range of each axis, as a PNG."""
-    width, height, left, top = 720, 150, 90, 24
-    image = Image.new("RGB", (width, (height + top + 20) * len(curves)), "white")
-    draw = ImageDraw.Draw(image)
-    for i, (name, points) in enumerate(curves.items()):
-        y0 = i * (height + top + 20) + top
-        first, last = points[0][0], points[-1][0]
-        points = [(x, y) for x, y in points if math.isfinite(y)] or [(first, 0)]
-        low, high = min(y for _, y in points), max(y for _, y in points)
-        scale_x, scale_y = (width - 10 - left) / max(last - first, 1), height / ((high - low) or 1)
-        draw.rectangle([left, y0, width - 10, y0 + height], outline="#bbbbbb")
-        draw.text((left, y0 - 16), name, fill="black")
-        draw.text((4, y0), f"{high:.4g}", fill="black")
-        draw.text((4, y0 + height - 12), f"{low:.4g}", fill="black")
-        draw.text((left, y0 + height + 3), f"{x_name} {first:g}", fill="black")
-        draw.text((width - 80, y0 + height + 3), f"{last:g}", fill="black")
-        if len(points) > 1:
-            draw.line([(left + scale_x * (x - first), y0 + scale_y * (high - y)) for x, y in points], fill="#1f77b4", width=2)
-    image.save(path)

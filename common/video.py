@@ -25,8 +25,9 @@ import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from common import plot
 from common.utils import UserError
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpg", ".mpeg", ".wmv", ".flv")
@@ -425,13 +426,17 @@ def write_sheet(path, rows, titles=None, columns=8):
     for clip in rows:
         picks = np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int)
         strips.append(np.concatenate(list(enlarge(to_frames(clip[picks]), 64)), 1))  # [H, columns * W, 3]
-    margin = max([7 * len(t) for t in titles]) + 8 if titles else 0
-    height = strips[0].shape[0]
+    height, margin = strips[0].shape[0], 0
+    if titles:
+        titles = [" ".join(printable(title).split()) for title in titles]
+        size = max(14, height // 6)  # a sheet of large frames is shown smaller
+        font = ImageFont.truetype(plot.font_file(), size)
+        margin = math.ceil(max(font.getlength(title) for title in titles)) + size
     image = Image.new("RGB", (margin + max(s.shape[1] for s in strips), len(strips) * (height + 2)), "white")
     draw = ImageDraw.Draw(image)
     for i, strip in enumerate(strips):
         image.paste(Image.fromarray(strip), (margin, i * (height + 2)))
         if titles:
-            draw.text((4, i * (height + 2) + height // 2 - 6), titles[i], fill="black")
+            draw.text((margin - size // 2, i * (height + 2) + height // 2), titles[i], "black", font, "rm")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     image.save(path)

@@ -19,6 +19,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import zlib
@@ -27,11 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
 
 import data
 from bench.costs import table
-from common import utils
+from common import plot, utils
 from common.utils import option
 from evaluate import Scorer
 from studies.variants import load_dit
@@ -92,13 +92,19 @@ class Config:
     out_dir: str = option("output", "out/ablate", "runs.csv, the plot and checkpoints go here")
 
 
+def visible_gpus():
+    """The names of this machine's GPUs, or of those that CUDA_VISIBLE_DEVICES leaves."""
+    names, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    return names.split(",")[:count] if names else [str(i) for i in range(count)]
+
+
 class Study:
     """The runs that are done, and how to do one more; threads share it."""
 
     def __init__(self, config):
         self.config, self.out = config, Path(config.out_dir)
-        self.gpus = torch.cuda.device_count()
-        self.jobs = config.jobs or self.gpus or os.cpu_count()
+        self.gpus = visible_gpus()
+        self.jobs = config.jobs or len(self.gpus) or os.cpu_count()
         self.lock, self.judging, self.places = threading.Lock(), threading.Lock(), queue.SimpleQueue()
         self.scorer, self.reconstructed = None, {}  # of a stage-1 checkpoint, features of the real clips
         self.training = {}  # stage-1 checkpoint -> lock of who trains it
@@ -151,7 +157,7 @@ class Study:
         env = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // self.jobs)), "PYTHONPATH": root}
         place = self.places.get()
         if self.gpus:
-            env["CUDA_VISIBLE_DEVICES"] = str(place % self.gpus)
+            env["CUDA_VISIBLE_DEVICES"] = self.gpus[place % len(self.gpus)]
         done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
         self.places.put(place)
         said = f"python {shlex.join(command)}"
@@ -271,7 +277,9 @@ def report(study, names):
                 sign = -1 if metric.startswith("to_") else 1
                 won = verdict([(row, [sign * values[seed] for seed in shared]) for row, values in columns])
                 print(f"By {metrics[metric]}: {won}.", end=" ")
-                panels[f"{name} {title}: {metrics[metric]}"] = [(row, list(values.values())) for row, values in columns]
+                panels[f"{name}: {title}", f"{metrics[metric]} {'↓' if sign < 0 else '↑'}"] = [
+                    (row, list(values.values())) for row, values in columns
+                ]
         print("\n")
         table([title, "gFVD in the paper", *metrics.values(), "seeds"], printed)
     if panels:
@@ -280,26 +288,23 @@ def report(study, names):
 
 
 def draw(path, panels):
-    """A panel for each of {title: [(row, values)]}: a dot for every seed, a line at the mean."""
-    width, left, step = 720, 150, 20
-    image = Image.new("RGB", (width, sum(30 + step * len(rows) for rows in panels.values())), "white")
-    pen, y = ImageDraw.Draw(image), 0
-    for title, rows in panels.items():
-        values = [value for _, seeds in rows for value in seeds]
-        low, high = min(values), max(values)
-        scale = (width - left - 80) / ((high - low) or 1)
-        pen.text((10, y + 6), title, fill="black")
-        for i, (row, seeds) in enumerate(rows):
-            middle = y + 34 + step * i
-            pen.text((20, middle - 6), row, fill="black")
-            mean = left + scale * (statistics.mean(seeds) - low)
-            pen.line([mean, middle - 8, mean, middle + 8], fill="#d62728" if i == len(rows) - 1 else "#1f77b4", width=3)
-            for value in seeds:
-                x = left + scale * (value - low)
-                pen.ellipse([x - 3, middle - 3, x + 3, middle + 3], outline="black")
-            pen.text((width - 70, middle - 6), f"{statistics.mean(seeds):.4g}", fill="black")
-        y += 30 + step * len(rows)
-    image.save(path)
+    """A panel for each of {(title, metric): [(row, values)]}: a dot for every seed, a line over their range, and their mean.
+
+    The paper's choice, the last row, is red and has a diamond for its mean.
+    """
+    fig, axes = plot.figure(len(panels), 2, 4.2, 1.7)
+    for ax, ((title, metric), rows) in zip(axes, panels.items()):
+        for y, (_, seeds) in enumerate(rows):
+            colour, marker = (plot.RED, "D") if y == len(rows) - 1 else (plot.BLUE, "|")
+            ax.plot([min(seeds), max(seeds)], [y, y], color=colour, linewidth=1.2)
+            ax.plot(statistics.mean(seeds), y, marker, color=colour, markersize=6, markeredgewidth=2)
+            ax.plot(seeds, [y] * len(seeds), "o", markersize=4, markerfacecolor="none", markeredgecolor=plot.INK)
+        ax.set_yticks(range(len(rows)), [row for row, _ in rows])
+        ax.get_yticklabels()[-1].set(color=plot.RED, weight="bold")
+        ax.set(xlabel=metric, ylim=(len(rows) - 0.5, -0.5))
+        ax.set_title(textwrap.fill(title, 50), size=9)
+        ax.locator_params("x", nbins=6)
+    fig.savefig(path)
 
 
 def main():

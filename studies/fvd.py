@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import fvd
 from bench.costs import table
-from common import utils
+from common import plot, progress, utils
 from common.utils import option
 
 
@@ -45,7 +44,7 @@ def load_clips(config):
     """uint8 frames [--clips, T, H, W, 3]."""
     kind = "folder" if config.data_dir else "shapes"
     dataset = data.open_dataset(data.Config(kind, config.data_dir, 0, config.resolution, config.frames, cache="off"), "train")
-    return np.stack([dataset[i][0] for i in tqdm(range(config.clips), "clips", dynamic_ncols=True)])
+    return np.stack([dataset[i][0] for i in progress.bar(range(config.clips), "clips")])
 
 
 def load_detector(config):
@@ -60,7 +59,7 @@ def features_of(detector, clips, config, name):
     path = Path(config.out_dir) / ("-".join(map(str, parts)).replace(" ", "_") + ".npy")
     if path.is_file():
         return np.load(path)
-    starts = tqdm(range(0, len(clips), config.batch_size), name, unit="batch", dynamic_ncols=True)
+    starts = progress.bar(range(0, len(clips), config.batch_size), name, unit="batch")
     features = np.concatenate([detector(clips[i : i + config.batch_size]) for i in starts])
     utils.make_parent(path)
     np.save(path, features)
@@ -123,7 +122,7 @@ def speed(config):
         for _ in range(config.repeats):
             for name, run in runs.items():
                 start = time.perf_counter()
-                for _ in tqdm(range(batches), name, leave=False, dynamic_ncols=True):
+                for _ in progress.bar(range(batches), name, leave=False):
                     run()
                 seconds[name].append(time.perf_counter() - start)
     count, rows = batches * config.batch_size, []
@@ -150,11 +149,11 @@ def bias(config):
         for _ in range(max(2, config.repeats)):
             order = rng.permutation(len(features))
             values.append(fvd.frechet_distance_of(features[order[:n]], features[order[n : 2 * n]], ddof))
-        points.append((n, np.mean(values)))
+        points.append((n, np.mean(values), np.std(values, ddof=1)))
         rows.append([n, f"{np.mean(values):.4g}", f"{np.std(values, ddof=1):.2g}", f"{n * np.mean(values):.4g}"])
     heading(config, detector)
     table(["n", name, "standard deviation", "n × that"], rows)
-    n, means = np.array(points).T
+    n, means, deviations = np.array(points).T
     slope, intercept = np.polyfit(1 / n, means, 1)
     residual = means - (intercept + slope / n)
     print(f"line: {intercept:.4g} + {slope:.4g} / n, R² {1 - residual.var() / means.var():.5f}; theory: 0 at n = ∞")
@@ -162,7 +161,16 @@ def bias(config):
     value, *_ = fvd.fvd_infinity(features[order[:half]], features[order[half:]], ddof, seed=config.seed)
     print(f"extrapolated from the {half} clips of each half: {value:.4g}")
     path = Path(config.out_dir) / "bias.png"
-    utils.plot(path, {f"{name} against 10,000 / n": [(round(10_000 / n), y) for n, y in points[::-1]]}, "10,000 / n =")
+    fig, (ax,) = plot.figure(1, width=5, height=3)
+    ends = np.array([0, 1 / n[0]])
+    ax.errorbar(1 / n, means, deviations, fmt="o", color=plot.BLUE, markersize=4, capsize=3, label="mean and deviation")
+    ax.plot(ends, intercept + slope * ends, "--", color=plot.INK, linewidth=0.8, label="line through the means")
+    ax.plot(0, 0, "*", color=plot.RED, clip_on=False, label="theory, at n = ∞")
+    ax.set_xticks([0, *(1 / n)], ["∞", *(f"{k:.0f}" for k in n)])
+    ax.set(xlabel="n, clips of each half, placed at 1 / n", ylabel=name)
+    ax.legend(fontsize=8, labelcolor=plot.INK, frameon=False)
+    utils.make_parent(path)
+    fig.savefig(path)
     print(f"wrote {path}")
 
 
@@ -207,6 +215,13 @@ def shuffle(clip, width, rng):
 
 LEVELS = {blur: (0.5, 1, 2, 4, 8), noise: (2, 5, 12, 30, 75), swap: (1, 2, 3, 5, 8), freeze: (1, 3, 6, 10, 15)}
 LEVELS[shuffle] = (2, 4, 8, 16)
+NAMES = {
+    blur: "Gaussian blur, σ in pixels",
+    noise: "Gaussian noise, of 255",
+    swap: "swaps of two frames",
+    freeze: "last frames frozen",
+    shuffle: "frames shuffled within windows of",
+}
 
 
 def sensitivity(config):
@@ -223,14 +238,26 @@ def sensitivity(config):
             features = features_of(detector, corrupted, config, f"{corrupt.__name__}-{level}")
             values.append(fvd.frechet_distance_of(real, features, ddof))
         correlation = np.corrcoef(np.arange(len(levels)), np.argsort(np.argsort(values)))[0, 1]  # Spearman's
-        curves[f"{name}: {corrupt.__name__}"] = points = list(zip(levels, values))
+        curves[corrupt] = points = list(zip(levels, values))
         shown = ", ".join(f"{level}: {value:.3g}" for level, value in points)
-        rows.append([corrupt.__name__, shown, f"{correlation:.2f}", min((a for a, b in points if b > floor), default="none")])
+        rows.append([NAMES[corrupt], shown, f"{correlation:.2f}", min((a for a, b in points if b > floor), default="none")])
     heading(config, detector)
     table(["corruption", f"level: {name}", "rank correlation", "first level above the floor"], rows)
     print(f"floor, two halves of {len(real) // 2} clips: {floor:.3g}")
-    utils.plot(Path(config.out_dir) / "sensitivity.png", curves, "level")
-    print(f"wrote {config.out_dir}/sensitivity.png")
+    fig, axes = plot.figure(len(curves))
+    every = [value for points in curves.values() for _, value in points]
+    for ax, (corrupt, points) in zip(axes, curves.items()):
+        ax.plot(*zip(*points), "o-", color=plot.BLUE, linewidth=1.2, markersize=4)
+        ax.axhline(floor, color=plot.INK, linewidth=0.8, linestyle="--")
+        plot.logarithmic(ax.xaxis, LEVELS[corrupt])
+        ax.set(yscale="log", ylim=(min(every) / 1.5, max(every) * 1.5))
+        plot.logarithmic(ax.yaxis)
+        ax.set_xlabel(NAMES[corrupt])
+    fig.supylabel(f"{name}; dashed: two halves, uncorrupted", size=9, color=plot.INK)
+    path = Path(config.out_dir) / "sensitivity.png"
+    utils.make_parent(path)
+    fig.savefig(path)
+    print(f"wrote {path}")
 
 
 TOPICS = {"speed": speed, "bias": bias, "sensitivity": sensitivity}

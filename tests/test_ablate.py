@@ -40,7 +40,7 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(dit, "generate", functools.partial(dit.generate, steps=2))  # sheets and PSNR are most of the time
     fixed_clips = data.fixed_clips
     monkeypatch.setattr(data, "fixed_clips", lambda dataset, count: fixed_clips(dataset, min(count, 9)))
-    asked = SimpleNamespace(asked=False)
+    asked = SimpleNamespace(stop=lambda: False)
     monkeypatch.setattr("common.utils.Interrupt", lambda: contextlib.nullcontext(asked))  # signals: main thread only
     monkeypatch.setattr(ablate.Study, "score", lambda self, vae_pt, dit_pt, seed: (50.0 + seed, 2.0, 1.0))
     return calls
@@ -115,6 +115,20 @@ def test_an_interrupted_run_is_not_done(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="was interrupted"):
         ablate.Study(ablate.Config(out_dir=str(tmp_path))).run("", "", 0, False)
     assert not (tmp_path / "runs.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "visible, count, names", [("", 0, []), (None, 2, ["0", "1"]), ("3,GPU-5ab", 2, ["3", "GPU-5ab"]), ("-1", 0, [])]
+)
+def test_runs_are_spread_over_the_gpus_that_are_left_to_it(monkeypatch, tmp_path, visible, count, names):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES") if visible is None else monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    study, used = ablate.Study(ablate.Config(out_dir=str(tmp_path), jobs=2)), []
+    result = SimpleNamespace(returncode=0, stdout="")
+    monkeypatch.setattr(subprocess, "run", lambda *a, env, **kw: used.append(env.get("CUDA_VISIBLE_DEVICES")) or result)
+    for _ in range(3):
+        study.call("vae")
+    assert used == ([names[0], names[1], names[0]] if names else [visible] * 3)
 
 
 def test_runs_of_another_version(tmp_path):

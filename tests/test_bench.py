@@ -143,6 +143,8 @@ def test_the_plan_takes_as_few_parts_as_fit():
     assert memory.plan([kept, recomputed], 32, card) == (2, 1)
     assert memory.plan([kept], 6, card) == (2, 0)
     assert memory.plan([kept], 4, 2 * GIB) is None
+    assert memory.plan([kept], 2, 7 * GIB) is None  # one clip alone would leave batch norm nothing to compare with
+    assert memory.plan([kept], 2, 7 * GIB, world=2) == (2, 0)
 
 
 def test_the_table_prints_rows_as_they_come(capsys):

@@ -32,8 +32,8 @@ def videos(tmp_path_factory):
 
 def messages(stderr):
     """The lines of stderr, progress bars aside."""
-    lines = re.split(r"[\r\n]+", stderr.replace("\x1b[A", ""))
-    return [line for line in lines if line.strip() and not re.fullmatch(r"\w+: +\d+%\|.*\] *", line)]
+    lines = re.split(r"[\r\n]+", stderr)
+    return [line for line in lines if line.strip() and not re.fullmatch(r"\w+: +\d+% \d+/\d+ \[.*\]", line)]
 
 
 def check_error(stderr, *words):

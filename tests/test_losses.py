@@ -91,9 +91,11 @@ def test_discriminator_judges_each_clip_by_itself_and_hears_order_in_time():
 
 
 def test_adversarial_losses_closed_form():
-    def mean_brightness(video):
-        return video.mean((1, 2, 3, 4))
+    class Brightness(torch.nn.Module):
+        def forward(self, video):
+            return video.mean((1, 2, 3, 4))
 
+    mean_brightness = Brightness()
     real, frames = torch.full((2, 4, 3, 8, 8), 0.5), torch.full((2, 4, 3, 8, 8), -1.0)
     softplus = F.softplus
     assert generator_loss(mean_brightness, frames) == pytest.approx(softplus(torch.tensor(1.0)).item())
@@ -132,3 +134,39 @@ def test_the_decoder_gets_a_gradient_and_the_discriminators_step_gives_it_none()
     assert frames.grad is None and all(p.grad is not None for p in discriminator.parameters())
     generator_loss(discriminator, frames).backward()
     assert frames.grad.abs().sum() > 0
+
+
+def test_r1_goes_through_a_compiled_discriminator():
+    torch.manual_seed(0)
+    discriminator = Discriminator(DiscriminatorConfig(width=2))
+    real, frames = torch.randn(2, 2, 2, 3, 32, 32).unbind()
+    plain, _ = discriminator_loss(discriminator, real, frames, r1_weight=10.0)
+    expected = torch.autograd.grad(plain, list(discriminator.parameters()))
+    discriminator.compile(backend="aot_eager")  # what torch.compile does on any machine, short of making code
+    loss, _ = discriminator_loss(discriminator, real, frames, r1_weight=10.0)
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(torch.autograd.grad(loss, list(discriminator.parameters())), expected)
+
+
+@pytest.mark.parametrize("r1_weight", [0.0, 10.0])
+def test_under_autocast_a_cpu_computes_the_adversarial_losses_in_float32(r1_weight):
+    # At a depth of two frames the bfloat16 weight gradient of conv3d is garbage.
+    torch.manual_seed(0)
+    discriminator = Discriminator(DiscriminatorConfig(width=8)).to(memory_format=torch.channels_last_3d)
+    real, frames = torch.randn(2, 4, 2, 3, 32, 32).unbind()
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses = [generator_loss(discriminator, frames), *discriminator_loss(discriminator, real, frames, r1_weight)]
+        results.append([*losses, *torch.autograd.grad(losses[1], list(discriminator.parameters()))])
+    assert all(x.dtype == torch.float32 for x in results[1])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_are_float32_whatever_the_convolutions_are():
+    discriminator, video = Discriminator(DiscriminatorConfig(width=2)), torch.randn(2, 2, 3, 32, 32)
+    expected = discriminator(video)
+    discriminator.conv.register_forward_hook(lambda layer, inputs, out: out.bfloat16())  # as on a GPU
+    logits = discriminator(video)
+    assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
+    torch.testing.assert_close(logits, expected, rtol=1e-2, atol=1e-2)

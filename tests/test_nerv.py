@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nerv import CONFIGS, GELU_GAIN, NeRV, NeRVConfig, position_code, sinusoid
+from nerv import CONFIGS, GELU_GAIN, ModulatedConv, NeRV, NeRVConfig, double, double_by_slices, position_code, sinusoid
 
 # Small decoders with all that large ones have: a side connection, entries of every kind, stems of both fractions.
 SMALL = {
@@ -312,3 +312,45 @@ def test_sizes_must_be_positive(name):
 def test_wrong_token_shape(shape):
     with pytest.raises(ValueError, match="tokens are"):
         NeRV(SMALL["divides"])(torch.zeros(shape), torch.zeros(1))
+
+
+# ---------------------------------------------------------------------------------------------------------- on large machines
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 1, 1), (1, 3, 5, 4), (2, 4, 8, 8)])
+def test_doubling_by_slices_is_bilinear_interpolation(shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    ours, theirs = double_by_slices(x), F.interpolate(x, scale_factor=2, mode="bilinear")
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-15)
+    probe = torch.randn_like(ours)
+    torch.testing.assert_close(*(torch.autograd.grad((y * probe).sum(), x)[0] for y in (ours, theirs)), rtol=0, atol=1e-14)
+    torch.testing.assert_close(double(x), theirs)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("preset, B", [("S", 40), ("B", 32), ("L", 32), ("S-long", 16), ("L-256-long", 1)])
+def test_no_map_is_larger_than_every_kernel_can_index(preset, B, train):
+    """On the meta device, which has shapes and no memory. Where no gradient is wanted, 1 GiB of float32 is the most."""
+    model, largest = meta(preset), []
+    for layer in model.modules():
+        if isinstance(layer, ModulatedConv):
+            layer.register_forward_hook(lambda layer, inputs, out: largest.append(out.numel()))
+    c = model.config
+    tokens, t = torch.empty(B, c.num_tokens, c.token_dim, device="meta"), torch.empty(c.num_frames, device="meta")
+    with torch.set_grad_enabled(train):
+        assert model(tokens, t).shape == (B, c.num_frames, 3, c.resolution, c.resolution)
+    assert max(largest) < (2**31 if train else 2**28 + 1)
+
+
+def test_parts_of_a_clip_are_the_clip(monkeypatch):
+    """Frames that are too many at once come one after the other; the limit is lowered for it."""
+    model, tokens, t = *small()[:2], torch.arange(5.0)
+    with torch.no_grad():
+        whole, calls = model(tokens, t), []
+        frame = model.to_rgb.in_ch * model.config.resolution**2
+        monkeypatch.setattr(type(model), "MOST", {False: 2 * frame})
+        model.stem.register_forward_hook(lambda layer, inputs, out: calls.append(out.shape[:2]))
+        torch.testing.assert_close(model(tokens, t), whole)
+    assert max(frames for frames, _ in calls) == 2
+    assert sum(frames * maps for frames, maps in calls) == 5 * len(tokens) * model.stem.out_ch  # nothing twice

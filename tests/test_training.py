@@ -1,20 +1,27 @@
 """What keeps a long training right: resuming, several processes, steps to skip, checkpoints on a bad day."""
 
+import contextlib
 import csv
+import datetime
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, script
 
 import data
+import nerv
 import vae
-from common import utils
+from common import memory, utils
 from common.utils import UserError
 
 ADVERSARIAL = "--gan-weight 0.1 --gan-start 2 --gan-warmup 1 --gan-every 2 --r1-every 1 --gan-width 2"
@@ -44,7 +51,7 @@ def train_and_kill(cwd, program, *args):
     out = cwd / (program[:3] + ".pt")
     with open(cwd / "killed", "w") as log:
         process = subprocess.Popen([sys.executable, str(ROOT / program), *args], cwd=cwd, stdout=log, stderr=log)
-    deadline = time.time() + 60
+    deadline = time.time() + 120
     while not out.exists() and time.time() < deadline:
         assert process.poll() is None, (cwd / "killed").read_text()
         time.sleep(0.05)
@@ -77,6 +84,51 @@ def test_a_killed_training_goes_on_exactly(trained, tmp_path, program, options):
         assert same(a[part], b[part])
     first, second = (losses_of(cwd / "runs" / stage) for cwd in dirs)
     assert first == second and [row["step"] for row in first] == list(range(2, 21, 2))
+
+
+class Killed(Exception):
+    pass
+
+
+RESUMES = {  # what docs/training.md promises, beside the two kills above
+    "stage 1": "vae.py --batch-size 4 --save-every 3",
+    "stage 1, bfloat16": "vae.py --batch-size 4 --save-every 3 --bf16 on",
+    "stage 1, discriminator": f"vae.py --batch-size 2 --save-every 3 {ADVERSARIAL}",
+    "stage 1, discriminator, bfloat16": f"vae.py --batch-size 2 --save-every 3 {ADVERSARIAL} --bf16 on",
+    "stage 1, blocks computed again": "vae.py --batch-size 4 --save-every 3 --recompute on",
+    "stage 2, bfloat16": "dit.py --batch-size 4 --save-every 3 --num-latents 32 --bf16 on",
+    "stage 2, clips encoded anew": "dit.py --batch-size 4 --save-every 3 --no-cache-latents",
+}
+
+
+@pytest.mark.parametrize("name, threads", [*((name, 1) for name in RESUMES), ("stage 1, discriminator, bfloat16", 2)])
+def test_what_resumes_to_the_bit(call, trained, tmp_path, monkeypatch, name, threads):
+    program, *options = RESUMES[name].split()
+    stage, command = program[:3], " ".join([*options, "--steps 5 --log-every 1"])
+    if stage == "dit":
+        command += f" --ckpt {trained}/vae.pt"
+    results, save, write, before = [], utils.Saver.__call__, utils.RunLog.write, torch.get_num_threads()
+
+    def write_and_die(self):
+        write(self)
+        raise Killed
+
+    torch.set_num_threads(threads)
+    try:
+        for out in ("whole", "killed"):
+            with monkeypatch.context() as patch:
+                if out == "killed":
+                    patch.setattr(utils.Saver, "__call__", lambda self, final, **content: save(self, True, **content))
+                    patch.setattr(utils.RunLog, "write", write_and_die)
+                    with pytest.raises(Killed):
+                        call(program, f"{command} --out killed.pt --run-dir killed")
+            assert call(program, f"{command} --out {out}.pt --run-dir {out} --resume") == 0
+            results.append(utils.load_checkpoint(f"{out}.pt", stage, ""))
+    finally:
+        torch.set_num_threads(before)
+    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "killed") and len(losses_of(tmp_path / "whole")) == 5
+    for part in ("ema", "training"):
+        assert same(results[0][part], results[1][part])
 
 
 def test_resume_without_a_checkpoint_starts_and_with_other_options_stops(trained, tmp_path):
@@ -126,6 +178,106 @@ def test_two_processes_train_as_one_in_stage_2(trained, tmp_path, cache):
     assert len(one) == 5
     for a, b in zip(one, two):
         assert a == pytest.approx(b, rel=2e-4)
+
+
+INTERRUPTED = """
+import sys, time
+sys.path.insert(0, sys.argv.pop(1))
+import vae
+from common import memory, utils
+finite_step = utils.FiniteStep.__call__
+def slow(self, loss, lr):
+    finite_step(self, loss, lr)
+    time.sleep(0.5 * utils.rank())  # the second process comes late to each step
+utils.FiniteStep.__call__ = slow
+utils.run(vae.main)
+"""
+
+
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_ctrl_c_reaches_all_processes_at_the_same_step(tmp_path, whole_group):
+    """Ctrl-C signals torchrun and its processes, and torchrun signals its processes again; `kill` signals torchrun alone."""
+    (tmp_path / "slow.py").write_text(INTERRUPTED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "slow.py")]
+    options = f"{ROOT} --steps 1000 --batch-size 4 --log-every 1 --save-every 2 --run-dir run".split()
+    with open(tmp_path / "log", "w") as log:
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen([*launch, *options], cwd=tmp_path, stdout=log, stderr=log, env=env, start_new_session=True)
+    try:
+        deadline = time.time() + 90
+        while not (tmp_path / "vae.pt").exists() and time.time() < deadline:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        saved = utils.load_checkpoint(tmp_path / "vae.pt", "vae", "")["step"]
+        os.killpg(process.pid, signal.SIGINT) if whole_group else process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    said = (tmp_path / "log").read_text()
+    steps = int(re.search(r"interrupted after (\d+) steps", said)[1])
+    assert utils.load_checkpoint(tmp_path / "vae.pt", "vae", "")["step"] == steps >= saved > 0, said
+
+
+def test_a_second_ctrl_c_ends_at_once_unless_it_is_an_echo():
+    with utils.Interrupt() as interrupt:
+        assert not interrupt.stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.stop()
+        interrupt.asked -= interrupt.GRACE  # some seconds later
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+def test_processes_wait_for_each_other_without_a_limit(monkeypatch):
+    calls = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(utils, "pick_device", torch.device)
+    for name, value in (("init_process_group", lambda **kw: calls.append(kw)), ("get_rank", lambda: 1)):
+        monkeypatch.setattr(utils.dist, name, value)
+    monkeypatch.setattr(utils.dist, "get_world_size", lambda: 2)
+    for name in ("cpu", "cuda:1"):
+        assert utils.start_processes(name) == (torch.device(name), 1, 2)
+    assert all(kw["timeout"] >= datetime.timedelta(days=1) for kw in calls)
+    assert calls[0]["backend"] == "gloo" and "device_id" not in calls[0]
+    # NCCL for gradients, on the card of this process; gloo for what CPUs tell each other, so that no GPU is waited for.
+    assert calls[1]["backend"] == "cpu:gloo,cuda:nccl" and calls[1]["device_id"] == torch.device("cuda:1")
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def test_batch_norm_compiles_as_a_whole_where_there_are_several_processes(alone):
+    torch.manual_seed(0)
+    results = []
+    for compiled in (False, True):
+        norm, x = vae.BatchNorm(3), torch.arange(12.0).view(4, 3).square().requires_grad_()
+        if compiled:
+            norm.compile(fullgraph=True, backend="aot_eager")
+        y = norm(x)
+        results.append([y, norm.running_mean, *torch.autograd.grad((y**3).sum(), x)])
+    torch.testing.assert_close(*results)
+
+
+def test_an_error_shows_before_other_processes_are_waited_for(alone, capsys):
+    """destroy_process_group may wait for them for ever."""
+
+    def fail():
+        raise UserError("it is so")
+
+    with pytest.raises(SystemExit):
+        utils.run(fail)
+    assert dist.is_initialized() and "error: it is so" in capsys.readouterr().err
+    utils.run(lambda: None)
+    assert not dist.is_initialized()
 
 
 def test_accumulated_parts_have_the_gradient_of_the_whole():
@@ -237,7 +389,7 @@ def test_a_full_disk_is_reported_and_the_old_checkpoint_survives(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     code = (
-        "import sys, torch; sys.path.insert(0, sys.argv[1]); import utils\n"
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); from common import utils\n"
         "def main():\n"
         "    utils.save_checkpoint('vae.pt', stage='vae', step=1)\n"
         "    utils.save_checkpoint('vae.pt', final=False, stage='vae', step=2, x=torch.zeros(100_000))\n"
@@ -252,6 +404,135 @@ def test_a_full_disk_is_reported_and_the_old_checkpoint_survives(tmp_path):
     assert "the one from before is as it was; training goes on" in done.stderr and "File too large" in done.stderr
     assert utils.load_checkpoint(tmp_path / "vae.pt", "vae", "")["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["vae.pt"]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    save, go_on, saved = utils.save_checkpoint, threading.Event(), []
+
+    def slow(path, final, **content):
+        assert go_on.wait(10)
+        saved.append(save(path, final, **content))
+
+    monkeypatch.setattr(utils, "save_checkpoint", slow)
+    saver, layer = utils.Saver(tmp_path / "vae.pt"), torch.nn.Linear(2, 2)
+    weight, training = layer.weight.detach().clone(), {"model": layer.state_dict(), "counts": [torch.zeros(1), 3]}
+    saver(False, stage="vae", ema=layer.state_dict(), training=training)
+    assert not saved  # it has returned, and nothing is written yet
+    torch.nn.init.zeros_(layer.weight)
+    go_on.set()
+    saver(True, stage="vae", ema=layer.state_dict(), training={})
+    assert len(saved) == 2  # one after the other; the last one is there when it returns
+    monkeypatch.setattr(utils, "save_checkpoint", lambda path, final, **content: saved.append(content))
+    saver(False, stage="vae", ema={"weight": weight}, training=training)
+    saver.writing.result()
+    assert torch.equal(saved[-1]["ema"]["weight"], weight) and saved[-1]["training"]["counts"][1] == 3
+    assert utils.load_checkpoint(tmp_path / "vae.pt", "vae", "")["ema"]["weight"].abs().sum() == 0
+
+
+def test_what_is_being_written_is_what_was_there_when_it_was_asked_for(tmp_path, monkeypatch):
+    save, go_on = utils.save_checkpoint, threading.Event()
+    monkeypatch.setattr(utils, "save_checkpoint", lambda *a, **kw: go_on.wait(10) and save(*a, **kw))
+    saver, weight = utils.Saver(tmp_path / "vae.pt"), torch.ones(3)
+    saver(False, stage="vae", ema={"weight": weight}, training={"step": [weight]})
+    weight.zero_()
+    go_on.set()
+    saver.writing.result()
+    ckpt = utils.load_checkpoint(tmp_path / "vae.pt", "vae", "")
+    assert ckpt["ema"]["weight"].tolist() == ckpt["training"]["step"][0].tolist() == [1, 1, 1]
+
+
+def test_a_preview_that_fails_leaves_the_checkpoint(call, tmp_path, monkeypatch):
+    """Previews are the largest maps of a training: it is saved before them."""
+
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(vae, "reconstruct", fail)
+    for options in ("--steps 2", "--steps 4 --save-every 2 --out early.pt"):
+        with pytest.raises(MemoryError):
+            call("vae.py", f"{options} --batch-size 2 --decode-frames 1")
+    assert utils.load_checkpoint("vae.pt", "vae", "")["step"] == 2
+    deadline = time.time() + 10
+    while not os.path.exists("early.pt") and time.time() < deadline:
+        time.sleep(0.05)  # it is written beside
+    assert utils.load_checkpoint("early.pt", "vae", "")["step"] == 2
+
+
+def test_a_run_of_skipped_steps_is_counted_over_a_resume():
+    layer = torch.nn.Linear(1, 1)
+    first, second = (utils.FiniteStep(layer, torch.optim.AdamW(layer.parameters(), fused=True), 1.0) for _ in range(2))
+    for _ in range(3):
+        loss = layer(torch.tensor([[float("nan")]])).sum()
+        loss.backward()
+        first(loss, 0.1)
+    second.load_state_dict(first.state_dict())
+    assert second.in_a_row == second.skipped == 3
+
+
+# -------------------------------------------------------------------------------------------------------- precision and memory
+
+
+def test_cpus_compute_in_float32_unless_asked_otherwise(monkeypatch):
+    """The same command gives the same figures on CPUs with bfloat16 and without; a GPU has it only where it is native."""
+    cpu, asked = torch.device("cpu"), []
+    for choice, expected in (("auto", False), ("off", False), ("on", True)):
+        with utils.autocast(cpu, choice):
+            assert torch.is_autocast_enabled("cpu") == expected
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: asked.append(including_emulation))
+    utils.autocast(torch.device("cuda"), "auto")
+    assert asked == [False]
+
+
+def test_blocks_computed_again_give_the_same_gradient_and_keep_less():
+    def keeps(recompute):
+        torch.manual_seed(0)
+        nerv_config = nerv.CONFIGS["nano"]
+        encoder = vae.Encoder(vae.EncoderConfig(width=32, depth=6, heads=2, patch=(4, 8, 8)), nerv_config)
+        encoder.recompute, kept = recompute, {}
+
+        def pack(x):
+            kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes(), x
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            mean, _ = encoder(torch.randn(4, 16, 3, 32, 32))
+        mean.square().sum().backward()
+        return [p.grad for p in encoder.parameters()], sum(size for size, _ in kept.values())
+
+    (plain, much), (again, little) = keeps(False), keeps(True)
+    assert little < 0.5 * much
+    for a, b in zip(plain, again):
+        torch.testing.assert_close(a, b)
+
+
+def test_blocks_are_computed_again_where_a_gpu_is_too_small_and_nowhere_else(monkeypatch):
+    def make():
+        return SimpleNamespace(encoder=SimpleNamespace(recompute=None)), None, None
+
+    def stage1(make, frames, bf16):
+        assert (frames, bf16) == (16, True)
+        gib = 2**30 * (1 if make()[0].encoder.recompute else 3)  # a clip
+        return lambda rows: {"weights": 2**30, "encoder": rows * gib}
+
+    monkeypatch.setattr(memory, "stage1", stage1)
+
+    def choose(recompute, gib, world=1, **options):
+        return vae.choose_memory(vae.Config(recompute=recompute, **options), make, 32, world, int(gib * 2**30))
+
+    assert choose("auto", 120) == (False, "") and choose("on", 120) == (True, "") and choose("off", 120) == (False, "")
+    assert choose("auto", 100) == (True, "")  # a tenth of which is not ours; 97 GiB, or 33
+    assert choose("off", 100) == (
+        False,
+        "warning: 32 clips at a time take about 97 GiB, this GPU has 100; --accumulate 2 would fit",
+    )
+    assert choose("auto", 20, accumulate=3) == (
+        True, "warning: 32 clips at a time take about 33 GiB, this GPU has 20; --accumulate 6 would fit"
+    )  # fmt: skip
+    alone, eight = choose("auto", 2.5), choose("auto", 2.5, world=8)
+    assert "no number of parts" in alone[1] and "--accumulate 32 would fit" in eight[1]
+
+
+# ----------------------------------------------------------------------------------------------------------- a bad day's files
 
 
 def test_a_kill_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):

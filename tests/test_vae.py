@@ -115,6 +115,7 @@ def checkpoint(model):
     return dict(
         stage="vae", nerv_config=dataclasses.asdict(model.nerv_config), ema=model.state_dict(),
         encoder_config=dataclasses.asdict(model.encoder_config),
+        decoder="NeRV",
     )  # fmt: skip
 
 

@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, write_mp4
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from test_data import counting_clip
 
-from common import video
+from common import plot, video
 from common.utils import UserError
 from common.video import read_frames, tile, to_clip, to_frames, write_sheet
 from data import Shapes
@@ -123,6 +123,26 @@ def test_sheet_has_a_row_for_each_video_and_a_column_for_each_frame(tmp_path):
     write_sheet(tmp_path / "few.png", [clip[:3]])
     with Image.open(tmp_path / "few.png") as image:
         assert image.size == (3 * 64, 66)
+
+
+@pytest.mark.parametrize("resolution", [32, 64, 128])
+def test_titles_are_whole_and_as_large_as_the_frames_ask_for(tmp_path, resolution):
+    clips = [torch.full((2, 3, resolution, resolution), -1.0)] * 3  # black
+    titles = ["real", "WOMEN_DOWN_MOVEMENTS", "Señor 10 müde über"]
+    video.write_sheet(tmp_path / "sheet.png", clips, titles)
+    with Image.open(tmp_path / "sheet.png") as image:
+        sheet = np.asarray(image.convert("L"))
+    row = max(64, resolution)
+    margin = sheet.shape[1] - 2 * row
+    rest = sheet[:, :margin].reshape(3, row + 2, margin)
+    for title, part in zip(titles, rest):
+        alone = Image.new("L", (2000, 200), "white")
+        font = ImageFont.truetype(plot.font_file(), max(14, resolution // 6))
+        ImageDraw.Draw(alone).text((50, 50), title, "black", font)
+        (y, x), (whole_y, whole_x) = np.nonzero(part < 128), np.nonzero(np.asarray(alone) < 128)
+        assert abs(np.ptp(x) - np.ptp(whole_x)) <= 1 and abs(np.ptp(y) - np.ptp(whole_y)) <= 1
+        assert x.min() >= 4 and x.max() < margin - 4 and abs((y.min() + y.max()) / 2 - row / 2) < row / 8
+    write_sheet(tmp_path / "odd.png", clips[:2], ["two\nlines\tof a folder", "not text \udce9"])  # what names of folders may be
 
 
 @pytest.mark.parametrize("count, rows, columns", [(1, 1, 1), (2, 1, 2), (3, 2, 2), (5, 2, 3), (9, 3, 3)])

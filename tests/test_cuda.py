@@ -1,0 +1,55 @@
+"""What only a GPU can show: NERV_TEST_GPU=1 python -m pytest tests/test_cuda.py. Everywhere else these are skipped."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import nerv
+import vae
+from common import utils
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or NERV_TEST_GPU is not set")
+ADVERSARIAL = "--gan-weight 0.1 --gan-start 2 --gan-warmup 1 --gan-every 1 --r1-every 2 --gan-width 2"
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    """No TF32, which has ten bits."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        torch.set_float32_matmul_precision("highest")
+        yield
+
+
+def test_the_decoder_is_that_of_the_cpu():
+    torch.manual_seed(0)
+    model, tokens, t = nerv.NeRV(nerv.CONFIGS["nano"]), torch.randn(3, 32, 16), torch.arange(4.0)
+    theirs = copy.deepcopy(model).cuda()
+    ours, frames = model(tokens, t), theirs(tokens.cuda(), t.cuda())
+    torch.testing.assert_close(frames.cpu(), ours, rtol=1e-4, atol=1e-4)
+    ours.square().mean().backward(), frames.square().mean().backward()
+    for a, b in zip(model.parameters(), theirs.parameters()):
+        if a.numel():
+            torch.testing.assert_close(b.grad.cpu(), a.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_doubling_is_bilinear():
+    x = torch.randn(2, 6, 9, 7, device="cuda", dtype=torch.float64, requires_grad=True)
+    ours, theirs = nerv.double(x), F.interpolate(x, scale_factor=2, mode="bilinear")
+    torch.testing.assert_close(ours, theirs)
+    probe = torch.randn_like(ours)
+    torch.testing.assert_close(*(torch.autograd.grad((y * probe).sum(), x)[0] for y in (ours, theirs)))
+
+
+@pytest.mark.parametrize("bf16", ["on", "off"])
+@pytest.mark.parametrize("compiled", ["on", "off"])
+def test_a_training_with_a_discriminator_goes_through(call, tmp_path, bf16, compiled):
+    options = f"--steps 6 --batch-size 4 --device cuda --bf16 {bf16} --compile {compiled} {ADVERSARIAL}"
+    assert call("vae.py", options) == 0
+    assert call("vae.py", f"{options} --steps 8 --resume") == 0
+    assert call("dit.py", f"--steps 4 --batch-size 4 --num-latents 16 --device cuda --bf16 {bf16} --compile {compiled}") == 0
+    assert call("sample.py", "--classes 0 --steps 4 --device cuda") == 0
+    ckpt = utils.load_checkpoint(tmp_path / "vae.pt", "vae", "")
+    assert ckpt["step"] == 8 and ckpt["training"]["step"]["skipped"] == 0
+    assert all(x.isfinite().all() for x in vae.load_vae(ckpt).state_dict().values())
