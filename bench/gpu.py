@@ -123,7 +123,8 @@ def train(report, what, program, name, options, ranks=1, seconds=None, read=None
         if not all(map(math.isfinite, last.values())) or "skipped so far" in output:
             raise UserError("not finite, or steps were skipped")
         found, seconds = [f"loss {last['loss']:.4g} in step {last['step']:.0f}"], last["seconds"] - first["seconds"]
-        found += [f"{(last['step'] - first['step']) / seconds:.2f} steps / s"] * (seconds >= 1)  # the clock has tenths
+        if seconds >= 1:  # the clock has tenths
+            found.append(f"{(last['step'] - first['step']) / seconds:.2f} steps / s")
         return ", ".join(found + re.findall(r"held-out PSNR [\d.-]+ dB|peak memory [\d.]+ GiB", output))
 
     launch = f"-m torch.distributed.run --standalone --nproc_per_node={ranks} " if ranks > 1 else ""
