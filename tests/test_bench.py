@@ -105,7 +105,7 @@ def test_r1_may_be_the_peak():
     def wide():
         return networks()[0], losses.Discriminator(losses.DiscriminatorConfig(64)), None
 
-    with_r1, without = (memory.stage1(wide, 4, r1=r1)(2) for r1 in (True, False))
+    with_r1, without = (memory.stage1(wide, 4, bf16=False, r1=r1)(2) for r1 in (True, False))
     assert set(with_r1) == {"weights", "discriminator"} and sum(with_r1.values()) > sum(without.values())
 
 
