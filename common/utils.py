@@ -183,7 +183,8 @@ def start_processes(name):
     device = pick_device(name)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device, 0, 1
-    cuda = {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+    alone = device.type == "cuda" and local_processes() <= torch.cuda.device_count()  # on its GPU, as NCCL has it
+    cuda = {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if alone else {"backend": "gloo"}
     # Others wait for as long as the first process decodes a data set or encodes it: hours, where the default is 10 minutes.
     dist.init_process_group(**cuda, timeout=datetime.timedelta(days=7))
     return device, dist.get_rank(), dist.get_world_size()

@@ -238,12 +238,15 @@ def test_processes_wait_for_each_other_without_a_limit(monkeypatch):
     for name, value in (("init_process_group", lambda **kw: calls.append(kw)), ("get_rank", lambda: 1)):
         monkeypatch.setattr(utils.dist, name, value)
     monkeypatch.setattr(utils.dist, "get_world_size", lambda: 2)
-    for name in ("cpu", "cuda:1"):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, there in (("cpu", 2), ("cuda:1", 2), ("cuda:0", 3)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(there))
         assert utils.start_processes(name) == (torch.device(name), 1, 2)
     assert all(kw["timeout"] >= datetime.timedelta(days=1) for kw in calls)
     assert calls[0]["backend"] == "gloo" and "device_id" not in calls[0]
     # NCCL for gradients, on the card of this process; gloo for what CPUs tell each other, so that no GPU is waited for.
     assert calls[1]["backend"] == "cpu:gloo,cuda:nccl" and calls[1]["device_id"] == torch.device("cuda:1")
+    assert calls[2]["backend"] == "gloo"  # three processes share two cards, which NCCL refuses
 
 
 @pytest.fixture
