@@ -69,7 +69,7 @@ class Report:
     def left(self):
         return min(self.part_end, self.end) - time.time()
 
-    def run(self, what, command, read, seconds=None):
+    def run(self, what, command, read, seconds=None, **env):
         """A row with read(output) of a program; it is asked to stop after `seconds`, and ended where its part's time is over.
 
         Returns whether there is such a result.
@@ -79,7 +79,7 @@ class Report:
             return False
         self.logs += 1
         log, start, late = self.out / f"{self.logs:02d}.log", time.time(), False
-        env = os.environ | {"PYTHONPATH": str(ROOT)} | ({"NERV_TEST_GPU": "1"} if self.gpu else {"CUDA_VISIBLE_DEVICES": ""})
+        env = os.environ | {"PYTHONPATH": str(ROOT)} | ({} if self.gpu else {"CUDA_VISIBLE_DEVICES": ""}) | env
         with open(log, "w") as f:
             print("$ python", command, file=f, flush=True)
             kw = dict(stdout=f, stderr=subprocess.STDOUT, env=env, start_new_session=True)
@@ -146,7 +146,12 @@ def stage2(report, name, options):
 
 
 def suite(config, report):
-    report.run("pytest", f"-m pytest -q -p no:cacheprovider {script('tests')}", lambda output: output.strip().splitlines()[-1])
+    def last(output):
+        return output.strip().splitlines()[-1]
+
+    tests = "-m pytest -q -p no:cacheprovider"
+    report.run("tests that want a GPU", f"{tests} {script('tests/test_cuda.py')}", last, NERV_TEST_GPU="1")
+    report.run("all others, which see none", f"{tests} -m 'not weights' {script('tests')}", last)
 
 
 def steps(config, report):

@@ -74,7 +74,7 @@ def test_its_programs_know_their_options(report, monkeypatch):
     """Every command of every part, as on a GPU: the file is there, and takes the options."""
     commands = []
 
-    def run(what, command, read, seconds=None):
+    def run(what, command, read, seconds=None, **env):
         commands.append(shlex.split(command))
         return True
 
@@ -100,7 +100,7 @@ def test_its_programs_know_their_options(report, monkeypatch):
             name, options = path.removeprefix(f"{ROOT}/"), command[command.index(path) + 1 :]
         if name in parsers:
             utils.parse_options(parsers[name][0], "", parsers[name][1], options)
-    assert seen == {*parsers, "tests"}
+    assert seen == {*parsers, "tests", "tests/test_cuda.py"}
 
 
 def test_steps_of_both_trainings_here(tmp_path, monkeypatch, capsys):
