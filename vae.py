@@ -298,9 +298,8 @@ def choose_memory(config, make, rows, world, card):
     taken, way = sum(predicts[-1](rows).values()) / 2**30, "no number of parts (--accumulate) fits either"
     if parts:
         way, choice = f"--accumulate {parts * config.accumulate} would fit", -1
-    return choices[
-        choice
-    ], f"warning: {rows} clips at a time take about {taken:.0f} GiB, this GPU has {card / 2**30:.0f}; {way}"
+    warning = f"warning: {rows} clips at a time take about {taken:.0f} GiB, this GPU has {card / 2**30:.0f}; {way}"
+    return choices[choice], warning
 
 
 def main(argv=None, decoder=nerv.NeRV):
@@ -315,30 +314,30 @@ def main(argv=None, decoder=nerv.NeRV):
         raise UserError("one clip at a time leaves batch norm nothing to compare with: use a larger --batch-size")
     utils.make_parent(config.out)
     torch.manual_seed(config.seed)
-    sizes = {k: getattr(config, k) for k in SIZES}
-
-    def networks(pretrained=True):
-        """The autoencoder, and the discriminator and LPIPS or None."""
-        autoencoder = VAE(nerv_config, ENCODERS[config.preset], decoder)
-        perceptual = losses.LPIPS(config.lpips, pretrained) if config.lpips != "none" else None
-        discriminator = losses.Discriminator(losses.DiscriminatorConfig(config.gan_width)) if config.gan_weight else None
-        return autoencoder, discriminator, perceptual
-
     try:
-        nerv_config = dataclasses.replace(nerv.CONFIGS[config.preset], **sizes)
-        vae, discriminator, perceptual = (network and network.to(device) for network in networks())
+        nerv_config = dataclasses.replace(nerv.CONFIGS[config.preset], **{k: getattr(config, k) for k in SIZES})
+        vae = VAE(nerv_config, ENCODERS[config.preset], decoder).to(device)
     except ValueError as error:
         raise UserError(str(error)) from None
+    train_set = data.open_dataset(config, "train")
+    test_set = data.open_dataset(config, "test", train_set.classes)
+    held_out, _ = data.fixed_clips(test_set, 64)
+
+    def judges(pretrained=True):
+        """The discriminator and LPIPS, or None for what is not asked for."""
+        discriminator = losses.Discriminator(losses.DiscriminatorConfig(config.gan_width)) if config.gan_weight else None
+        return discriminator, losses.LPIPS(config.lpips, pretrained) if config.lpips != "none" else None
+
+    discriminator, perceptual = (network and network.to(device) for network in judges())
     if discriminator:
         discriminator.to(memory_format=torch.channels_last_3d)  # twice as fast on a CPU
     vae.encoder.recompute, advice = config.recompute == "on", ""
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device).total_memory
-        vae.encoder.recompute, advice = choose_memory(config, partial(networks, pretrained=False), rows, world, card)
+        vae.encoder.recompute, advice = choose_memory(
+            config, lambda: (VAE(nerv_config, vae.encoder_config, decoder), *judges(pretrained=False)), rows, world, card
+        )
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
-    train_set = data.open_dataset(config, "train")
-    test_set = data.open_dataset(config, "test", train_set.classes)
-    held_out, _ = data.fixed_clips(test_set, 64)
 
     def adamw(network):
         optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
