@@ -9,6 +9,8 @@ from pathlib import Path
 # A test that wants a GPU is run with NERV_TEST_GPU=1.
 if not os.environ.get("NERV_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Scripts that the tests start have a thread each: two would wait for each other wherever a core has other work.
+THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -28,7 +30,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "weights: takes pretrained weights, which make test-weights fetches first")
 
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+torch.set_num_threads(THREADS)
 
 
 def script(name, *args, cwd, **kw):
