@@ -486,6 +486,23 @@ def test_cpus_compute_in_float32_unless_asked_otherwise(monkeypatch):
     assert asked == [False]
 
 
+def test_every_script_that_picks_a_gpu_sets_it_up(monkeypatch):
+    """Trainings and sampling alike: TF32 where autocast leaves float32, on the card of this process."""
+    chosen, cudnn = [], torch.backends.cudnn
+    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    try:
+        torch.set_float32_matmul_precision("highest")
+        assert utils.pick_device("auto") == torch.device("cuda:1") and chosen == [torch.device("cuda:1")]
+        assert (torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark) == ("high", True, True)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        cudnn.allow_tf32, cudnn.benchmark = before[1:]
+
+
 def test_blocks_computed_again_give_the_same_gradient_and_keep_less():
     def keeps(recompute):
         torch.manual_seed(0)
