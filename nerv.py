@@ -166,6 +166,7 @@ def double(x):
 
 
 def double_by_slices(x):
+    """double(x) on a GPU: sums of neighbours, one dimension after the other."""
     for dim in (-2, -1):
         last = x.shape[dim] - 1
         before = torch.cat([x.narrow(dim, 0, 1), x.narrow(dim, 0, last)], dim)

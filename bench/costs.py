@@ -1,4 +1,4 @@
-"""What it costs, computed and measured: `python -m bench.costs costs | memory | train | shares | processes | latents`.
+"""What it costs, computed and measured: `python -m bench.costs costs | memory | train | shares | processes | latents | lpips`.
 
 costs      parameters, latent size, FLOPs and memory of the presets, from shapes alone (no weights are made)
 memory     what a training step takes of a GPU, from shapes alone, and the options that make it fit cards of 24 to 141 GB
@@ -140,7 +140,7 @@ def stage2_memory(preset, rows, bf16=True):
 
 
 def memory_table(config):
-    """Every preset but nano with LPIPS and discriminator, eager in bfloat16, at the paper's 32 clips a step."""
+    """Every preset but nano with LPIPS and discriminator, eager in bfloat16, at their 32 clips a step."""
 
     def options(found):
         if found is None:
@@ -160,22 +160,12 @@ def memory_table(config):
                 advice = [options(memory.plan(predicts, 32 // count, card * 2**30, count)) for count in (8, 1)]
                 yield [preset, *takes, stage2, f"{card} GB", *most, *advice]
 
-    header = [
-        "preset",
-        "4 clips",
-        "recomputed",
-        "32 clips",
-        "recomputed",
-        "stage 2, 8 clips",
-        "card",
-        "clips fit",
-        "recomputed",
-    ]
-    table([*header, "8 cards, 32 clips a step", "1 card, 32 clips a step"], rows())
-    print(
-        "\nGiB of a process that takes so many clips at a time, eager, in bfloat16; compiled code takes less. recomputed: with"
-    )
-    print("--recompute on, for one more forward pass of the encoder. A tenth of each card is kept free.")
+    table(
+        ["preset", "4 clips", "recomputed", "32 clips", "recomputed", "stage 2, 8 clips", "card", "clips fit", "recomputed",
+         "8 cards, 32 clips a step", "1 card, 32 clips a step"], rows(),
+    )  # fmt: skip
+    print("\nGiB of a process that takes so many clips at a time, eager, in bfloat16; compiled code takes less.")
+    print("recomputed: with --recompute on, for one more forward pass of the encoder. A tenth of each card is kept free.")
 
 
 def count(network):
@@ -204,6 +194,11 @@ def seconds_per_step(command, directory, steps, threads=None):
         rows = list(csv.DictReader(f))
     elapsed = float(rows[-1]["seconds"]) - float(rows[0]["seconds"])
     return elapsed / (int(rows[-1]["step"]) - int(rows[0]["step"])), done.stdout
+
+
+def peak_in(output):
+    """What a training says of its peak memory, "1.25 GiB"."""
+    return next(line.removeprefix("peak memory ") for line in output.splitlines() if line.startswith("peak memory"))
 
 
 def script(name):
@@ -268,10 +263,9 @@ def train(config):
                         yield [*row, "out of memory", "", "", "", ""]
                         continue
                     reference = reference or seconds
-                    used = [line.split()[-2] for line in out.splitlines() if line.startswith("peak memory")]
                     share = f"{100 * work * batch_size / seconds / peak:.1f} %" if cuda else "not measured"
                     yield [*row, f"{1 / seconds:.2f}", f"{batch_size / seconds:.1f}", f"{reference / seconds:.2f}",
-                           f"{used[0]} GiB", share]  # fmt: skip
+                           peak_in(out), share]  # fmt: skip
 
         header = ["loop", "preset", "batch", "mode", "steps / s", "clips / s", "times the first", "memory"]
         header.append("share of the matrix peak")
@@ -375,14 +369,12 @@ def lpips(config):
             command += ["--lpips", backbone, "--gan-weight", 0]
             with tempfile.TemporaryDirectory() as directory:
                 seconds, out = seconds_per_step(command, Path(directory), config.steps)
-            runs[backbone].append(
-                (seconds, [line.split()[-2] for line in out.splitlines() if line.startswith("peak memory")][0])
-            )
+            runs[backbone].append((seconds, peak_in(out)))
         alone, _ = min(runs["none"])
         for backbone, measured in runs.items():
-            seconds, memory = min(measured)
+            seconds, peak = min(measured)
             row = [f"{size} × {size}", backbone, f"{seconds:.2f}", f"{seconds - alone:.2f}", f"{seconds / alone:.2f}"]
-            rows.append([*row, f"{memory} GiB"])
+            rows.append([*row, peak])
     frames = vae.preset_defaults(vae.Config(preset=config.preset)).get("decode_frames", 16)
     print(f"preset {config.preset}, {config.batch_size} clips a step, {frames} frames of each are decoded and judged")
     table(["frames", "backbone", "s a step", "of that LPIPS", "times none", "memory"], rows)
