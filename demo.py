@@ -92,6 +92,7 @@ def main():
     ckpt = utils.load_checkpoint(dit_pt, "dit", "python demo.py")
     model, vae, scale = dit.load_dit(ckpt)
     device, c, classes, stage1 = torch.device("cpu"), vae.nerv_config, ckpt["classes"], ckpt["vae"]["config"]
+    stage1 |= {"data_dir": config.data_dir or stage1.get("data_dir", "")}  # an export has none
     train_set, test_set = (data.open_dataset(Stage1(**stage1), role, classes) for role in ("train", "test"))
     clips, labels = data.fixed_clips(test_set, 20 * len(classes))
     decoded = reconstruct(vae, clips, device)
