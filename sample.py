@@ -7,11 +7,13 @@ python sample.py --interp a.mp4 b.mp4             … or of two videos from file
 python sample.py --time-scale 8 --extrapolate 4   8 × as many frames, and 4 beyond the end
 python sample.py --reconstruct a.mp4 b.mp4        real videos through stage 1
 python sample.py --predict a.mp4 b.mp4            go on from the first frames of real videos (dit.py --cond-frames 5)
+python sample.py --export out.pt                  the checkpoint itself, as small as it goes, for others to use
 """
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -49,6 +51,7 @@ class Config:
     device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
     bf16: str = option("machine", "auto", "bfloat16 autocast; auto: with CUDA", choices=["auto", "on", "off"])
     out_dir: str = option("output", "out/samples", "where the videos go")
+    export: str = option("output", "", "write --ckpt here in half precision, without training state and paths, and end")
 
 
 class Sampler:
@@ -182,8 +185,20 @@ def predict(sampler, config):
         print(f"of the mean of {config.count} predictions {averaged:.2f} dB, of the mean of the given frames {mean:.2f} dB")
 
 
+def export(source, out):
+    """Write the checkpoint `source` to the new file `out` as others need it, and no more (utils.exported)."""
+    ckpt = utils.load_checkpoint(source, ("dit", "vae"), "python dit.py")
+    if Path(out).exists():
+        raise UserError(f"--export {out}: this file is there already, and is left alone: name another")
+    utils.save_checkpoint(out, **utils.exported(ckpt))
+    before, after = (Path(path).stat().st_size / 1e6 for path in (source, out))
+    print(f"wrote {out}, {after:.2f} MB, from {source}, {before:.2f} MB")
+
+
 def main():
     config = utils.parse_options(Config, __doc__)
+    if config.export:
+        return export(config.ckpt, config.export)
     utils.check_positive(config, "count", "interp_steps", "time_scale", "stride", "fps", "batch_size")
     dit.check_steps(config.steps)
     if config.extrapolate < 0:

@@ -13,7 +13,7 @@ strings, so that it loads with weights_only=True and never executes code:
     training  what going on takes and using does not: the parameters themselves, optimizers, the count of skipped steps
 
 Each stage adds entries of its own: the sizes of its networks and the name of their class, and stage 2 the latent scale and all
-of stage 1.
+of stage 1. An export (`sample.py --export`) is a checkpoint too, without `training` and with ema in float16: see exported().
 """
 
 import argparse
@@ -421,6 +421,26 @@ def git_revision():
         return ""
 
 
+PRIVATE = {"data_dir", "cache_dir", "device", "ckpt", "out", "run_dir"}  # settings that tell of a machine: paths, a card
+
+
+def exported(ckpt):
+    """What others need of a checkpoint: no `training`, no PRIVATE setting (they are then at their defaults), ema in float16.
+
+    Networks load it into float32. What is out of float16's range stays in float32, and so do batch norm's statistics, 1 % of
+    the nano VAE: its means reach 30 deviations, and their rounding would cost the tokens about as much as all else.
+    """
+
+    def short(name, x):
+        half = x.half()
+        return half if "running_" not in name and (half - x).norm() <= 2**-11 * x.norm() else x
+
+    config = {name: value for name, value in ckpt["config"].items() if name not in PRIVATE}
+    ckpt = ckpt | {"config": config, "ema": {name: short(name, x) for name, x in ckpt["ema"].items()}}
+    ckpt.pop("training", None)
+    return ckpt | ({"vae": exported(ckpt["vae"])} if "vae" in ckpt else {})
+
+
 # Settings that do not change what a training has learned so far, and may differ on --resume.
 FREE = {
     "steps",
@@ -448,6 +468,8 @@ def resume(config, stage, **network):
     if not (config.resume and Path(config.out).is_file()):
         return None
     ckpt = load_checkpoint(config.out, stage, f"python {stage}.py")
+    if "training" not in ckpt:
+        raise UserError(f"{config.out} is an export without the training state: --resume goes on from the original")
     now = dataclasses.asdict(config)
     then = dataclasses.asdict(type(config)()) | ckpt["config"]  # an option that is newer than the checkpoint was at its default
     for name in now:
