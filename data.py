@@ -26,11 +26,12 @@ from tqdm import tqdm
 
 from common import progress, utils, video
 from common.cache import FrameCache, prepare
-from common.drawn import Shapes
+from common.drawn import CELL, CLONE, Shapes, Sprites
 from common.utils import UserError, option
 
-DATASETS = ("shapes", "folder", "ucf", "kinetics", "taichi", "sky")
-STRIDES = {"taichi": 4}  # the paper's, where it is not 1
+DATASETS = ("shapes", "sprites", "folder", "ucf", "kinetics", "taichi", "sky")
+# Options of each, unless named: the paper's stride; one loop at the size it is drawn at.
+DEFAULTS = {"taichi": {"stride": 4}, "sprites": {"resolution": CELL, "num_frames": 8}}
 AUTO_CACHE = 8 * 2**30  # bytes of frames up to which a training prepares a cache without being asked
 
 
@@ -108,8 +109,15 @@ def find_sky(root, role, split):
 
 TEST_NAMES = ("test", "val", "validate", "validation")
 FIND = {"folder": find_folder, "ucf": find_ucf, "kinetics": find_kinetics, "taichi": find_taichi, "sky": find_sky}
-DEFAULT_DIRS = {"ucf": "data/UCF-101", "kinetics": "data/kinetics600", "taichi": "data/taichi", "sky": "data/sky_timelapse"}
+DEFAULT_DIRS = {
+    "sprites": "data/Sprites",
+    "ucf": "data/UCF-101",
+    "kinetics": "data/kinetics600",
+    "taichi": "data/taichi",
+    "sky": "data/sky_timelapse",
+}
 SOURCES = {
+    "sprites": f"{CLONE} {DEFAULT_DIRS['sprites']}",
     "ucf": "https://www.crcv.ucf.edu/data/UCF101.php",
     "kinetics": "https://github.com/cvdfoundation/kinetics-dataset",
     "taichi": "https://github.com/AliaksandrSiarohin/video-preprocessing",
@@ -126,6 +134,7 @@ def locate(root, what, fits):
 
 
 LOOKS = {
+    "Sprites": f"it should hold body/0.png, hair/0.png and so on, as `{CLONE}` makes it",
     "UCF-101": "it should hold ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi and so on",
     "Kinetics": "it should hold train/ and val/, and a CSV for each that names the classes unless they are sub-folders",
     "TaiChi-HD": "it should hold train/ and test/ with MP4s or folders of frames",
@@ -137,16 +146,30 @@ def missing(listed, items):
     return [f"{len(listed) - len(items)} of {len(listed)} videos in the list are not there"] if len(items) < len(listed) else []
 
 
-def find_videos(config, role):
-    """What --dataset, --data-dir and --split name: (root, [(path, class name)], class names, notes on what was left out)."""
+def find_root(config):
+    """The directory that --data-dir or the data set names. UserError, with where to get it, where it is not there."""
     name = config.dataset
     root = Path(config.data_dir or DEFAULT_DIRS.get(name, ""))
     if not config.data_dir and name == "folder":
         raise UserError("--dataset folder needs --data-dir PATH, a directory of videos with a sub-folder per class")
     if not root.is_dir():
-        where = f": download it, see {SOURCES[name]}, or name the place with --data-dir" if name in SOURCES else ""
+        where = f": download it ({SOURCES[name]}), or name the place with --data-dir" if name in SOURCES else ""
         raise UserError(f"there is no directory {root}{where or ': name one that holds videos with --data-dir'}")
-    root, items, classes, notes = FIND[name](root, role, config.split)
+    return root
+
+
+def open_sprites(config, role):
+    """The Sprites in --data-dir, or in a directory in it or around it. UserError for options that have no meaning there."""
+    if config.flip or config.crop_scale < 1:
+        raise UserError("sprites are neither mirrored, left would be right, nor cropped: leave out --flip and --crop-scale")
+    root = locate(find_root(config), "Sprites", lambda p: (p / "body").is_dir() and (p / "hair").is_dir())
+    return Sprites(root, role, config.resolution, config.num_frames, config.stride)
+
+
+def find_videos(config, role):
+    """What --dataset, --data-dir and --split name: (root, [(path, class name)], class names, notes on what was left out)."""
+    root = find_root(config)
+    root, items, classes, notes = FIND[config.dataset](root, role, config.split)
     if not items:
         raise UserError(f"{root} holds no videos ({' '.join(video.VIDEO_SUFFIXES)}, frames): name another with --data-dir")
     return root, items, classes, notes
@@ -305,6 +328,8 @@ def open_dataset(config, role, classes=None):
     """
     if config.dataset == "shapes":
         return Shapes(role, config.resolution, config.num_frames)
+    if config.dataset == "sprites":
+        return open_sprites(config, role)
     root, items, names, _ = find_videos(config, role)
     if names == [""]:  # no sub-folders
         names = [classes[0] if classes and len(classes) == 1 else root.resolve().name]
@@ -465,10 +490,14 @@ def describe(root, items, notes, span, skipped):
 
 
 def main():
-    config = utils.parse_options(Config, __doc__, lambda args: {"stride": STRIDES.get(args.dataset, 1)})
+    config = utils.parse_options(Config, __doc__, lambda args: DEFAULTS.get(args.dataset, {}))
     utils.check_positive(config, "resolution", "num_frames", "stride")
     skipped = {}
-    if config.dataset != "shapes":
+    if config.dataset == "sprites":
+        train, test = (open_dataset(config, role) for role in ("train", "test"))
+        print(f"{len(train.characters)} characters to train on and {len(test.characters)} held out, in {train.root}")
+        print(f"each in {len(train.classes)} classes: {', '.join(train.classes)}")
+    elif config.dataset != "shapes":
         root, items, _, notes = find_videos(config, "train")
         if config.prepare or config.verify:
             directory = cache_directory(config, root, decoded_size(config, "train"))
