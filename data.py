@@ -1,4 +1,4 @@
-"""Data sets: the built-in shapes, and the videos that people have on their disks. Clips go out in a fixed order, fast.
+"""Data sets: those that are drawn, and the videos that people have on their disks. Clips go out in a fixed order, fast.
 
 A data set gives `dataset[i]` -> (uint8 frames [T, H, W, 3], label), for any i >= 0; i, i + len, i + 2 len, … are other clips of
 the same video. The networks take `video.to_clip` of that. The first thing to run on a new data set is
@@ -26,83 +26,13 @@ from tqdm import tqdm
 
 from common import progress, utils, video
 from common.cache import FrameCache, prepare
+from common.drawn import CELL, CLONE, Shapes, Sprites
 from common.utils import UserError, option
 
-DATASETS = ("shapes", "folder", "ucf", "kinetics", "taichi", "sky")
-STRIDES = {"taichi": 4}  # the paper's, where it is not 1
+DATASETS = ("shapes", "sprites", "folder", "ucf", "kinetics", "taichi", "sky")
+# Options of each, unless named: the paper's stride; one loop at the size it is drawn at.
+DEFAULTS = {"taichi": {"stride": 4}, "sprites": {"resolution": CELL, "num_frames": 8}}
 AUTO_CACHE = 8 * 2**30  # bytes of frames up to which a training prepares a cache without being asked
-KEPT_SHAPES = 2**29  # bytes of drawn frames that Shapes keeps: all 8192 clips of the nano preset, 682 at 128 x 128
-
-
-SHAPES = ("square", "triangle", "ring")
-MOTIONS = ("sideways", "updown", "circle")
-
-
-class Shapes:
-    """One bright shape moves over a background of two muted colours; class = shape × motion, drawn when asked for.
-
-    Clip i of a role, train or test, is the same at every call and on every machine: its random numbers are seeded by
-    (seed, role, i). Classes take turns, so that any run of len(classes) neighbours holds one clip of each.
-    """
-
-    classes = tuple(f"{shape}_{motion}" for shape in SHAPES for motion in MOTIONS)
-    decodes = False
-
-    def __init__(self, role="train", resolution=32, num_frames=16, length=None, seed=0):
-        self.role, self.resolution, self.num_frames, self.seed = role, resolution, num_frames, seed
-        self.length = length or {"train": 8192, "test": 512}[role]
-        self.cache = {}  # frames by index: those drawn first, as many as KEPT_SHAPES allows
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, i):
-        i %= self.length
-        frames = self.cache.get(i)
-        if frames is None:
-            frames = self.draw(i)
-            # Clips come back in a new order, so that those drawn first are as good as any; the latest ones would all be gone.
-            if (len(self.cache) + 1) * frames.nbytes <= KEPT_SHAPES:
-                self.cache[i] = frames
-        return frames, i % len(self.classes)
-
-    def name(self, i):
-        return f"clip {i % self.length}"
-
-    def draw(self, i, t=None):
-        """Clip i as uint8 frames [T, H, W, 3], at the frame positions t [T], real-valued (default: all of the clip)."""
-        t = np.arange(self.num_frames) if t is None else np.asarray(t)
-        label = i % len(self.classes)
-        shape, motion = SHAPES[label // len(MOTIONS)], MOTIONS[label % len(MOTIONS)]
-        rng = np.random.default_rng([self.seed, self.role == "test", i])
-        # Paths are sines and circles around a centre, one turn in a clip; lengths are in half frame widths.
-        phase, radius, reach = rng.uniform(-math.pi / 4, math.pi / 4), rng.uniform(0.42, 0.52), rng.uniform(0.25, 0.4)
-        centre = rng.uniform(-0.08, 0.08, 2)
-        angle = 2 * math.pi * t / self.num_frames + phase
-        path_x = centre[0] + reach * np.cos(angle) * (motion != "updown")
-        path_y = centre[1] + reach * np.sin(angle) * (motion != "sideways")
-
-        pixel = 2 / self.resolution
-        grid = (np.arange(self.resolution) + 0.5) * pixel - 1
-        x = np.float32(grid - path_x[:, None])[:, None, :]  # [T, 1, W], relative to the shape's centre
-        y = np.float32(grid - path_y[:, None])[:, :, None]  # [T, H, 1]
-        if shape == "square":
-            distance = np.maximum(abs(x), abs(y)) - 0.85 * radius
-        elif shape == "triangle":
-            distance = np.maximum(abs(x) * 0.866 - y * 0.5, y) - 0.6 * radius
-        else:
-            distance = abs(np.hypot(x, y) - 0.75 * radius) - 0.25 * radius
-        cover = np.clip(0.5 - distance / pixel, 0, 1)  # [T, H, W], antialiased
-
-        colour = rng.permutation([rng.uniform(0.9, 1), rng.uniform(0.6, 1), rng.uniform(0.5, 0.7)])
-        ends = rng.uniform(0, 0.4, (2, 3))
-        tilt = rng.uniform(0, 2 * math.pi)
-        ramp = 0.5 + 0.35 * (math.cos(tilt) * grid[None, :] + math.sin(tilt) * grid[:, None])  # [H, W]
-        video = np.empty((*cover.shape, 3), np.uint8)
-        for c in range(3):  # one channel at a time: broadcasting along three is slow
-            background = np.float32(ends[0, c] + (ends[1, c] - ends[0, c]) * ramp)
-            video[..., c] = ((background + cover * (np.float32(colour[c]) - background)) * 255).round()
-        return video
 
 
 # --------------------------------------------------------------------------------------------- layouts, as they are distributed
@@ -179,8 +109,15 @@ def find_sky(root, role, split):
 
 TEST_NAMES = ("test", "val", "validate", "validation")
 FIND = {"folder": find_folder, "ucf": find_ucf, "kinetics": find_kinetics, "taichi": find_taichi, "sky": find_sky}
-DEFAULT_DIRS = {"ucf": "data/UCF-101", "kinetics": "data/kinetics600", "taichi": "data/taichi", "sky": "data/sky_timelapse"}
+DEFAULT_DIRS = {
+    "sprites": "data/Sprites",
+    "ucf": "data/UCF-101",
+    "kinetics": "data/kinetics600",
+    "taichi": "data/taichi",
+    "sky": "data/sky_timelapse",
+}
 SOURCES = {
+    "sprites": f"{CLONE} {DEFAULT_DIRS['sprites']}",
     "ucf": "https://www.crcv.ucf.edu/data/UCF101.php",
     "kinetics": "https://github.com/cvdfoundation/kinetics-dataset",
     "taichi": "https://github.com/AliaksandrSiarohin/video-preprocessing",
@@ -197,6 +134,7 @@ def locate(root, what, fits):
 
 
 LOOKS = {
+    "Sprites": f"it should hold body/0.png, hair/0.png and so on, as `{CLONE}` makes it",
     "UCF-101": "it should hold ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi and so on",
     "Kinetics": "it should hold train/ and val/, and a CSV for each that names the classes unless they are sub-folders",
     "TaiChi-HD": "it should hold train/ and test/ with MP4s or folders of frames",
@@ -208,16 +146,30 @@ def missing(listed, items):
     return [f"{len(listed) - len(items)} of {len(listed)} videos in the list are not there"] if len(items) < len(listed) else []
 
 
-def find_videos(config, role):
-    """What --dataset, --data-dir and --split name: (root, [(path, class name)], class names, notes on what was left out)."""
+def find_root(config):
+    """The directory that --data-dir or the data set names. UserError, with where to get it, where it is not there."""
     name = config.dataset
     root = Path(config.data_dir or DEFAULT_DIRS.get(name, ""))
     if not config.data_dir and name == "folder":
         raise UserError("--dataset folder needs --data-dir PATH, a directory of videos with a sub-folder per class")
     if not root.is_dir():
-        where = f": download it, see {SOURCES[name]}, or name the place with --data-dir" if name in SOURCES else ""
+        where = f": download it ({SOURCES[name]}), or name the place with --data-dir" if name in SOURCES else ""
         raise UserError(f"there is no directory {root}{where or ': name one that holds videos with --data-dir'}")
-    root, items, classes, notes = FIND[name](root, role, config.split)
+    return root
+
+
+def open_sprites(config, role):
+    """The Sprites in --data-dir, or in a directory in it or around it. UserError for options that have no meaning there."""
+    if config.flip or config.crop_scale < 1:
+        raise UserError("sprites are neither mirrored, left would be right, nor cropped: leave out --flip and --crop-scale")
+    root = locate(find_root(config), "Sprites", lambda p: (p / "body").is_dir() and (p / "hair").is_dir())
+    return Sprites(root, role, config.resolution, config.num_frames, config.stride)
+
+
+def find_videos(config, role):
+    """What --dataset, --data-dir and --split name: (root, [(path, class name)], class names, notes on what was left out)."""
+    root = find_root(config)
+    root, items, classes, notes = FIND[config.dataset](root, role, config.split)
     if not items:
         raise UserError(f"{root} holds no videos ({' '.join(video.VIDEO_SUFFIXES)}, frames): name another with --data-dir")
     return root, items, classes, notes
@@ -376,6 +328,8 @@ def open_dataset(config, role, classes=None):
     """
     if config.dataset == "shapes":
         return Shapes(role, config.resolution, config.num_frames)
+    if config.dataset == "sprites":
+        return open_sprites(config, role)
     root, items, names, _ = find_videos(config, role)
     if names == [""]:  # no sub-folders
         names = [classes[0] if classes and len(classes) == 1 else root.resolve().name]
@@ -536,10 +490,14 @@ def describe(root, items, notes, span, skipped):
 
 
 def main():
-    config = utils.parse_options(Config, __doc__, lambda args: {"stride": STRIDES.get(args.dataset, 1)})
+    config = utils.parse_options(Config, __doc__, lambda args: DEFAULTS.get(args.dataset, {}))
     utils.check_positive(config, "resolution", "num_frames", "stride")
     skipped = {}
-    if config.dataset != "shapes":
+    if config.dataset == "sprites":
+        train, test = (open_dataset(config, role) for role in ("train", "test"))
+        print(f"{len(train.characters)} characters to train on and {len(test.characters)} held out, in {train.root}")
+        print(f"each in {len(train.classes)} classes: {', '.join(train.classes)}")
+    elif config.dataset != "shapes":
         root, items, _, notes = find_videos(config, "train")
         if config.prepare or config.verify:
             directory = cache_directory(config, root, decoded_size(config, "train"))

@@ -394,7 +394,7 @@ def main(config=None):
         "command": "python evaluate.py " + shlex.join(sys.argv[1:]),
         "data": f"{settings.dataset} {settings.data_dir}: {len(held_out)} held-out and {len(train_set)} training videos",
         "clips": f"{settings.num_frames} frames of {settings.resolution} x {settings.resolution}, stride {settings.stride}",
-        "features": f"{detector.meta['features']}, protocol {config.protocol}",
+        "features": f"{detector.meta['features']}, protocol {config.protocol}{fvd.loops(settings.num_frames)}",
     }
     if lpips:
         about["LPIPS"] = weights.title(f"lpips-{config.lpips}")
@@ -407,7 +407,7 @@ def main(config=None):
     if model:
         shown |= {"a training clip": made["shown_real"], "generated, of its class": made["shown"]}
     write_report(out / "report.html", results, about, skipped, curves, shown)
-    print()
+    print(f"\n{about['features']}")
     for title, r in results.items():
         print(f"{title:<45} {shown_value(r):<14} {interval(r):<24} {r['clips']} clips")
     print(f"{len(skipped)} videos skipped; wrote {out / 'results.json'} and {out / 'report.html'}")

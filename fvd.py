@@ -223,7 +223,8 @@ class Detector:
     """Clips to features, as a protocol has it: detector(clips) -> float32 [B, 400] on the CPU.
 
     Clips are frames as they are in files, uint8 [B, T, H, W, 3] of any size, or float [B, T, 3, H, W] in [-1, 1], which are
-    rounded to such frames first, since reference implementations do. `meta` says what the features are; Statistics keep it.
+    rounded to such frames first, since reference implementations do. Clips too short for I3D count as loops: see `plays`.
+    `meta` says what the features are; Statistics keep it.
     """
 
     def __init__(self, network, name, protocol="stylegan-v", device="cpu", size=SIZE):
@@ -234,14 +235,12 @@ class Detector:
 
     @torch.inference_mode()
     def __call__(self, clips, names=None):
-        """UserError for pixels or features that are not finite, with the names of the clips, and for too few frames."""
+        """UserError for pixels or features that are not finite, with the names of the clips."""
         clips, names = torch.as_tensor(clips), names or [f"clip {i}" for i in range(len(clips))]
-        if clips.shape[1] < SHORTEST:
-            raise UserError(f"clips of {clips.shape[1]} frames are too short for I3D: it takes {SHORTEST} or more (--frames)")
         if clips.is_floating_point():
             check_finite(clips, names, "pixels")
             clips = torch.as_tensor(video.to_frames(clips))
-        clips = clips.to(self.device)
+        clips = clips.to(self.device).repeat(1, plays(clips.shape[1]), 1, 1, 1)
         within = self.scripted and self.protocol.frame == "square"  # StyleGAN-V's detector scales and resizes by itself
         if within:
             pixels = central_square(clips).permute(0, 4, 1, 2, 3).float()
@@ -252,6 +251,16 @@ class Detector:
             features = self.network(pixels, **options).float().cpu()
         check_finite(features, names, "features")
         return features.numpy()
+
+
+def plays(frames):
+    """How often a clip of so many frames is played to the network: a loop that is shorter than I3D takes, more than once."""
+    return math.ceil(SHORTEST / frames)
+
+
+def loops(frames):
+    """What the line that states the protocol has to say about that, if anything."""
+    return f", each clip played {plays(frames)} times, since I3D takes {SHORTEST} frames or more" if plays(frames) > 1 else ""
 
 
 SETTINGS = threading.Lock()
@@ -559,7 +568,8 @@ def main():
     if config.save_stats:
         results[0].save(config.save_stats)
     lines += compare(*results, config)
-    print("{features}, protocol {protocol}, clips of {frames} frames, stride {stride}".format(**results[0].meta))
+    line = "{features}, protocol {protocol}, clips of {frames} frames, stride {stride}".format(**results[0].meta)
+    print(line + loops(config.frames))
     print("\n".join(lines))
 
 

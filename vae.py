@@ -219,7 +219,7 @@ class Config:
     cache: str = option("data", "auto", "decoded frames on disk; auto: of small data sets", choices=["auto", "on", "off"])
     cache_dir: str = option("data", "data/cache", "directory of these caches")
     workers: int = option("data", -1, "threads that decode where there is no cache; -1 is all cores")
-    preset: str = option("model", "", "sizes to start from; nano for shapes, else S, unless named", choices=list(nerv.CONFIGS))
+    preset: str = option("model", "", "sizes to start from; nano for drawn data, S for videos", choices=list(nerv.CONFIGS))
     resolution: int = option("model", 128, "height and width in pixels: 32, 64, 128, 256")
     num_frames: int = option("model", 16, "T, frames of a clip")
     num_tokens: int = option("model", 128, "N, weight tokens of a video")
@@ -265,11 +265,8 @@ class Config:
 
 def preset_defaults(args):
     """The defaults that --preset and --dataset imply."""
-    name = args.preset or ("nano" if args.dataset == "shapes" else "S")
-    defaults = {k: getattr(nerv.CONFIGS[name], k) for k in SIZES} | {
-        "preset": name,
-        "stride": data.STRIDES.get(args.dataset, 1),
-    }
+    name = args.preset or ("nano" if args.dataset in ("shapes", "sprites") else "S")
+    defaults = {k: getattr(nerv.CONFIGS[name], k) for k in SIZES} | {"preset": name} | data.DEFAULTS.get(args.dataset, {})
     if name == "nano":  # small enough for two CPU cores, and nothing to download
         defaults.update(steps=1500, batch_size=16, decode_frames=2, lr=1e-3, warmup=50, kl_weight=1e-6, ema=0.99)
         defaults.update(lpips="none", gan_weight=0.0, gan_start=1000, gan_warmup=100, gan_every=1, gan_lr=1.0, gan_width=8)

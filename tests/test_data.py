@@ -10,7 +10,7 @@ from conftest import ROOT, write_mp4
 from PIL import Image
 
 import data
-from common import video
+from common import drawn, video
 from common.utils import UserError
 from common.video import to_clip
 from data import Config, Shapes, Stream, endless, fixed_clips, open_dataset
@@ -106,19 +106,19 @@ def test_shapes_can_be_drawn_between_their_frames():
 
 
 def test_shapes_keep_what_they_drew_up_to_a_limit(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(Shapes, "draw", lambda self, i, draw=Shapes.draw: drawn.append(i) or draw(self, i))
-    monkeypatch.setattr(data, "KEPT_SHAPES", 10 * 4 * 32 * 32 * 3)
+    made = []
+    monkeypatch.setattr(Shapes, "draw", lambda self, i, draw=Shapes.draw: made.append(i) or draw(self, i))
+    monkeypatch.setattr(drawn, "KEPT_SHAPES", 10 * 4 * 32 * 32 * 3)
     shapes = Shapes(num_frames=4)
     before = [shapes[i][0] for i in range(30)]
-    assert len(shapes.cache) == 10 and sum(frames.nbytes for frames in shapes.cache.values()) <= data.KEPT_SHAPES
+    assert len(shapes.cache) == 10 and sum(frames.nbytes for frames in shapes.cache.values()) <= drawn.KEPT_SHAPES
     assert all(np.array_equal(shapes[i][0], frames) for i, frames in enumerate(before))
-    assert drawn == [*range(30), *range(10, 30)]
+    assert made == [*range(30), *range(10, 30)]
 
 
 @pytest.mark.parametrize("role", ["train", "test"])
 def test_all_of_the_nano_preset_is_drawn_once(role):
-    assert len(Shapes(role)) * Shapes(role)[0][0].nbytes <= data.KEPT_SHAPES
+    assert len(Shapes(role)) * Shapes(role)[0][0].nbytes <= drawn.KEPT_SHAPES
 
 
 # ------------------------------------------------------------------------------------------------------------------- folders

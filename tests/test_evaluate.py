@@ -68,6 +68,7 @@ def test_stage_1_is_what_its_parts_give(trained, tmp_path, detector):
     for r in results.values():
         assert r["low"] <= r["value"] <= r["high"] and r["clips"] == 20
     assert found["skipped"] == {} and "revision" in found["about"]["trained"]
+    assert found["about"]["features"] == "random stand-in, protocol stylegan-v"
 
 
 def test_stage_2_and_its_report(trained, tmp_path, detector, capsys):

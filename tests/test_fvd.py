@@ -193,8 +193,16 @@ def test_what_is_not_finite_is_named():
     clips[1, 4, 0, 3, 3] = math.nan
     with pytest.raises(UserError, match=r"^b\.mp4: there are pixels that are not finite$"):
         detector(clips, ["a.mp4", "b.mp4", "c.mp4"])
-    with pytest.raises(UserError, match="8 frames are too short .* 9 or more"):
-        detector(torch.zeros(1, 8, 3, 32, 32))
+
+
+@pytest.mark.parametrize("frames, times", [(8, 2), (4, 3), (1, 9), (9, 1), (16, 1)])
+def test_clips_too_short_for_i3d_are_played_as_loops(frames, times):
+    clips = np.random.default_rng(0).integers(0, 256, (2, frames, 32, 32, 3), np.uint8)
+    for network in (Means(), fvd.I3D.random()):
+        detector = fvd.Detector(network, "random I3D, seed 0", size=32)
+        assert np.array_equal(detector(clips), detector(np.concatenate([clips] * times, 1)))
+        assert np.allclose(detector(video.to_clip(clips)), detector(clips), rtol=1e-4, atol=1e-5)
+    assert (f"played {times} times" in fvd.loops(frames)) == (times > 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------- weights
@@ -720,6 +728,13 @@ def test_videos_that_cannot_be_used_are_skipped_counted_and_listed(call, folders
     assert status == 0 and "2 videos" in out
 
 
+def test_short_clips_are_loops_and_the_protocol_says_so(call, folders):
+    status, out, _ = call(f"{folders}/real {folders}/generated --frames 8")
+    assert status == 0 and number(out) > 0
+    assert "clips of 8 frames, stride 1, each clip played 2 times, since I3D takes 9 frames or more\n" in out
+    assert "played" not in call(f"{folders}/real {folders}/generated --frames 9")[1]
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
@@ -728,7 +743,6 @@ def test_videos_that_cannot_be_used_are_skipped_counted_and_listed(call, folders
         ("real none", ["none holds no videos"]),
         ("real one", ["1 of the videos in one give a clip, and a distance takes two or more"]),
         ("real generated --stride 9", ["0 of the videos in real", ".mp4, for one: it has", "a clip takes 136"]),
-        ("real generated --frames 8", ["clips of 8 frames are too short", "9 or more"]),
         ("real generated --videos 1", ["1 of the videos in real"]),
         ("real missing.npz", ["there is no file missing.npz"]),
         ("real mixed", ["mixed/", "128 x 128", "160 x 96", "must have one size"]),

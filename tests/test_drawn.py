@@ -1,0 +1,213 @@
+"""Sprites: which characters, which cells, laid over each other as PIL does. The layers here are small and made up."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, script
+from PIL import Image
+
+import data
+import demo
+import evaluate
+import fvd
+import vae
+from common import drawn, video
+from common.drawn import CELL, COLUMNS, LOOPS, Sprites
+from common.utils import UserError
+
+SHARED = ROOT.parent / "shared" / "data" / "sprites"
+SHEETS = [("shoes", 1), *((layer, k) for layer in drawn.ATTRIBUTES for k in range(6))]
+
+
+@pytest.fixture(scope="module")
+def layers(tmp_path_factory):
+    """Sheets of one translucent square per cell: place and colour follow from the layer, its number and the cell."""
+    root = tmp_path_factory.mktemp("Sprites")
+    for n, (layer, k) in enumerate(SHEETS):
+        rng = np.random.default_rng([n])
+        sheet = np.zeros((drawn.ROWS * CELL, COLUMNS * CELL, 4), np.uint8)
+        for cell in {c + COLUMNS * row for loop in LOOPS.values() for c in loop for row in range(3)}:
+            y, x = cell // COLUMNS * CELL, cell % COLUMNS * CELL
+            corner_y, corner_x = rng.integers(0, 24, 2)
+            part = sheet[y + corner_y : y + corner_y + 40, x + corner_x : x + corner_x + 40]
+            part[:] = rng.integers(0, 256, (40, 40, 4), np.uint8)  # alpha too, from 0 to 255
+            part[:10] = (*rng.integers(0, 256, 3), 255)
+        (root / layer).mkdir(exist_ok=True)
+        Image.fromarray(sheet).save(root / layer / f"{k}.png", compress_level=1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def train(layers):
+    return Sprites(layers)
+
+
+def test_characters_and_classes(layers, train):
+    test = Sprites(layers, "test")
+    assert (len(train), len(test)) == (9 * 1000, 9 * 296)
+    both = [*train.characters.tolist(), *test.characters.tolist()]
+    assert sorted(both) == list(range(6**4))  # each in one of the two roles
+    assert both[:4] == [1116, 1135, 17, 469] and both[1000:1004] == [884, 1285, 252, 297]  # on any machine
+    assert len(set(train.classes)) == 9 and train.classes[3] == "walk_left"
+    characters = [tuple(train.character(i).values()) for i in range(len(train))]
+    assert len(set(characters)) == 1000 and characters[::9] == characters[8::9]
+    for k in range(0, len(train), 9):
+        assert {train.label(i) for i in range(k, k + 9)} == set(range(9))
+
+
+@pytest.mark.parametrize("step", [9, 81, 90, 1125])
+def test_clips_that_are_spread_evenly_are_of_all_classes(train, step):
+    labels = Counter(train.label(i) for i in range(0, len(train), step))
+    assert len(labels) >= 7 and max(labels.values()) <= math.ceil(sum(labels.values()) / 4)
+
+
+def cell(root, layer, k, number):
+    y, x = number // COLUMNS * CELL, number % COLUMNS * CELL
+    return Image.open(root / layer / f"{k}.png").convert("RGBA").crop((x, y, x + CELL, y + CELL))
+
+
+TABLE = {  # the cells of each class, written out
+    "spellcard_left": "13 14 15 16 17 18 17 13",
+    "spellcard_front": "26 27 28 29 30 31 30 26",
+    "spellcard_right": "39 40 41 42 43 44 43 39",
+    "walk_left": "118 119 120 121 122 123 124 125",
+    "walk_front": "131 132 133 134 135 136 137 138",
+    "walk_right": "144 145 146 147 148 149 150 151",
+    "slash_left": "169 170 171 172 173 174 173 169",
+    "slash_front": "182 183 184 185 186 187 186 182",
+    "slash_right": "195 196 197 198 199 200 199 195",
+}
+
+
+def composed(root, dataset, i):
+    """Clip i the slow way: frame by frame, layer by layer, with PIL."""
+    number, frames = int(dataset.characters[i // 9]), []
+    body, bottom, top, hair = (number // 6**k % 6 for k in (3, 2, 1, 0))
+    for n in map(int, TABLE[dataset.classes[dataset[i][1]]].split()):
+        frame = Image.new("RGBA", (CELL, CELL), "black")
+        for layer, k in (("body", body), ("shoes", 1), ("bottomwear", bottom), ("topwear", top), ("hair", hair)):
+            frame = Image.alpha_composite(frame, cell(root, layer, k, n))
+        frames.append(np.asarray(frame.convert("RGB")))
+    return np.stack(frames)
+
+
+@pytest.mark.parametrize("i", [*range(9), 4321, 9000 + 4321])
+def test_clips_are_what_pil_composes(layers, train, i):
+    frames, label = train[i]
+    assert frames.dtype == np.uint8 and label == train.label(i % 9000)
+    assert np.array_equal(frames, composed(layers, train, i % 9000))
+    assert f"{train.classes[label]} of body" in train.name(i)
+
+
+def test_loops_are_repeated_cut_and_strided(layers, train):
+    assert np.array_equal(Sprites(layers, num_frames=19)[7][0], train[7][0][[*range(8), *range(8), 0, 1, 2]])
+    assert np.array_equal(Sprites(layers, num_frames=3)[7][0], train[7][0][:3])
+    assert np.array_equal(Sprites(layers, num_frames=5, stride=3)[7][0], train[7][0][[0, 3, 6, 1, 4]])
+
+
+def test_sizes(layers, train):
+    frames = train[3][0]
+    large, small = Sprites(layers, resolution=128)[3][0], Sprites(layers, resolution=32)[3][0]
+    assert np.array_equal(large, np.kron(frames, np.ones((1, 2, 2, 1), np.uint8)))  # whole pixels: edges stay
+    means = frames.reshape(8, 32, 2, 32, 2, 3).mean((2, 4))
+    assert small.shape == (8, 32, 32, 3) and abs(small - means).mean() < 0.6 * abs(frames[:, ::2, ::2] - means).mean()
+    assert Sprites(layers, resolution=48)[3][0].shape == (8, 48, 48, 3)
+
+
+def test_what_is_composed_is_kept_up_to_a_limit(layers, monkeypatch):
+    monkeypatch.setattr(drawn, "KEPT_SPRITES", 4 * 8 * 64 * 64 * 3)
+    dataset, made = Sprites(layers), []
+    monkeypatch.setattr(dataset, "draw", lambda i: made.append(i) or Sprites.draw(dataset, i))
+    before = [dataset[i][0] for i in range(6)]
+    assert all(np.array_equal(dataset[i][0], frames) for i, frames in enumerate(before))
+    assert made == [0, 1, 2, 3, 4, 5, 4, 5]
+
+
+def test_all_of_sprites_is_kept_at_its_own_size(train):
+    assert len(train) * train[0][0].nbytes <= drawn.KEPT_SPRITES
+
+
+CONFIG = data.Config("sprites", resolution=64, num_frames=8)
+
+
+def test_directories_around_and_within_are_understood(layers, tmp_path, monkeypatch, train):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "Sprites").symlink_to(layers)
+    monkeypatch.chdir(tmp_path)
+    for where in ("", str(layers), str(tmp_path / "data"), str(layers / "body")):
+        dataset = data.open_dataset(replace(CONFIG, data_dir=where), "train")
+        assert np.array_equal(dataset[11][0], train[11][0])
+
+
+def test_bad_input(layers, tmp_path, monkeypatch):
+    def error(where, **options):
+        with pytest.raises(UserError) as caught:
+            data.open_dataset(replace(CONFIG, data_dir=str(where), **options), "train")
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    monkeypatch.chdir(tmp_path)
+    assert "git clone https://github.com/YingzhenLi/Sprites data/Sprites" in error("")
+    (tmp_path / "empty" / "within").mkdir(parents=True)
+    assert "does not look like Sprites" in (line := error("empty/within")) and drawn.CLONE in line
+    for flag in ({"flip": True}, {"crop_scale": 0.8}):
+        assert "--flip and --crop-scale" in error(layers, **flag)
+
+    root = tmp_path / "copy"
+    for layer, k in SHEETS:
+        (root / layer).mkdir(parents=True, exist_ok=True)
+        (root / layer / f"{k}.png").symlink_to(layers / layer / f"{k}.png")
+    hair = root / "hair" / "5.png"
+    whole = hair.read_bytes()
+    hair.unlink()
+    assert f"{hair}: No such file" in (line := error(root)) and drawn.CLONE in line
+    for content, reason in ((b"", "empty"), (whole[: len(whole) // 2], "a damaged image"), (b"no PNG", "a damaged image")):
+        hair.write_bytes(content)
+        assert f"{hair}: {reason}" in (line := error(root)) and drawn.CLONE in line
+    Image.new("RGBA", (640, 64)).save(hair)
+    assert "it has 640 x 64 pixels, and a sheet 832 x 1344" in error(root)
+
+
+def test_preview(layers, tmp_path):
+    done = script("data.py", "--dataset", "sprites", "--data-dir", layers, "--preview", "out.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1000 characters to train on and 296 held out" in done.stdout and "slash_right" in done.stdout
+    assert Image.open(tmp_path / "out.png").width > 8 * 64
+
+
+def test_training_starts_with_one_loop_at_its_own_size():
+    for preset in ("", "nano", "S"):
+        given = vae.preset_defaults(SimpleNamespace(dataset="sprites", preset=preset))
+        assert given["preset"] == (preset or "nano") and (given["resolution"], given["num_frames"]) == (64, 8)
+
+
+def test_stage_1_trains_and_is_evaluated(layers, call, monkeypatch, capsys):
+    assert call("vae.py", f"--dataset sprites --data-dir {layers} --steps 1 --batch-size 2 --width 8 --device cpu") == 0
+    detector = fvd.Detector(fvd.I3D.random(), "random I3D, seed 0", size=32)
+    monkeypatch.setattr(fvd, "load_detector", lambda *args: detector)
+    evaluate.main(evaluate.Config(ckpt="vae.pt", videos=4, lpips="none", bootstrap=0, device="cpu"))
+    line = "random I3D, seed 0, protocol stylegan-v, each clip played 2 times, since I3D takes 9 frames or more"
+    assert f"\n{line}\n" in capsys.readouterr().out
+
+
+def test_the_nearest_training_clip_is_found(train):
+    few = torch.stack([video.to_clip(train[i][0]) for i in (5, 40)])
+    found, difference = demo.nearest_clips(few + 0.02, train, 60)
+    assert torch.equal(found, few) and difference.max() < 1e-3
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="shared/data is not here")
+def test_the_published_layers():
+    train, test = (Sprites(SHARED, role) for role in ("train", "test"))
+    for i in (0, 100, 2000):
+        assert np.array_equal(test[i][0], composed(SHARED, test, i))
+    by_class = {test.classes[test.label(i)]: test[i][0].astype(int) for i in range(9)}  # of one character
+    for action in LOOPS:  # left is about right, mirrored
+        left, front, right = (by_class[f"{action}_{direction}"] for direction in drawn.DIRECTIONS)
+        assert abs(left - right[:, :, ::-1]).mean() < 0.5 * abs(left - front).mean()
+    assert not {test[i][0].tobytes() for i in range(90)} & {train[i][0].tobytes() for i in range(900)}
