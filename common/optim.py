@@ -1,0 +1,69 @@
+"""AdamW, and Muon for the matrices of a transformer with AdamW for all else, as utils.FiniteStep takes them."""
+
+import torch
+
+
+def adamw(parameters, weight_decay):
+    """AdamW as both stages have it (§A.1); its learning rate is set at every step."""
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+
+
+def orthogonalize(x):
+    """About the orthogonal matrix nearest to x [rows, columns]: five Newton-Schulz steps to singular values of 0.7 to 1.2.
+
+    In bfloat16 on GPUs, as Jordan et al. (2024) have it, and in float32 on CPUs: those without bfloat16 would take up to thirty
+    times as long, which is why this is not torch.optim.Muon.
+    """
+    if x.shape[0] > x.shape[1]:
+        return orthogonalize(x.T).T
+    x = x.bfloat16() if x.is_cuda else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T  # [rows, rows]
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.float()
+
+
+class Muon:
+    """Muon (Jordan et al. 2024) for `matrices`, AdamW for `others`: two optimizers that step as one.
+
+    Muon's update of a matrix is the orthogonal matrix nearest to its momentum, so that all directions learn alike, where Adam
+    follows the few that the gradient is largest in. It is scaled to the size of AdamW's updates (Liu et al. 2025, "Muon is
+    scalable for LLM training", Eq. 4), so that one learning rate serves both. Where found_inf is 1 nothing changes.
+    """
+
+    grad_scale = found_inf = None
+
+    def __init__(self, matrices, others, weight_decay, momentum=0.95):
+        self.matrices, self.weight_decay, self.momentum = list(matrices), weight_decay, momentum
+        self.averages = [torch.zeros_like(matrix) for matrix in self.matrices]
+        self.adamw = adamw(others, weight_decay)
+        self.own = {"params": self.matrices, "lr": 0.0}
+
+    @property
+    def param_groups(self):
+        return [self.own, *self.adamw.param_groups]
+
+    @torch.no_grad()
+    def step(self):
+        self.adamw.grad_scale, self.adamw.found_inf = self.grad_scale, self.found_inf
+        self.adamw.step()
+        lr, keep = self.own["lr"], self.found_inf > 0  # a tensor, so that no GPU is waited for
+        for matrix, average in zip(self.matrices, self.averages):
+            new = average.lerp(matrix.grad, 1 - self.momentum)
+            update = 0.2 * max(matrix.shape) ** 0.5 * orthogonalize(matrix.grad.lerp(new, self.momentum))  # Nesterov's
+            average.copy_(torch.where(keep, average, new))
+            matrix.copy_(torch.where(keep, matrix, matrix * (1 - lr * self.weight_decay) - lr * update))
+
+    def zero_grad(self, set_to_none=True):
+        self.adamw.zero_grad(set_to_none)
+        for matrix in self.matrices:
+            matrix.grad = None
+
+    def state_dict(self):
+        return {"averages": self.averages, "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state):
+        self.adamw.load_state_dict(state["adamw"])
+        for average, saved in zip(self.averages, state["averages"], strict=True):
+            average.copy_(saved)
