@@ -32,6 +32,7 @@ class NeRVConfig:
     stem_fraction: int = 1  # the first layer's generated block is [48/f, D/f]: f = 1 in S, 2 in B and L
     pos_dim: int = 16  # sinusoidal dimensions each for time, height and width
     pos_size: int = 8  # h = w of the position code (Table 2c)
+    antialias: bool = False  # a filter after each upsampling, and edges repeated: not the paper's, against meshes and rims
 
     def __post_init__(self):
         levels = math.log2(self.resolution / self.pos_size) if min(self.resolution, self.pos_size) > 0 else 0
@@ -47,7 +48,7 @@ class NeRVConfig:
 
 
 CONFIGS = {
-    "nano": NeRVConfig(resolution=32, num_tokens=32, token_dim=16, width=32, last_factor=1, block=32),
+    "nano": NeRVConfig(resolution=32, num_tokens=32, token_dim=16, width=32, last_factor=1, block=32, antialias=True),
     "S": NeRVConfig(width=128),
     "B": NeRVConfig(width=256, stem_fraction=2),
     "L": NeRVConfig(width=512, stem_fraction=2),
@@ -93,7 +94,7 @@ class ModulatedConv(nn.Module):
     def __init__(self, config, in_ch, out_ch, kernel_size, block_in, block_out, upsample=False, gain=1.0):
         super().__init__()
         k = kernel_size
-        self.in_ch, self.out_ch, self.upsample = in_ch, out_ch, upsample
+        self.in_ch, self.out_ch, self.upsample, self.antialias = in_ch, out_ch, upsample, config.antialias
         self.kernel_shape = (out_ch, in_ch, k, k)
         self.block_shape = (block_out, block_in, k, k)
         entries = math.prod(self.block_shape)
@@ -148,9 +149,25 @@ class ModulatedConv(nn.Module):
         weight = (weight.transpose(1, 2) if self.upsample else weight).flatten(0, 1)
         if x.is_cuda:
             weight = weight.contiguous()  # or cuDNN would take it for a wish to have every map channels-last
+        padding = 1 if self.upsample else weight.shape[-1] // 2
+        if self.antialias and padding:  # beyond the edge is more of the same and not zero, which shows as a dark rim
+            x = F.pad(x, (padding,) * 4, mode="replicate")
+            padding = 3 if self.upsample else 0  # of a transposed convolution it is what is cut off
         if self.upsample:
-            return F.conv_transpose2d(x, weight, bias, stride=2, padding=1, groups=B)
-        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=B)
+            x = F.conv_transpose2d(x, weight, bias, stride=2, padding=padding, groups=B)
+            return smooth(x) if self.antialias else x
+        return F.conv2d(x, weight, bias, padding=padding, groups=B)
+
+
+def smooth(x):
+    """Filter [1, 2, 1] / 4 along height and width, the edge repeated: [..., H, W] -> [..., H, W].
+
+    A transposed convolution of stride 2 makes pixels of even and odd place by different taps; what differs between them is a
+    mesh of period two, which this filter takes out (as after those of StyleGAN2, Karras et al. 2020).
+    """
+    x = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    x = (x[..., :-2] + x[..., 2:]) / 4 + x[..., 1:-1] / 2
+    return (x[..., :-2, :] + x[..., 2:, :]) / 4 + x[..., 1:-1, :] / 2
 
 
 def double(x):
