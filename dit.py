@@ -221,6 +221,7 @@ class Config:
     dataset: str = option("data", "", "default: the one the checkpoint was trained on", choices=["", *data.DATASETS])
     data_dir: str = option("data", "", "default: the one the checkpoint was trained on")
     cache_latents: bool = option("data", False, "encode clips once, into a cache on disk beside --out, not anew at every step")
+    refine: int = option("data", 0, "gradient steps on the tokens of a clip after the encoder's guess")
     num_latents: int = option("data", 0, "clips in the cache; 0: ten of every video")
     cache_dir: str = option("data", "data/cache", "directory of the caches of decoded frames")
     workers: int = option("data", -1, "threads that decode where there is no cache; -1 is all cores")
@@ -256,26 +257,35 @@ def preset_defaults(args):
         preset = "S"
     if preset == "nano":
         return dict(
-            preset=preset, steps=500, batch_size=32, lr=1e-3, warmup=50, ema=0.995, cache_latents=True, num_latents=4096
+            preset=preset,
+            steps=500,
+            batch_size=32,
+            lr=1e-3,
+            warmup=50,
+            ema=0.995,
+            cache_latents=True,
+            num_latents=4096,
+            refine=10,
         )
     return dict(preset=preset)
 
 
-def encode_given(vae, video, cond_frames):
+def encode_given(vae, video, cond_frames, refine=0):
     """Tokens [B, N, d] of clips [B, T, 3, H, W] of which only the first frames are given: the others are zero (§4.1)."""
     given = torch.arange(video.shape[1], device=video.device) < cond_frames
-    return vae.encode(video * given[:, None, None, None])[0]
+    return vae.refine(vae.encode(video * given[:, None, None, None])[0], video[:, :cond_frames], refine)
 
 
 @torch.no_grad()
-def encode_batch(vae, video, cond_frames):
-    """Clips [B, T, 3, H, W] -> [B, 2, N, d]: the posterior's mean and deviation; [B, 3, N, d] with the given frames' tokens."""
+def encode_batch(vae, video, cond_frames, refine=0):
+    """Clips [B, T, 3, H, W] -> [B, 2, N, d]: the posterior's mean, refined in so many steps (VAE.refine), and deviation;
+    [B, 3, N, d] with the given frames' tokens."""
     mean, logvar = vae.encode(video)
-    given = [encode_given(vae, video, cond_frames)] if cond_frames else []
-    return torch.stack([mean, torch.exp(0.5 * logvar), *given], 1)
+    given = [encode_given(vae, video, cond_frames, refine)] if cond_frames else []
+    return torch.stack([vae.refine(mean, video, refine), torch.exp(0.5 * logvar), *given], 1)
 
 
-def cached_latents(directory, key, vae, train_set, count, cond_frames, device, rank=0, world=1, batch_size=64):
+def cached_latents(directory, key, vae, train_set, count, cond_frames, device, rank=0, world=1, batch_size=64, refine=0):
     """encode_batch of clips 0 … count - 1 (data.Stream numbers them past len) and their labels, from a cache on disk.
 
     Returns memory-mapped (latents [count, 2 or 3, N, d] in half precision, labels [count]). The files are plain .npy, without
@@ -299,7 +309,7 @@ def cached_latents(directory, key, vae, train_set, count, cond_frames, device, r
         for i in range(shares[rank].start, shares[rank].stop, batch_size):
             clips = [train_set[j] for j in range(i, min(i + batch_size, shares[rank].stop))]
             video = torch.stack([to_clip(frames) for frames, _ in clips]).to(device)
-            latents[i : i + len(clips)] = encode_batch(vae, video, cond_frames).half().cpu().numpy()
+            latents[i : i + len(clips)] = encode_batch(vae, video, cond_frames, refine).half().cpu().numpy()
             labels[i : i + len(clips)] = [label for _, label in clips]
             bar.update(len(clips) * world)
         bar.close()
@@ -375,13 +385,15 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
     if config.cache_latents:
         names = ("dataset", "data_dir", "split", "stride", "fps", "flip", "crop_scale")
         key = {name: getattr(source, name) for name in names} | {"vae": utils.fingerprint(vae), "videos": len(train_set)}
-        key |= {"count": count, "cond_frames": cond_frames}
+        key |= {"count": count, "cond_frames": cond_frames, "refine": config.refine}
         directory = Path(config.out).with_suffix(".latents")
-        latents, labels = cached_latents(directory, key, vae, train_set, count, cond_frames, device, rank, world)
+        latents, labels = cached_latents(
+            directory, key, vae, train_set, count, cond_frames, device, rank, world, refine=config.refine
+        )
         first = latents[:1024].float()
     else:
         batches = data.endless(train_set, stream, config.workers, device)
-        first = torch.cat([encode_batch(vae, to_clip(train_set[i][0])[None].to(device), 0) for i in range(256)])
+        first = torch.cat([encode_batch(vae, to_clip(train_set[i][0])[None].to(device), 0, config.refine) for i in range(256)])
     if latent_scale is None:
         latent_scale = 1 / (first[:, 0].var() + first[:, 1].square().mean()).sqrt().item()
     log = utils.RunLog(config.run_dir, config.steps, config.log_every, start, rank)
@@ -411,7 +423,7 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
         test_set = data.open_dataset(source, "test", classes)
         real, shown = (x.to(device) for x in data.fixed_clips(test_set, 6))
         with torch.no_grad():
-            known = latent_scale * encode_given(vae, real, cond_frames)
+            known = latent_scale * encode_given(vae, real, cond_frames, config.refine)
         titles = ["real", f"from {cond_frames} frames"] * len(real)
 
     def preview(step):
@@ -448,7 +460,7 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
                         encoded, label = encoded.to(device, non_blocking=True), label.to(device, non_blocking=True)
                     else:
                         frames, label = (x.to(device, non_blocking=True) for x in next(batches))
-                        encoded = encode_batch(vae, to_clip(frames), cond_frames)
+                        encoded = encode_batch(vae, to_clip(frames), cond_frames, config.refine)
                     mean, deviation, *given = (latent_scale * encoded).unbind(1)  # each [B, N, d]
                     theta0 = mean + deviation * posterior_noise[mine]  # a draw from the posterior, of unit deviation
                     # Classifier-free guidance needs the model without a condition; prediction, with frames of unknown class.

@@ -1,0 +1,173 @@
+"""What closes the gap between what the decoder can hold and what the encoder gives it: refinement, Muon, batch renormalization,
+and the filter and edges of the nano decoder."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import nerv
+import vae
+from common import utils
+from common.optim import Muon, adamw
+from common.video import to_clip
+from data import Shapes
+
+
+@pytest.fixture(scope="module")
+def stage1():
+    torch.manual_seed(0)
+    return vae.VAE(nerv.CONFIGS["nano"], vae.ENCODERS["nano"]).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return torch.stack([to_clip(Shapes("test")[i][0]) for i in range(3)])
+
+
+def error(stage1, tokens, clips):
+    with torch.no_grad():
+        decoded = stage1.decode(tokens, torch.arange(clips.shape[1]))
+    return (decoded - clips).square().mean((1, 2, 3, 4))
+
+
+def test_refinement_lowers_the_error_of_every_clip(stage1, clips):
+    tokens = stage1.encode(clips)[0]
+    refined = stage1.refine(tokens, clips, 20)
+    assert (error(stage1, refined, clips) < 0.9 * error(stage1, tokens, clips)).all()
+    assert torch.equal(stage1.refine(tokens, clips, 0), tokens)
+    assert all(p.grad is None for p in stage1.parameters())
+
+
+def test_refinement_of_a_clip_does_not_depend_on_the_others(stage1, clips):
+    tokens = stage1.encode(clips)[0]
+    together, alone = stage1.refine(tokens, clips, 3), stage1.refine(tokens[1:2], clips[1:2], 3)
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-3, atol=1e-4)
+
+
+def test_given_frames_are_refined_by_themselves(stage1, clips):
+    from dit import encode_batch, encode_given
+
+    changed = torch.cat([clips[:, :5], -clips[:, 5:]], 1)
+    assert torch.equal(encode_given(stage1, clips, 5, refine=3), encode_given(stage1, changed, 5, refine=3))
+    assert not torch.equal(encode_given(stage1, clips, 5, refine=3), encode_given(stage1, clips, 5))
+    mean, _, given = encode_batch(stage1, clips, 5, refine=3).unbind(1)
+    assert torch.equal(mean, stage1.refine(stage1.encode(clips)[0], clips, 3))
+    assert torch.equal(given, encode_given(stage1, clips, 5, refine=3))
+
+
+def test_renorm_has_the_values_of_running_statistics_and_the_gradient_of_batch_norm():
+    torch.manual_seed(0)
+    x = (torch.randn(6, 4, dtype=torch.float64) * 3 + 1).float().requires_grad_()
+    norm = vae.BatchNorm(4)
+    for _ in range(20):
+        norm(x.detach() * 1.5 - 2)  # running statistics that are not the batch's
+    plain = copy.deepcopy(norm)
+    norm.renorm = True
+    y, z = norm(x), plain(x)
+    expected = (x - norm.running_mean) * torch.rsqrt(norm.running_var + norm.eps)  # the running statistics with this batch in
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(y, z, atol=0.1)
+    weights = torch.randn(6, 4)
+    (gradient,), (batch,) = (torch.autograd.grad((out * weights).sum(), x) for out in (y, z))
+    ratio = torch.sqrt((x.detach().var(0, correction=0) + norm.eps) / (norm.running_var + norm.eps))
+    torch.testing.assert_close(gradient, batch * ratio, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(gradient.sum(0), torch.zeros(4), rtol=0, atol=1e-5)  # what all clips share has none
+
+
+def make_muon(seed=0):
+    torch.manual_seed(seed)
+    network = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 3))
+    others = [network[0].bias, *network[1].parameters()]
+    return network, utils.FiniteStep(network, Muon([network[0].weight], others, 0.0), 1.0)
+
+
+def test_muon_steps_along_the_nearest_orthogonal_matrix_and_adamw_beside_it():
+    network, step = make_muon()
+    before = network[0].weight.detach().clone()
+    u, _, v = torch.linalg.svd(torch.randn(4, 6), full_matrices=False)
+    network[0].weight.grad = u @ torch.diag(torch.tensor([1.0, 2.0, 4.0, 8.0])) @ v
+    step(torch.tensor(0.0), 0.1)
+    moved = before - network[0].weight.detach()
+    cosine = F.cosine_similarity(moved.flatten(), (u @ v).flatten(), dim=0)
+    assert cosine > 0.97  # Newton-Schulz steps are no exact polar decomposition
+    assert 0.5 < moved.square().mean().sqrt() / (0.1 * 0.2) < 1.5  # the size of AdamW's updates (Liu et al. 2025)
+
+
+def test_muon_is_torchs():
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(size)) for size in ((8, 16), (16, 8))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    start = [p.detach().clone() for p in ours]
+    bias = torch.nn.Parameter(torch.zeros(3))
+    muon = Muon(ours, [bias], 0.1)
+    reference = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for group in muon.param_groups:
+        group["lr"] = 0.01
+    for _ in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        muon.found_inf = torch.tensor(0.0)
+        muon.step(), reference.step()
+    for a, b, before in zip(ours, theirs, start):
+        assert (a - b).norm() < 0.02 * (a - before).norm()  # theirs is in bfloat16
+
+
+def test_muon_skips_what_is_not_finite_and_resumes():
+    network, step = make_muon()
+    x = torch.randn(5, 6)
+
+    def train(network, step, bad=False):
+        loss = network(x).square().mean()
+        loss.backward()
+        if bad:
+            network[1].weight.grad[0, 0] = float("nan")
+        step(loss, 0.01)
+
+    train(network, step)
+    before = [p.detach().clone() for p in network.parameters()]
+    train(network, step, bad=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters()))
+    assert int(step.skipped) == 1
+    again, other = make_muon(1)
+    again.load_state_dict(network.state_dict())
+    other.load_state_dict(copy.deepcopy(step.state_dict()))
+    train(network, step), train(again, other)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), network.parameters()))
+
+
+def test_every_matrix_of_the_transformer_is_muons(stage1):
+    names = {name for name, p in stage1.encoder.named_parameters() if any(p is m for m in stage1.encoder.matrices())}
+    blocks = [f"blocks.{i}.{part}.weight" for i in range(3) for part in ("attention.qkv", "attention.out", "mlp.0", "mlp.2")]
+    assert names == {"embed.weight", *blocks}
+    assert isinstance(adamw([torch.nn.Parameter(torch.zeros(1))], 0.1), torch.optim.AdamW)
+
+
+def level(antialias):
+    """The nano decoder's first upsampling with a constant kernel for each pair of channels, and a constant map."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(nerv.CONFIGS["nano"], antialias=antialias)
+    decoder = nerv.NeRV(config).requires_grad_(False)
+    tokens = torch.randn(2, config.num_tokens, config.token_dim)
+    return decoder, tokens, torch.ones(1, 2 * config.width, 8, 8)
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+def test_antialias_leaves_no_rim_and_no_mesh_on_a_constant_map(antialias):
+    decoder, tokens, x = level(antialias)
+    up, conv = decoder.blocks[0].up(x, tokens), decoder.blocks[0].convs[0](x, tokens)
+    rim = (conv[..., 0, :] - conv[..., 1, :]).abs().max() / conv.std()
+    mesh = (up[..., 4:12:2, 4:12] - up[..., 5:13:2, 4:12]).abs().max() / up.std()
+    assert up.shape[-2:] == (16, 16) and conv.shape[-2:] == (8, 8)
+    assert (rim < 1e-4 and mesh < 1e-4) if antialias else (rim > 0.1 and mesh > 0.1)
+
+
+def test_smooth_is_a_binomial_filter():
+    x = torch.zeros(1, 1, 5, 5)
+    x[..., 2, 2] = 16.0
+    expected = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]])
+    torch.testing.assert_close(nerv.smooth(x)[0, 0, 1:4, 1:4], expected)
+    torch.testing.assert_close(nerv.smooth(torch.full((1, 2, 4, 4), 3.0)), torch.full((1, 2, 4, 4), 3.0))
