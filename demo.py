@@ -23,6 +23,7 @@ import dit
 from common import progress, utils
 from common.utils import UserError, option
 from common.video import to_clip, write_sheet
+from common.weights import weights
 from evaluate import agreement, train_classifier
 from vae import Config as Stage1
 from vae import fine_power, psnr, reconstruct
@@ -73,9 +74,16 @@ def main():
 
     if not config.skip_training:
         where = ["--dataset", config.dataset] + (["--data-dir", config.data_dir] if config.data_dir else [])
+        perceptual = ["--lpips", "alex"]  # what makes edges crisp
+        try:
+            weights("lpips-alex")
+        except UserError as error:
+            perceptual = ["--lpips", "none"]
+            print(f"without the perceptual loss, and less sharp: {error}", flush=True)
         seconds = call(
-            "stage 1, training", "vae.py", *where, "--out", vae_pt, "--run-dir", out / "vae", *shlex.split(config.vae_options)
-        )
+            "stage 1, training", "vae.py", *where, *perceptual, "--out", vae_pt, "--run-dir", out / "vae",
+            *shlex.split(config.vae_options),
+        )  # fmt: skip
         seconds += call(
             "stage 2, training", "dit.py", "--ckpt", vae_pt, "--out", dit_pt, "--run-dir", out / "dit",
             *shlex.split(config.dit_options),
@@ -95,9 +103,11 @@ def main():
     stage1 |= {"data_dir": config.data_dir or stage1.get("data_dir", "")}  # an export has none
     train_set, test_set = (data.open_dataset(Stage1(**stage1), role, classes) for role in ("train", "test"))
     clips, labels = data.fixed_clips(test_set, 20 * len(classes))
-    decoded = reconstruct(vae, clips, device)
+    guess, refine = reconstruct(vae, clips, device), ckpt["config"].get("refine", 0)
+    decoded = reconstruct(vae, clips, device, refine=refine)  # from tokens as stage 2 learns them
     still = clips.mean(1, keepdim=True).expand_as(clips)
-    rows.append(("PSNR of held-out reconstructions", f"{psnr(clips, decoded):.2f} dB"))
+    rows.append(("PSNR of held-out reconstructions", f"{psnr(clips, guess):.2f} dB"))
+    rows.append((f"... with tokens refined in {refine} steps", f"{psnr(clips, decoded):.2f} dB"))
     rows.append(("power of fine detail kept", f"{100 * fine_power(decoded) / fine_power(clips):.1f} %"))
     rows.append(("PSNR of each clip's own time average", f"{psnr(clips, still):.2f} dB"))
 

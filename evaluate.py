@@ -52,6 +52,7 @@ class Config:
     allow_other_weights: bool = option("features", False, "take a state dict that is none of the known ones")
     lpips: str = option("features", "vgg", "backbone of LPIPS", choices=["vgg", "alex", "none"])
     videos: int = option("clips", 2048, "clips of each kind, one of each video")
+    refine: int = option("clips", -1, "gradient steps on the tokens of reconstructions; -1: as many as stage 2 learned from")
     seed: int = option("clips", 0, "of the choice of clips, of noise, of bootstrap and of random weights")
     steps: int = option("sampling", 20, "evaluations of the denoiser, 1 to 1000")
     sampler: str = option("sampling", "dpm", "DPM-Solver++, DDIM, or ancestral", choices=["dpm", "ddim", "ddpm"])
@@ -230,12 +231,13 @@ def read(dataset, indices):
     return np.stack(frames), np.array(labels)
 
 
-def reconstruct_batch(vae, dataset, detector, lpips, device):
+def reconstruct_batch(vae, dataset, detector, lpips, device, refine=0):
     @torch.no_grad()
     def measure(indices, start):
         real, labels = read(dataset, indices)
         clips = video.to_clip(real).to(device)
-        decoded = vae.decode(vae.encode(clips)[0], torch.arange(clips.shape[1], device=device))
+        tokens = vae.refine(vae.encode(clips)[0], clips, refine)
+        decoded = vae.decode(tokens, torch.arange(clips.shape[1], device=device))
         made = video.to_frames(decoded)  # everything is measured on frames as files hold them
         x, y = (torch.as_tensor(frames).movedim(-1, -3).to(device) / 255 for frames in (real, made))
         names = [dataset.name(i) for i in indices]
@@ -341,6 +343,7 @@ def main(config=None):
     settings, classes = Stage1(**stage1["config"]), ckpt["classes"]
     if config.data_dir:
         settings.data_dir = config.data_dir
+    refine = config.refine if config.refine >= 0 else ckpt["config"].get("refine", 0)
     held_out, train_set = (data.open_dataset(settings, role, classes) for role in ("test", "train"))
     protocol = fvd.PROTOCOLS[config.protocol]
     detector = fvd.load_detector(config.features, config.protocol, config.i3d, config.allow_other_weights, config.seed, device)
@@ -349,7 +352,7 @@ def main(config=None):
     # All that the batches depend on names their directory: what was measured of another checkpoint is not taken for this one's.
     key = {name: getattr(config, name) for name in ("videos", "batch_size", "seed", "lpips", "guidance", "steps", "sampler")}
     key |= detector.meta | {"networks": utils.fingerprint(nn.ModuleList([vae, *([model] if model else [])]))}
-    key |= {"data": str(settings.data_dir), "judge_clips": config.judge_clips}
+    key |= {"data": str(settings.data_dir), "refine": refine, "judge_clips": config.judge_clips}
     out = Path(config.out_dir)
     work = out / f"work-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
     try:
@@ -361,7 +364,7 @@ def main(config=None):
     indices = spread_over(held_out, config.videos)
     if len(indices) < 2:
         raise UserError("a distance takes two held-out clips or more")
-    measure = reconstruct_batch(vae, held_out, detector, lpips, device)
+    measure = reconstruct_batch(vae, held_out, detector, lpips, device, refine)
     decoded = batches(work, "reconstructed", indices, config.batch_size, measure, rank, world)
     results[f"r{name}"] = distance_result(decoded["real"], decoded["features"], protocol, config, paired=True)
     results["PSNR"] = mean_result(decoded["psnr"].mean(1), config, "dB")
@@ -394,6 +397,7 @@ def main(config=None):
         "command": "python evaluate.py " + shlex.join(sys.argv[1:]),
         "data": f"{settings.dataset} {settings.data_dir}: {len(held_out)} held-out and {len(train_set)} training videos",
         "clips": f"{settings.num_frames} frames of {settings.resolution} x {settings.resolution}, stride {settings.stride}",
+        "tokens": f"of reconstructions: refined in {refine} steps" if refine else "of reconstructions: as encoded",
         "features": f"{detector.meta['features']}, protocol {config.protocol}{fvd.loops(settings.num_frames)}",
     }
     if lpips:

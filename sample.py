@@ -37,6 +37,7 @@ class Config:
     predict: list = option(
         "what", [], "go on from the first frames of FILEs; --classes may name theirs", nargs="+", metavar="FILE"
     )
+    refine: int = option("what", -1, "gradient steps on the tokens of FILEs; -1: as many as stage 2 learned from")
     residual: bool = option("what", False, "add to predicted frames what stage 1 loses of the given ones, on average")
     time_scale: float = option("time", 1.0, "decoded frames per frame of the training clips; 8 makes 128 of 16")
     extrapolate: float = option("time", 0.0, "go on for this many frames beyond the end of the clip")
@@ -66,6 +67,7 @@ class Sampler:
             self.dit.to(self.device)
         else:
             self.vae = load_vae(ckpt)
+        self.refine = config.refine if config.refine >= 0 else ckpt["config"].get("refine", 0)
         self.vae.to(self.device)
         self.autocast = partial(utils.autocast, self.device, config.bf16)
         # Time is a continuous query (§4.5.1): any positions will do, 0 … T-1 is the clip that was trained on.
@@ -96,7 +98,7 @@ class Sampler:
             if not cond_frames:
                 raise UserError(f"{c.ckpt} does not predict frames: train one with `python dit.py --cond-frames 5`")
             parts = given.split(c.batch_size)
-            given = torch.cat([dit.encode_given(self.vae, part.to(self.device), cond_frames) for part in parts])
+            given = torch.cat([dit.encode_given(self.vae, part.to(self.device), cond_frames, self.refine) for part in parts])
             given = given * self.latent_scale
         labels = torch.tensor(labels, device=self.device)
         with self.autocast():
@@ -120,8 +122,9 @@ class Sampler:
 
     @torch.no_grad()
     def encode(self, clips):
+        batches = [batch.to(self.device) for batch in clips.split(self.config.batch_size)]
         with self.autocast():
-            return torch.cat([self.vae.encode(b.to(self.device))[0] for b in clips.split(self.config.batch_size)])
+            return torch.cat([self.vae.refine(self.vae.encode(b)[0], b, self.refine) for b in batches])
 
     @torch.no_grad()
     def decode(self, tokens, t=None):
