@@ -258,7 +258,7 @@ def preset_defaults(args):
     if preset == "nano":
         return dict(
             preset=preset,
-            steps=500,
+            steps=800,
             batch_size=32,
             lr=1e-3,
             warmup=50,
