@@ -474,9 +474,10 @@ def main(argv=None, decoder=nerv.NeRV):
                     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2)).mean()
                     loss, terms = l2 + config.kl_weight * kl, {"l2": l2, "kl": kl}
                     if perceptual:
-                        large = config.resolution >= 64  # or the backbone sees too little of an edge
-                        terms["lpips"] = perceptual(*((frames, real) if large else map(nerv.double, (frames, real))))
-                        loss = loss + config.lpips_weight * terms["lpips"]
+                        shown = [x.flatten(0, 1) for x in (frames, real)]  # [B * T, 3, H, W]
+                        if config.resolution < 64:  # AlexNet begins with strides of 4: it would see too little of an edge
+                            shown = map(nerv.double, shown)
+                        terms["lpips"] = perceptual(*(x[None] for x in shown))
                     if adversarial and step >= config.gan_start + config.gan_warmup:
                         discriminator.requires_grad_(False)
                         terms["gan"] = losses.generator_loss(discriminator, frames)

@@ -171,3 +171,20 @@ def test_smooth_is_a_binomial_filter():
     expected = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]])
     torch.testing.assert_close(nerv.smooth(x)[0, 0, 1:4, 1:4], expected)
     torch.testing.assert_close(nerv.smooth(torch.full((1, 2, 4, 4), 3.0)), torch.full((1, 2, 4, 4), 3.0))
+
+
+def test_small_frames_are_doubled_for_the_perceptual_loss(monkeypatch, tmp_path):
+    sizes = []
+
+    class Distance(torch.nn.Module):
+        def __init__(self, *args):
+            super().__init__()
+
+        def forward(self, frames, real):
+            sizes.append((frames.shape, real.shape))
+            return (frames - real).square().mean()
+
+    monkeypatch.setattr(vae.losses, "LPIPS", Distance)
+    options = f"--steps 1 --batch-size 2 --lpips alex --device cpu --out {tmp_path}/v.pt --run-dir {tmp_path}/run"
+    vae.main(options.split())
+    assert sizes == [((1, 4, 3, 64, 64), (1, 4, 3, 64, 64))]
