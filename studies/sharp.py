@@ -1,0 +1,142 @@
+"""What makes stage 1 sharp: preset nano with one thing changed at a time, and what gradient steps on the tokens still find.
+
+python -m studies.sharp                                       shapes, 600 steps, seed 0: about half an hour on two CPU cores
+python -m studies.sharp --only nano adamw --seeds 3
+python -m studies.sharp --dataset sprites --options "--steps 600 --num-tokens 64 --token-dim 32"
+
+Refined tokens (VAE.refine) show what the decoder can hold, the encoder's own show what it is given: the gap between the columns
+is the encoder's. Every run has a thread of its own, as many at a time as there are cores. A run that is done is a row of
+runs.csv, and is not done again.
+"""
+
+import csv
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import data
+import nerv
+from bench.costs import table
+from common import utils
+from common.utils import option
+from losses import LPIPS
+from vae import Config as Stage1
+from vae import fine_power, load_vae, psnr, reconstruct
+
+# Name -> options of vae.py. "before" is nano as it was; each of the others is nano with one thing as it was, or one thing more.
+ROWS = {
+    "before": "--optimizer adamw --lr 1e-3 --renorm 1 --no-antialias",
+    "nano": "",
+    "adamw": "--optimizer adamw --lr 1e-3",
+    "muon at 1e-3": "--lr 1e-3",
+    "muon at 3e-3": "--lr 3e-3",
+    "batch norm throughout": "--renorm 1",
+    "renorm from the middle on": "--renorm 0.5",
+    "no filter, zero edges": "--no-antialias",
+    "LPIPS": "--lpips alex",
+    "LPIPS, no filter, zero edges": "--lpips alex --no-antialias",
+    "LPIPS, twice the weight": "--lpips alex --lpips-weight 0.1",
+    "4 frames a step": "--decode-frames 4",
+    "batch of 32, one frame": "--batch-size 32 --decode-frames 1",
+}
+STEPS = (0, 3, 10, 80)  # of refinement
+COLUMNS = ["row", "seed", "settings", "revision", "seconds", *(f"psnr{k}" for k in STEPS), "fine", "mesh", "lpips"]
+
+
+@dataclass
+class Config:
+    dataset: str = option("data", "shapes", "what to train on", choices=data.DATASETS)
+    data_dir: str = option("data", "", "where it is")
+    only: list = option("what", [], "rows to run; all unless named", nargs="*", choices=list(ROWS))
+    seeds: int = option("what", 1, "runs of each row")
+    options: str = option("training", "--steps 600", "further options of vae.py for every run, in quotes")
+    clips: int = option("judging", 32, "held-out clips that PSNR, LPIPS and mesh are of")
+    jobs: int = option("machine", 0, "runs at the same time; 0 is one for each core")
+    out_dir: str = option("output", "out/sharp", "runs.csv and checkpoints go here")
+
+
+def mesh(real, made):
+    """Root mean square of what alternates from pixel to pixel where the real clips [B, T, 3, H, W] are flat, in grey levels.
+
+    (2 x[i] - x[i - 1] - x[i + 1]) / 4 is the whole of a pattern of period two pixels and nothing of a ramp. Flat is where that
+    of the real frames is below a hundredth in all channels.
+    """
+
+    def alternating(x):
+        return (2 * x[..., 1:-1] - x[..., :-2] - x[..., 2:]) / 4
+
+    power = []
+    for a, b in ((real, made), (real.transpose(-1, -2), made.transpose(-1, -2))):
+        flat = (alternating(a).abs().amax(2, keepdim=True) < 0.01).expand(-1, -1, 3, -1, -1)
+        power.append(alternating(b)[flat].square().mean())
+    return (sum(power) / 2).sqrt().item() * 127.5
+
+
+def run(config, row, seed):
+    """Train a row, measure it, and return its line of runs.csv."""
+    out, start = Path(config.out_dir), time.time()
+    name = "".join(c if c.isalnum() else "_" for c in row)
+    where = ["--dataset", config.dataset, "--preset", "nano", *(["--data-dir", config.data_dir] if config.data_dir else [])]
+    files = ["--out", out / f"{name}{seed}.pt", "--run-dir", out / f"{name}{seed}"]
+    command = [sys.executable, "vae.py", *where, *shlex.split(config.options), *shlex.split(ROWS[row]), "--seed", seed, *files]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), cwd=Path(__file__).parent.parent, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise utils.UserError(f"{row}: {done.stderr.strip().splitlines()[-1]}")
+    seconds = round(time.time() - start)
+    ckpt = utils.load_checkpoint(files[1], "vae", "python vae.py")
+    network, test_set = load_vae(ckpt), data.open_dataset(Stage1(**ckpt["config"]), "test", ckpt["classes"])
+    clips, _ = data.fixed_clips(test_set, config.clips)
+    made = {k: reconstruct(network, clips, torch.device("cpu"), refine=k) for k in STEPS}
+    shown = [x.flatten(0, 1) for x in (made[0], clips)]
+    if clips.shape[-1] < 64:
+        shown = [nerv.double(x) for x in shown]
+    found = {f"psnr{k}": round(psnr(clips, made[k]), 2) for k in STEPS}
+    found |= {"fine": round(100 * fine_power(made[0]) / fine_power(clips), 1), "mesh": round(mesh(clips, made[0]), 2)}
+    with torch.no_grad():
+        found["lpips"] = round(LPIPS("alex")(*(x[None] for x in shown)).item(), 4)
+    return {
+        "row": row,
+        "seed": seed,
+        "settings": settings(config),
+        "revision": utils.git_revision(),
+        "seconds": seconds,
+    } | found
+
+
+def settings(config):
+    return f"{config.dataset} {config.data_dir} {config.options} | {config.clips} clips"
+
+
+def main():
+    config = utils.parse_options(Config, __doc__)
+    utils.check_positive(config, "seeds", "clips")
+    path, rows = Path(config.out_dir) / "runs.csv", []
+    utils.make_parent(path)
+    if path.is_file():
+        with open(path, newline="") as f:
+            rows = [row for row in csv.DictReader(f) if row["settings"] == settings(config)]
+    done = {(row["row"], int(row["seed"])) for row in rows}
+    wanted = [(row, seed) for seed in range(config.seeds) for row in config.only or ROWS]
+    with ThreadPoolExecutor(config.jobs or os.cpu_count()) as pool:
+        for row in pool.map(lambda key: run(config, *key), [key for key in wanted if key not in done]):
+            new = not path.is_file()
+            with open(path, "a", newline="") as f:
+                writer = csv.DictWriter(f, COLUMNS)
+                writer.writeheader() if new else None
+                writer.writerow(row)
+            rows.append(row)
+            print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    rows = [row for row in rows if (row["row"], int(row["seed"])) in wanted]
+    table(COLUMNS[:2] + COLUMNS[4:], [[row[name] for name in COLUMNS[:2] + COLUMNS[4:]] for row in rows])
+
+
+if __name__ == "__main__":
+    utils.run(main)
