@@ -265,7 +265,7 @@ def preset_defaults(args):
             ema=0.995,
             cache_latents=True,
             num_latents=4096,
-            refine=10,
+            refine=3,
         )
     return dict(preset=preset)
 

@@ -190,7 +190,7 @@ class VAE(nn.Module):
         """tokens [B, N, d], frame positions t [T] -> frames [B, T, 3, H, W] in [-1, 1]."""
         return self.nerv(tokens, t)
 
-    def refine(self, tokens, video, steps, lr=0.02, few=4):
+    def refine(self, tokens, video, steps, lr=0.01, few=4):
         """Tokens [B, N, d] that decode to a video [B, T', 3, H, W] better than those given: `steps` of Adam on them alone.
 
         An encoder guesses tokens in one pass; the gradient of the squared error then says what it missed (Kim et al. 2018,
