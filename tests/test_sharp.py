@@ -3,6 +3,7 @@ and the filter and edges of the nano decoder."""
 
 import copy
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from common import utils
 from common.optim import Muon, adamw
 from common.video import to_clip
 from data import Shapes
+from studies import sharp
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +190,37 @@ def test_small_frames_are_doubled_for_the_perceptual_loss(monkeypatch, tmp_path)
     options = f"--steps 1 --batch-size 2 --lpips alex --device cpu --out {tmp_path}/v.pt --run-dir {tmp_path}/run"
     vae.main(options.split())
     assert sizes == [((1, 4, 3, 64, 64), (1, 4, 3, 64, 64))]
+
+
+def test_mesh_is_what_alternates_on_flat_places_only():
+    real = torch.zeros(2, 3, 3, 16, 16)
+    real[..., 8:, :] = 0.5  # an edge, where nothing counts
+    i = torch.arange(16)
+    waves = 0.1 * (-1.0) ** (i[:, None] + i)
+    assert sharp.mesh(real, real) == 0
+    assert sharp.mesh(real, real + waves) == pytest.approx(0.1 * 127.5, rel=1e-3)
+    assert sharp.mesh(real, real + 0.01 * i) == pytest.approx(0, abs=1e-3)  # a ramp
+    edge = torch.zeros_like(real)
+    edge[..., 7:9, :] = 0.3
+    everywhere = sharp.mesh(torch.zeros_like(real), edge)
+    assert sharp.mesh(real, edge) < everywhere
+
+
+def test_study_runs_a_row_once(monkeypatch, tmp_path, capsys):
+    calls = []
+
+    def call(command, **kw):
+        calls.append(command)
+        return subprocess_run(command, **kw)
+
+    subprocess_run = sharp.subprocess.run
+    monkeypatch.setattr(sharp.subprocess, "run", call)
+    monkeypatch.setattr(sharp, "LPIPS", partial(sharp.LPIPS, pretrained=False))
+    monkeypatch.setattr(sharp, "STEPS", (0, 3))
+    monkeypatch.setattr(sharp, "COLUMNS", [c for c in sharp.COLUMNS if c not in ("psnr10", "psnr80")])
+    command = f"x --only before --clips 9 --out-dir {tmp_path}/out --jobs 1 --options".split() + ["--steps 2 --batch-size 4"]
+    monkeypatch.setattr("sys.argv", command)
+    sharp.main(), sharp.main()
+    trainings = [c for c in calls if "vae.py" in c]
+    assert len(trainings) == 1 and "--no-antialias" in trainings[0]
+    assert capsys.readouterr().out.count("| before | 0 ") == 2
