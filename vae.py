@@ -478,6 +478,7 @@ def main(argv=None, decoder=nerv.NeRV):
                         if config.resolution < 64:  # AlexNet begins with strides of 4: it would see too little of an edge
                             shown = map(nerv.double, shown)
                         terms["lpips"] = perceptual(*(x[None] for x in shown))
+                        loss = loss + config.lpips_weight * terms["lpips"]
                     if adversarial and step >= config.gan_start + config.gan_warmup:
                         discriminator.requires_grad_(False)
                         terms["gan"] = losses.generator_loss(discriminator, frames)

@@ -175,8 +175,8 @@ def test_smooth_is_a_binomial_filter():
     torch.testing.assert_close(nerv.smooth(torch.full((1, 2, 4, 4), 3.0)), torch.full((1, 2, 4, 4), 3.0))
 
 
-def test_small_frames_are_doubled_for_the_perceptual_loss(monkeypatch, tmp_path):
-    sizes = []
+def test_small_frames_are_doubled_for_the_perceptual_loss_which_counts(monkeypatch, tmp_path):
+    sizes, gradients = [], []
 
     class Distance(torch.nn.Module):
         def __init__(self, *args):
@@ -184,12 +184,14 @@ def test_small_frames_are_doubled_for_the_perceptual_loss(monkeypatch, tmp_path)
 
         def forward(self, frames, real):
             sizes.append((frames.shape, real.shape))
+            frames.register_hook(gradients.append)
             return (frames - real).square().mean()
 
     monkeypatch.setattr(vae.losses, "LPIPS", Distance)
     options = f"--steps 1 --batch-size 2 --lpips alex --device cpu --out {tmp_path}/v.pt --run-dir {tmp_path}/run"
     vae.main(options.split())
     assert sizes == [((1, 4, 3, 64, 64), (1, 4, 3, 64, 64))]
+    assert len(gradients) == 1 and gradients[0].abs().max() > 0
 
 
 def test_mesh_is_what_alternates_on_flat_places_only():
