@@ -5,7 +5,7 @@ python sample.py --classes 3 ring_circle --count 4
 python sample.py --interp                         walk between the weights of two generated videos
 python sample.py --interp a.mp4 b.mp4             … or of two videos from files
 python sample.py --time-scale 8 --extrapolate 4   8 × as many frames, and 4 beyond the end
-python sample.py --reconstruct a.mp4 b.mp4        real videos through stage 1
+python sample.py --reconstruct a.mp4 b.mp4        real videos through stage 1; --refine 20 fits their tokens further
 python sample.py --predict a.mp4 b.mp4            go on from the first frames of real videos (dit.py --cond-frames 5)
 python sample.py --export out.pt                  the checkpoint itself, as small as it goes, for others to use
 """
