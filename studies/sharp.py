@@ -39,6 +39,7 @@ ROWS = {
     "muon at 3e-3": "--lr 3e-3",
     "batch norm throughout": "--renorm 1",
     "renorm from the middle on": "--renorm 0.5",
+    "renorm from the start": "--renorm 0",
     "no filter, zero edges": "--no-antialias",
     "LPIPS": "--lpips alex",
     "LPIPS, no filter, zero edges": "--lpips alex --no-antialias",
