@@ -23,6 +23,7 @@ import torch.nn.functional as F
 import data
 import nerv
 from common import progress, utils
+from common.optim import make_optimizer
 from common.utils import UserError, option
 from common.video import tile, to_clip, to_frames, write_sheet
 from vae import Attention, load_vae
@@ -369,7 +370,7 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
     dit_config = DiTConfig(c.num_tokens, c.token_dim, len(classes), cond_frames, **SIZES[config.preset])
     model = denoiser(dit_config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
+    optimizer = make_optimizer(model, [], config.weight_decay)
     parts = {"model": model, "step": utils.FiniteStep(model, optimizer, config.grad_clip)}  # what goes on, beside ema
     start, latent_scale = 0, None
     if ckpt := utils.resume(config, "dit", denoiser=denoiser):

@@ -24,7 +24,7 @@ import data
 import losses
 import nerv
 from common import memory, utils
-from common.optim import Muon, adamw
+from common.optim import make_optimizer
 from common.utils import UserError, option
 from common.video import tile, to_clip, to_frames, write_sheet
 
@@ -386,15 +386,11 @@ def main(argv=None, decoder=nerv.NeRV):
         )
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
 
-    optimizer = adamw(vae.parameters(), config.weight_decay)
-    if config.optimizer == "muon":
-        matrices = vae.encoder.matrices()
-        others = [p for p in vae.parameters() if not any(p is m for m in matrices)]
-        optimizer = Muon(matrices, others, config.weight_decay)
+    optimizer = make_optimizer(vae, vae.encoder.matrices() if config.optimizer == "muon" else [], config.weight_decay)
     # All that goes on from a checkpoint, beside ema.
     parts = {"model": vae, "step": utils.FiniteStep(vae, optimizer, config.grad_clip)}
     if discriminator:
-        disc_optimizer = adamw(discriminator.parameters(), config.weight_decay)
+        disc_optimizer = make_optimizer(discriminator, [], config.weight_decay)
         parts |= {
             "discriminator": discriminator,
             "disc_step": utils.FiniteStep(discriminator, disc_optimizer, config.grad_clip),

@@ -3,8 +3,17 @@
 import torch
 
 
+def make_optimizer(network, matrices, weight_decay):
+    """AdamW as both stages have it (§A.1), or Muon for those of its parameters that are in `matrices`, where there are any.
+
+    The learning rate is set at every step.
+    """
+    chosen = {id(p) for p in matrices}
+    others = [p for p in network.parameters() if id(p) not in chosen]
+    return Muon(matrices, others, weight_decay) if chosen else adamw(others, weight_decay)
+
+
 def adamw(parameters, weight_decay):
-    """AdamW as both stages have it (§A.1); its learning rate is set at every step."""
     return torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
 
 
