@@ -518,7 +518,8 @@ def reconstruct(vae, clips, device, t=None, batch_size=16, refine=0):
     the clip by default)."""
     t, out = torch.arange(clips.shape[1]) if t is None else t, []
     for batch in clips.to(device).split(batch_size):
-        tokens = vae.refine(vae.encode(batch)[0], batch, refine)
+        tokens = vae.encode(batch)[0]
+        tokens = vae.refine(tokens, batch, refine) if refine else tokens
         out.append(vae.decode(tokens, t.to(device)).cpu())
     return torch.cat(out)
 

@@ -135,7 +135,7 @@ def test_resume_without_a_checkpoint_starts_and_with_other_options_stops(trained
     args = ("--steps", 1, "--batch-size", 4, "--resume")
     assert script("vae.py", *args, cwd=tmp_path).returncode == 0
     done = script("vae.py", *args, "--lr", 0.5, cwd=tmp_path)
-    assert done.returncode == 2 and "--lr 0.001, not 0.5" in done.stderr
+    assert done.returncode == 2 and "--lr 0.0015, not 0.5" in done.stderr
     done = script("vae.py", "--steps", 2, *args[2:], cwd=tmp_path)  # longer is fine
     assert done.returncode == 0 and utils.load_checkpoint(tmp_path / "vae.pt", "vae", "")["step"] == 2
 
