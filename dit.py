@@ -394,7 +394,7 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
         first = latents[:1024].float()
     else:
         batches = data.endless(train_set, stream, config.workers, device)
-        first = torch.cat([encode_batch(vae, to_clip(train_set[i][0])[None].to(device), 0, config.refine) for i in range(256)])
+        first = torch.cat([encode_batch(vae, to_clip(train_set[i][0])[None].to(device), 0) for i in range(256)])
     if latent_scale is None:
         latent_scale = 1 / (first[:, 0].var() + first[:, 1].square().mean()).sqrt().item()
     log = utils.RunLog(config.run_dir, config.steps, config.log_every, start, rank)
