@@ -112,9 +112,10 @@ class BatchNorm(nn.Module):
             with torch.no_grad():
                 for running, now in ((self.running_mean, mean), (self.running_var, var)):
                     running.lerp_(torch.where(now.isfinite(), now, running), self.momentum)  # the step may be one to skip
-                scale = torch.rsqrt(self.running_var + self.eps)
-                ratio, shift = torch.sqrt(var + self.eps) * scale, (mean - self.running_mean) * scale  # r and d of the paper
             if self.renorm:
+                with torch.no_grad():
+                    scale = torch.rsqrt(self.running_var + self.eps)
+                    ratio, shift = torch.sqrt(var + self.eps) * scale, (mean - self.running_mean) * scale  # the paper's r, d
                 return ((x - mean) * torch.rsqrt(var + self.eps) * ratio + shift) * self.weight + self.bias
         return (x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
 
@@ -225,6 +226,14 @@ def psnr(clips, reconstructions):
     return (10 * torch.log10(4 / mse.clamp_min(1e-10))).mean().item()
 
 
+def at_least_64(clips):
+    """Clips [B, T, 3, H, W] as LPIPS is to see them: doubled below 64 pixels, [1, B * T, 3, 2H, 2W].
+
+    AlexNet begins with strides of 4, and would see too little of an edge.
+    """
+    return nerv.double(clips.flatten(0, 1))[None] if clips.shape[-1] < 64 else clips
+
+
 def fine_power(clips):
     """Mean power of frames [..., H, W] at spatial frequencies above a quarter cycle per pixel: what blur takes away."""
     size = clips.shape[-1]
@@ -309,7 +318,7 @@ def preset_defaults(args):
     defaults = {k: getattr(nerv.CONFIGS[name], k) for k in DECODER} | {"preset": name} | data.DEFAULTS.get(args.dataset, {})
     if name == "nano":  # small enough for two CPU cores, and nothing to download
         defaults.update(steps=2000, batch_size=16, decode_frames=2, lr=1.5e-3, warmup=50, kl_weight=1e-6, ema=0.99)
-        defaults.update(optimizer="muon", renorm=0.3)  # what closes half of the gap between encoder and decoder
+        defaults.update(optimizer="muon", renorm=0.3)  # see docs/sharp.md
         defaults.update(
             lpips="none",
             lpips_weight=0.05,
@@ -470,10 +479,7 @@ def main(argv=None, decoder=nerv.NeRV):
                     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2)).mean()
                     loss, terms = l2 + config.kl_weight * kl, {"l2": l2, "kl": kl}
                     if perceptual:
-                        shown = [x.flatten(0, 1) for x in (frames, real)]  # [B * T, 3, H, W]
-                        if config.resolution < 64:  # AlexNet begins with strides of 4: it would see too little of an edge
-                            shown = map(nerv.double, shown)
-                        terms["lpips"] = perceptual(*(x[None] for x in shown))
+                        terms["lpips"] = perceptual(at_least_64(frames), at_least_64(real))
                         loss = loss + config.lpips_weight * terms["lpips"]
                     if adversarial and step >= config.gan_start + config.gan_warmup:
                         discriminator.requires_grad_(False)

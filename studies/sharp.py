@@ -22,13 +22,12 @@ from pathlib import Path
 import torch
 
 import data
-import nerv
 from bench.costs import table
 from common import utils
 from common.utils import option
 from losses import LPIPS
 from vae import Config as Stage1
-from vae import fine_power, load_vae, psnr, reconstruct
+from vae import at_least_64, fine_power, load_vae, psnr, reconstruct
 
 # Name -> options of vae.py. "before" is nano as it was; each of the others is nano with one thing as it was, or one thing more.
 ROWS = {
@@ -96,13 +95,10 @@ def run(config, row, seed):
     network, test_set = load_vae(ckpt), data.open_dataset(Stage1(**ckpt["config"]), "test", ckpt["classes"])
     clips, _ = data.fixed_clips(test_set, config.clips)
     made = {k: reconstruct(network, clips, torch.device("cpu"), refine=k) for k in STEPS}
-    shown = [x.flatten(0, 1) for x in (made[0], clips)]
-    if clips.shape[-1] < 64:
-        shown = [nerv.double(x) for x in shown]
     found = {f"psnr{k}": round(psnr(clips, made[k]), 2) for k in STEPS}
     found |= {"fine": round(100 * fine_power(made[0]) / fine_power(clips), 1), "mesh": round(mesh(clips, made[0]), 2)}
     with torch.no_grad():
-        found["lpips"] = round(LPIPS("alex")(*(x[None] for x in shown)).item(), 4)
+        found["lpips"] = round(LPIPS("alex")(at_least_64(made[0]), at_least_64(clips)).item(), 4)
     return {
         "row": row,
         "seed": seed,
