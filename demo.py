@@ -103,7 +103,7 @@ def main():
     stage1 |= {"data_dir": config.data_dir or stage1.get("data_dir", "")}  # an export has none
     train_set, test_set = (data.open_dataset(Stage1(**stage1), role, classes) for role in ("train", "test"))
     clips, labels = data.fixed_clips(test_set, 20 * len(classes))
-    guess, refine = reconstruct(vae, clips, device), ckpt["config"].get("refine", 0)
+    guess, refine = reconstruct(vae, clips, device), dit.refine_steps(ckpt)
     decoded = reconstruct(vae, clips, device, refine=refine)  # from tokens as stage 2 learns them
     still = clips.mean(1, keepdim=True).expand_as(clips)
     rows.append(("PSNR of held-out reconstructions", f"{psnr(clips, guess):.2f} dB"))

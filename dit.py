@@ -205,6 +205,11 @@ def generate(model, labels, steps=20, guidance=2.0, sampler="dpm", seed=None, gi
     return x
 
 
+def refine_steps(ckpt, asked=-1):
+    """Gradient steps on the tokens of a video: as many as asked for, or below 0 those that stage 2 learned from."""
+    return asked if asked >= 0 else ckpt["config"].get("refine", 0)
+
+
 def load_dit(ckpt, denoiser=DiT, load_vae=load_vae):
     """A stage-2 checkpoint -> (DiT with its averaged weights, VAE, latent scale), in evaluation mode."""
     with utils.fitting_checkpoint(ckpt, denoiser=denoiser):

@@ -236,8 +236,7 @@ def reconstruct_batch(vae, dataset, detector, lpips, device, refine=0):
     def measure(indices, start):
         real, labels = read(dataset, indices)
         clips = video.to_clip(real).to(device)
-        tokens = vae.refine(vae.encode(clips)[0], clips, refine)
-        decoded = vae.decode(tokens, torch.arange(clips.shape[1], device=device))
+        decoded = reconstruct(vae, clips, device, batch_size=len(clips), refine=refine)
         made = video.to_frames(decoded)  # everything is measured on frames as files hold them
         x, y = (torch.as_tensor(frames).movedim(-1, -3).to(device) / 255 for frames in (real, made))
         names = [dataset.name(i) for i in indices]
@@ -343,7 +342,7 @@ def main(config=None):
     settings, classes = Stage1(**stage1["config"]), ckpt["classes"]
     if config.data_dir:
         settings.data_dir = config.data_dir
-    refine = config.refine if config.refine >= 0 else ckpt["config"].get("refine", 0)
+    refine = dit.refine_steps(ckpt, config.refine)
     held_out, train_set = (data.open_dataset(settings, role, classes) for role in ("test", "train"))
     protocol = fvd.PROTOCOLS[config.protocol]
     detector = fvd.load_detector(config.features, config.protocol, config.i3d, config.allow_other_weights, config.seed, device)

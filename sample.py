@@ -67,7 +67,7 @@ class Sampler:
             self.dit.to(self.device)
         else:
             self.vae = load_vae(ckpt)
-        self.refine = config.refine if config.refine >= 0 else ckpt["config"].get("refine", 0)
+        self.refine = dit.refine_steps(ckpt, config.refine)
         self.vae.to(self.device)
         self.autocast = partial(utils.autocast, self.device, config.bf16)
         # Time is a continuous query (§4.5.1): any positions will do, 0 … T-1 is the clip that was trained on.
