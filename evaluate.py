@@ -39,6 +39,12 @@ from losses import LPIPS
 from vae import Config as Stage1
 from vae import load_vae, reconstruct
 
+PSNRS = {
+    "PSNR": "psnr",
+    "PSNR of each clip's own time average": "still",
+    "PSNR in the square": "square",
+    "PSNR of the time average in the square": "still_square",
+}
 SHOWN = 8  # clips of each kind that are kept to be looked at
 
 
@@ -53,6 +59,14 @@ class Config:
     lpips: str = option("features", "vgg", "backbone of LPIPS", choices=["vgg", "alex", "none"])
     videos: int = option("clips", 2048, "clips of each kind, one of each video")
     refine: int = option("clips", -1, "gradient steps on the tokens of reconstructions; -1: as many as stage 2 learned from")
+    square: list = option(
+        "clips",
+        [],
+        "a mouth, say: PSNR within it too; pixels, right and bottom excluded",
+        nargs=4,
+        type=int,
+        metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
+    )
     seed: int = option("clips", 0, "of the choice of clips, of noise, of bootstrap and of random weights")
     steps: int = option("sampling", 20, "evaluations of the denoiser, 1 to 1000")
     sampler: str = option("sampling", "dpm", "DPM-Solver++, DDIM, or ancestral", choices=["dpm", "ddim", "ddpm"])
@@ -231,7 +245,7 @@ def read(dataset, indices):
     return np.stack(frames), np.array(labels)
 
 
-def reconstruct_batch(vae, dataset, detector, lpips, device, refine=0):
+def reconstruct_batch(vae, dataset, detector, lpips, device, refine=0, square=()):
     @torch.no_grad()
     def measure(indices, start):
         real, labels = read(dataset, indices)
@@ -240,7 +254,12 @@ def reconstruct_batch(vae, dataset, detector, lpips, device, refine=0):
         made = video.to_frames(decoded)  # everything is measured on frames as files hold them
         x, y = (torch.as_tensor(frames).movedim(-1, -3).to(device) / 255 for frames in (real, made))
         names = [dataset.name(i) for i in indices]
-        found = {"psnr": frame_psnr(x, y), "ssim": ssim(x, y)}  # [B, T]
+        still = x.mean(1, keepdim=True).expand_as(x)  # a video that does not move: each clip's own time average
+        found = {"psnr": frame_psnr(x, y), "ssim": ssim(x, y), "still": frame_psnr(x, still)}  # [B, T]
+        if square:
+            left, top, right, bottom = square
+            cut, *others = (clip[..., top:bottom, left:right] for clip in (x, y, still))
+            found |= {name: frame_psnr(cut, other) for name, other in zip(("square", "still_square"), others)}
         if lpips:
             found["lpips"] = torch.stack([lpips(2 * b[None] - 1, 2 * a[None] - 1) for a, b in zip(x, y)])
         found = {name: value.cpu().numpy() for name, value in found.items()}
@@ -351,7 +370,7 @@ def main(config=None):
     # All that the batches depend on names their directory: what was measured of another checkpoint is not taken for this one's.
     key = {name: getattr(config, name) for name in ("videos", "batch_size", "seed", "lpips", "guidance", "steps", "sampler")}
     key |= detector.meta | {"networks": utils.fingerprint(nn.ModuleList([vae, *([model] if model else [])]))}
-    key |= {"data": str(settings.data_dir), "refine": refine, "judge_clips": config.judge_clips}
+    key |= {"data": str(settings.data_dir), "refine": refine, "square": config.square, "judge_clips": config.judge_clips}
     out = Path(config.out_dir)
     work = out / f"work-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
     try:
@@ -363,10 +382,16 @@ def main(config=None):
     indices = spread_over(held_out, config.videos)
     if len(indices) < 2:
         raise UserError("a distance takes two held-out clips or more")
-    measure = reconstruct_batch(vae, held_out, detector, lpips, device, refine)
+    measure = reconstruct_batch(vae, held_out, detector, lpips, device, refine, config.square)
+    if config.square:
+        left, top, right, bottom = config.square
+        if not (0 <= left < right <= settings.resolution and 0 <= top < bottom <= settings.resolution):
+            raise UserError(f"--square {left} {top} {right} {bottom}: frames are {settings.resolution} x {settings.resolution}")
     decoded = batches(work, "reconstructed", indices, config.batch_size, measure, rank, world)
     results[f"r{name}"] = distance_result(decoded["real"], decoded["features"], protocol, config, paired=True)
-    results["PSNR"] = mean_result(decoded["psnr"].mean(1), config, "dB")
+    for title, kind in PSNRS.items():
+        if kind in decoded:
+            results[title] = mean_result(decoded[kind].mean(1), config, "dB")
     results["SSIM"] = mean_result(decoded["ssim"].mean(1), config)
     if lpips:
         results[f"LPIPS ({config.lpips})"] = mean_result(decoded["lpips"], config)

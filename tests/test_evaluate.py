@@ -54,7 +54,7 @@ def run(config):
 def test_stage_1_is_what_its_parts_give(trained, tmp_path, detector):
     found = run(settings(trained, "vae.pt", tmp_path))
     results = found["results"]
-    assert set(results) == {"rFVD on random I3D features", "PSNR", "SSIM"}
+    assert set(results) == {"rFVD on random I3D features", "PSNR", "PSNR of each clip's own time average", "SSIM"}
     vae = load_vae(utils.load_checkpoint(trained / "vae.pt", "vae", ""))
     test_set = data.Shapes("test", 32, 16)
     real = np.stack([test_set[i * len(test_set) // 20][0] for i in range(20)])
@@ -69,6 +69,27 @@ def test_stage_1_is_what_its_parts_give(trained, tmp_path, detector):
         assert r["low"] <= r["value"] <= r["high"] and r["clips"] == 20
     assert found["skipped"] == {} and "revision" in found["about"]["trained"]
     assert found["about"]["features"] == "random stand-in, protocol stylegan-v"
+
+
+def test_a_square_is_measured_by_itself(trained, tmp_path, detector):
+    results = run(settings(trained, "vae.pt", tmp_path, videos=4, square=[8, 4, 24, 20]))["results"]
+    vae = load_vae(utils.load_checkpoint(trained / "vae.pt", "vae", ""))
+    test_set = data.Shapes("test", 32, 16)
+    real = np.stack([test_set[i * len(test_set) // 4][0] for i in range(4)])
+    with torch.no_grad():
+        made = video.to_frames(vae.decode(vae.encode(video.to_clip(real))[0], torch.arange(16)))
+    still = np.broadcast_to(real.mean(1, keepdims=True), real.shape)
+    for name, other in (("PSNR in the square", made), ("PSNR of the time average in the square", still)):
+        error = np.square(real / 255 - other / 255)[:, :, 4:20, 8:24].mean((2, 3, 4))
+        assert results[name]["value"] == pytest.approx(-10 * np.log10(error).mean(), abs=1e-3)
+    error = np.square(real / 255 - still / 255).mean((2, 3, 4))
+    assert results["PSNR of each clip's own time average"]["value"] == pytest.approx(-10 * np.log10(error).mean(), abs=1e-3)
+
+
+@pytest.mark.parametrize("square", [[8, 4, 8, 20], [0, 0, 33, 32], [-1, 0, 4, 4]])
+def test_a_square_has_to_lie_in_the_frame(trained, tmp_path, detector, square):
+    with pytest.raises(UserError, match="32 x 32"):
+        run(settings(trained, "vae.pt", tmp_path, square=square))
 
 
 def test_stage_2_and_its_report(trained, tmp_path, detector, capsys):
