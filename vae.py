@@ -147,8 +147,8 @@ class Encoder(nn.Module):
         nn.init.zeros_(self.to_latent.weight.data[nerv_config.token_dim :])
         nn.init.constant_(self.to_latent.bias.data[nerv_config.token_dim :], -12.0)
 
-    def forward(self, video):
-        """video [B, T, 3, H, W] in [-1, 1] -> mean, logvar, each [B, N, d]."""
+    def look(self, video):
+        """video [B, T, 3, H, W] in [-1, 1] -> what the queries have found in it, batch normalized: [B, N, width]."""
         pt, ph, pw = self.patch
         x = video.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(1, (-1, pt))  # [B, t, pt, 3, h, ph, w, pw]
         x = x.permute(0, 1, 4, 6, 2, 3, 5, 7).flatten(4).flatten(1, 3)  # [B, t * h * w, pt * 3 * ph * pw]
@@ -157,8 +157,11 @@ class Encoder(nn.Module):
         for block in self.blocks[:-1]:
             x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
         x = self.blocks[-1](x, last=self.num_tokens)  # what the patches would become, nothing reads
-        x = self.norm(x.flatten(1)).unflatten(1, (self.num_tokens, -1))  # [B, N, width]
-        return self.to_latent(x).float().chunk(2, -1)
+        return self.norm(x.flatten(1)).unflatten(1, (self.num_tokens, -1))
+
+    def forward(self, video):
+        """video [B, T, 3, H, W] in [-1, 1] -> mean, logvar, each [B, N, d]."""
+        return self.to_latent(self.look(video)).float().chunk(2, -1)
 
     def matrices(self):
         """The weights of the transformer and of the patches: what Muon is for."""
@@ -191,25 +194,31 @@ class VAE(nn.Module):
         """tokens [B, N, d], frame positions t [T] -> frames [B, T, 3, H, W] in [-1, 1]."""
         return self.nerv(tokens, t)
 
-    def refine(self, tokens, video, steps, lr=0.01, few=4):
-        """Tokens [B, N, d] that decode to a video [B, T', 3, H, W] better than those given: `steps` of Adam on them alone.
+    def refine(self, tokens, video, steps):
+        """Tokens [B, N, d] that decode to a video better than those given (refine, below)."""
+        return refine(self.decode, tokens, video, steps)
 
-        An encoder guesses tokens in one pass; the gradient of the squared error then says what it missed (Kim et al. 2018,
-        "Semi-amortized VAEs"). Each clip is by itself. The video is the first T' frames of the clip; each step looks at
-        a random few; lr is of the first step and falls to a tenth. 0 steps give the tokens back.
-        """
-        tokens, generator = tokens.detach().float(), torch.Generator().manual_seed(0)
-        moment, square = torch.zeros_like(tokens), torch.zeros_like(tokens)
-        for step in range(steps):
-            t = torch.randperm(video.shape[1], generator=generator)[:few].sort().values.to(video.device)
-            with torch.enable_grad():
-                tokens.requires_grad_()
-                error = (self.decode(tokens, t).float() - video[:, t]).square().mean((1, 2, 3, 4)).sum()
-                (gradient,) = torch.autograd.grad(error, tokens)
-            moment, square = moment.lerp(gradient, 0.1), square.lerp(gradient.square(), 0.01)
-            change = moment / (1 - 0.9 ** (step + 1)) / ((square / (1 - 0.99 ** (step + 1))).sqrt() + 1e-12)
-            tokens = tokens.detach() - lr * (1 - 0.9 * step / steps) * change
-        return tokens
+
+def refine(decode, tokens, video, steps, lr=0.01, few=4, price=None):
+    """Tokens [B, …] that decode to a video [B, T', 3, H, W] better than those given: `steps` of Adam on them alone.
+
+    decode(tokens, t) -> frames [B, len(t), 3, H, W]. An encoder guesses tokens in one pass; the gradient of the squared error
+    then says what it missed (Kim et al. 2018, "Semi-amortized VAEs"). Each clip is by itself. The video is the first T' frames
+    of the clip; each step looks at a random few; lr is of the first step and falls to a tenth. price(tokens) -> [B] is added to
+    the error of each clip. 0 steps give the tokens back.
+    """
+    tokens, generator = tokens.detach().float(), torch.Generator().manual_seed(0)
+    moment, square = torch.zeros_like(tokens), torch.zeros_like(tokens)
+    for step in range(steps):
+        t = torch.randperm(video.shape[1], generator=generator)[:few].sort().values.to(video.device)
+        with torch.enable_grad():
+            tokens.requires_grad_()
+            error = (decode(tokens, t).float() - video[:, t]).square().mean((1, 2, 3, 4))
+            (gradient,) = torch.autograd.grad((error + price(tokens) if price else error).sum(), tokens)
+        moment, square = moment.lerp(gradient, 0.1), square.lerp(gradient.square(), 0.01)
+        change = moment / (1 - 0.9 ** (step + 1)) / ((square / (1 - 0.99 ** (step + 1))).sqrt() + 1e-12)
+        tokens = tokens.detach() - lr * (1 - 0.9 * step / steps) * change
+    return tokens
 
 
 def load_vae(ckpt, decoder=nerv.NeRV):

@@ -1,0 +1,136 @@
+"""A file of chunks: a header that says what they are, where each one is, and a checksum of each.
+
+    bytes    what
+    4        "NeRV"
+    1        version, 1
+    4        length L of what comes next, without its checksum
+    4        CRC-32 of these L bytes
+    L        the header, a dictionary as JSON, deflated with the dictionary WORDS; then the number of chunks, and of each
+             chunk its length and its CRC-32 (4 bytes)
+    …        the chunks, one behind the other
+
+Numbers are little-endian; lengths and counts are varints, seven bits a byte. A reader seeks to the chunks it wants. Nothing is
+allocated on the word of a file alone: what it says of lengths is held against how long it is.
+"""
+
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+
+from common.utils import UserError
+from common.video import printable
+
+MAGIC, VERSION = b"NeRV", 1
+START = struct.Struct("<4sBII")
+LARGEST = 2**20  # bytes of a header as JSON
+# What headers are likely to hold, so that they take some 40 bytes: a short video is not much longer. Part of the format.
+WORDS = b'"1234567890abcdef":[128,256,[0.125,0.25,0.75,0.5,12.5,29.97,50,30,24,"frames":"size":[64,64],"rate":25.0,"keep":1.0,'
+WORDS += b'"bits":[8,8,8],"bits":[4,4,4,4],"bits":[6,6,6,6],"kind":"fit","kind":"codec","model":"'
+
+
+class BadFile(UserError):
+    """A file that is not one of ours, or no longer: path and reason, on one line."""
+
+    def __init__(self, path, reason):
+        super().__init__(f"{printable(path)}: {reason}")
+
+
+def varint(number):
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
+
+
+def read_varint(data, place):
+    """(the number at this place of some bytes, the place after it). IndexError or ValueError where there is none."""
+    number = 0
+    for shift in range(0, 63, 7):
+        byte, place = data[place], place + 1
+        number |= (byte & 127) << shift
+        if byte < 128:
+            return number, place
+    raise ValueError("a number without end")
+
+
+def write(path, header, chunks):
+    """Write a header (a dictionary that JSON can hold) and chunks (bytes) to a file; returns its length in bytes.
+
+    It gets its name when it is whole. UserError where the disk does not take it.
+    """
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15, zdict=WORDS)
+    head = packer.compress(json.dumps(header, separators=(",", ":")).encode()) + packer.flush()
+    head += varint(len(chunks))
+    for chunk in chunks:
+        head += varint(len(chunk)) + struct.pack("<I", zlib.crc32(chunk))
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            file.write(START.pack(MAGIC, VERSION, len(head), zlib.crc32(head)) + head)
+            file.writelines(chunks)
+            length = file.tell()
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot write {printable(path)}: {error.strerror}") from None
+    return length
+
+
+class Reader:
+    """header: the dictionary. len(reader): number of chunks. reader[i]: the bytes of one, or None where it is damaged.
+
+    Raises BadFile for what is not such a file, or whose header is damaged. `tail` are bytes too many, or, below 0, missing.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                self.length = os.fstat(file.fileno()).st_size
+                start = file.read(START.size)
+                if len(start) < START.size or start[:4] != MAGIC:
+                    raise BadFile(path, "not a file of this program" if start else "empty")
+                _, version, size, checksum = START.unpack(start)
+                if version != VERSION:
+                    raise BadFile(path, f"its format has version {version}, and this program reads {VERSION}")
+                if size > self.length - START.size:
+                    raise BadFile(path, "it ends within its header")
+                head = file.read(size)
+        except OSError as error:
+            raise BadFile(path, error.strerror or "cannot be read") from None
+        if zlib.crc32(head) != checksum:
+            raise BadFile(path, "its header is damaged")
+        try:
+            unpacker = zlib.decompressobj(-15, zdict=WORDS)
+            self.header = json.loads(unpacker.decompress(head, LARGEST))
+            index = unpacker.unused_data
+            count, place = read_varint(index, 0)
+            self.entries, offset = [], START.size + size  # (offset, length, checksum) of each chunk
+            for _ in range(min(count, len(index) // 5 + 1)):  # each takes 5 bytes or more
+                length, place = read_varint(index, place)
+                self.entries.append((offset, length, struct.unpack_from("<I", index, place)[0]))
+                offset, place = offset + length, place + 4
+            if len(self.entries) != count or place != len(index) or not isinstance(self.header, dict):
+                raise ValueError
+        except (zlib.error, ValueError, IndexError, struct.error, RecursionError):
+            raise BadFile(path, "its header is not one of this program") from None
+        self.tail = self.length - offset
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, i):
+        offset, length, checksum = self.entries[i]
+        if offset + length > self.length:
+            return None
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(offset)
+                chunk = file.read(length)
+        except OSError as error:
+            raise BadFile(self.path, error.strerror or "cannot be read") from None
+        return chunk if len(chunk) == length and zlib.crc32(chunk) == checksum else None
