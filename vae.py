@@ -120,8 +120,8 @@ class BatchNorm(nn.Module):
         return (x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
 
 
-class Encoder(nn.Module):
-    """The hypernetwork: patches and N learned queries go through a ViT, only the queries' outputs are kept (Fig. 2)."""
+class ViT(nn.Module):
+    """Patches and N learned queries go through a transformer, only the queries' outputs are kept (Fig. 2)."""
 
     def __init__(self, config, nerv_config):
         super().__init__()
@@ -142,12 +142,8 @@ class Encoder(nn.Module):
         # "Batch normalized along the token embedding dimension" (§3.1), each token by itself: at the start most of the variance
         # is between tokens, and statistics pooled over them would leave little of it to what differs between videos.
         self.norm = BatchNorm(nerv_config.num_tokens * config.width)
-        self.to_latent = nn.Linear(config.width, 2 * nerv_config.token_dim)
-        # Start with little noise on the tokens, so that the decoder learns to listen to them before the KL makes them dear.
-        nn.init.zeros_(self.to_latent.weight.data[nerv_config.token_dim :])
-        nn.init.constant_(self.to_latent.bias.data[nerv_config.token_dim :], -12.0)
 
-    def look(self, video):
+    def forward(self, video):
         """video [B, T, 3, H, W] in [-1, 1] -> what the queries have found in it, batch normalized: [B, N, width]."""
         pt, ph, pw = self.patch
         x = video.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(1, (-1, pt))  # [B, t, pt, 3, h, ph, w, pw]
@@ -159,13 +155,24 @@ class Encoder(nn.Module):
         x = self.blocks[-1](x, last=self.num_tokens)  # what the patches would become, nothing reads
         return self.norm(x.flatten(1)).unflatten(1, (self.num_tokens, -1))
 
-    def forward(self, video):
-        """video [B, T, 3, H, W] in [-1, 1] -> mean, logvar, each [B, N, d]."""
-        return self.to_latent(self.look(video)).float().chunk(2, -1)
-
     def matrices(self):
         """The weights of the transformer and of the patches: what Muon is for."""
         return [self.embed.weight, *(p for p in self.blocks.parameters() if p.ndim == 2)]
+
+
+class Encoder(ViT):
+    """The hypernetwork: what the queries have found in a video becomes the posterior of its tokens."""
+
+    def __init__(self, config, nerv_config):
+        super().__init__(config, nerv_config)
+        self.to_latent = nn.Linear(config.width, 2 * nerv_config.token_dim)
+        # Start with little noise on the tokens, so that the decoder learns to listen to them before the KL makes them dear.
+        nn.init.zeros_(self.to_latent.weight.data[nerv_config.token_dim :])
+        nn.init.constant_(self.to_latent.bias.data[nerv_config.token_dim :], -12.0)
+
+    def forward(self, video):
+        """video [B, T, 3, H, W] in [-1, 1] -> mean, logvar, each [B, N, d]."""
+        return self.to_latent(super().forward(video)).float().chunk(2, -1)
 
 
 def grid_position(grid, width):

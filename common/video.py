@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common import plot
-from common.utils import UserError
+from common.utils import UserError, make_parent
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpg", ".mpeg", ".wmv", ".flv")
 IMAGE_SUFFIXES = (".png", ".apng", ".webp", ".jpg", ".jpeg", ".bmp")
@@ -175,6 +175,17 @@ def read_frames(path, size, start=0, count=None, fps=0.0):
     if len({frame.shape for frame in frames}) > 1:
         raise BadVideo(path, "its frames have different sizes")
     return np.stack(frames)
+
+
+def whole_video(path):
+    """All frames of a video at their own size, uint8 [T, H, W, 3], on the disk where a decoder made them. Raises BadVideo."""
+    if video_kind(path) != "decoder":
+        return read_frames(path, None)
+    with tempfile.TemporaryFile() as out:
+        count = decode(path, None, out)
+        skip, height, width = frame_layout(out, 0, None)
+        rows = np.memmap(out, np.uint8, "r", shape=(count, skip + height * width * 3))
+    return rows[:, skip:].reshape(count, height, width, 3)
 
 
 def decode(path, size, out, fps=0.0, start=0.0, count=None, threads=1):
@@ -418,6 +429,40 @@ def write_video(path, clip, fps=12):
     writer.close()
     images = [Image.fromarray(frame) for frame in frames]
     images[0].save(f"{path}.gif", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
+
+
+def write_frames(path, parts, fps):
+    """Frames in parts, each uint8 [n, H, W, 3], as one video at its own size; returns how many frames there are.
+
+    .mkv is lossless (FFV1), .mp4 is H.264 that looks so. UserError for other suffixes and where it cannot be written.
+    """
+    codecs = {".mp4": ("libx264", ["-crf", "12"]), ".mkv": ("ffv1", [])}
+    if Path(path).suffix.lower() not in codecs:
+        raise UserError(f"{printable(path)}: name a file that ends in {' or '.join(codecs)}")
+    make_parent(path)
+    (codec, options), writer, count, whole = codecs[Path(path).suffix.lower()], None, 0, False
+    try:
+        for part in parts:
+            if writer is None:
+                height, width = part.shape[1:3]
+                pixels = "gbrp" if codec == "ffv1" else "yuv420p" if height % 2 == width % 2 == 0 else "yuv444p"
+                kw = {"codec": codec, "quality": None, "macro_block_size": 1, "ffmpeg_log_level": "error"}
+                writer = imageio_ffmpeg.write_frames(
+                    str(path), (width, height), fps=fps, pix_fmt_out=pixels, output_params=options, **kw
+                )
+                writer.send(None)
+            for frame in part:
+                writer.send(np.ascontiguousarray(frame))
+            count += len(part)
+        whole = True
+    except OSError as error:
+        raise UserError(f"cannot write {printable(path)}: {str(error).strip().splitlines()[0]}") from None
+    finally:
+        if writer:
+            writer.close()
+            if not whole:  # no part of a video stays
+                Path(path).unlink(missing_ok=True)
+    return count
 
 
 def write_sheet(path, rows, titles=None, columns=8):

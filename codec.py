@@ -1,0 +1,759 @@
+"""A video as a file of weights: NeRV-Enc and NeRV-Dec (Chen et al. 2024, "FastNeRV" below), any size of it (HyperNeRV).
+
+clip [B, T, 3, R, R] --ViT, weight tokens--> codes [B, P]: every token of every layer, one after the other     (Hypernetwork)
+codes --quantize, entropy code--> bytes of one chunk of a file (common/container.py)                         (common/entropy.py)
+codes, frame positions --shared kernels times codes, convolutions--> frames                                       (NeRVDec)
+
+python codec.py train --dataset folder --data-dir clips/train         the hypernetwork and the shared kernels; writes codec.pt
+python codec.py encode in.mp4 out.nerv --bits 6 --keep 0.5 --refine 20
+python codec.py decode out.nerv out.mp4 --frames 100:140              only these frames, from the chunks they are in
+python codec.py info out.nerv
+
+`python codec.py encode --help` shows the options of encode. docs/codec.md has the format of the file.
+"""
+
+import copy
+import dataclasses
+import itertools
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+import nerv
+import vae
+from common import container, entropy, progress, utils, video
+from common.optim import make_optimizer
+from common.utils import UserError, option
+from common.video import printable, to_clip, to_frames
+
+# ------------------------------------------------------------------------------------------------------------------- model
+
+
+@dataclass
+class CodecConfig:
+    """Sizes of the decoder and its tokens. The defaults are FastNeRV's (§4.1; token sizes from HyperNeRV, §7.2)."""
+
+    resolution: int = 256  # R = H = W in pixels of a tile, a power of two
+    num_frames: int = 8  # T of a chunk
+    width: int = 16  # channels between the blocks
+    pos_dim: int = 16  # of the time embedding, which is all the input
+    tokens: tuple[int, ...] = (4, 64, 16, 0)  # weight tokens of each layer
+    token_dims: tuple[int, ...] = (256, 288, 288, 0)  # numbers of each token
+
+    def __post_init__(self):
+        self.tokens, self.token_dims = tuple(self.tokens), tuple(self.token_dims)
+        if self.resolution < 4 or self.resolution & (self.resolution - 1):
+            raise ValueError(f"resolution {self.resolution} is no power of two from 4 on")
+        if not len(self.tokens) == len(self.token_dims) == len(self.strides):
+            raise ValueError(f"resolution {self.resolution} takes {len(self.strides)} --tokens and --token-dims, one per layer")
+        for shape, tokens, dim in zip(self.shapes, self.tokens, self.token_dims):
+            if min(tokens, dim) < 0 or tokens * dim > math.prod(shape) or (tokens > 0) != (dim > 0):
+                raise ValueError(f"{tokens} tokens of {dim} numbers do not fit a kernel of {math.prod(shape)}")
+        if not self.num_codes:
+            raise ValueError("some layer has to have tokens")
+
+    @property
+    def strides(self):
+        """Factors of the pixel shuffles: fours, and a two at the end where it takes one."""
+        levels = self.resolution.bit_length() - 1
+        return (4,) * (levels // 2) + (2,) * (levels % 2)
+
+    @property
+    def shapes(self):
+        """Of the kernels: the first is 1 × 1, since its input is a single pixel, the others 3 × 3."""
+        ins = (self.pos_dim, *(self.width for _ in self.strides[1:]))
+        outs = (*(self.width for _ in self.strides[1:]), 3)
+        sizes = (1, *(3 for _ in self.strides[1:]))
+        return [(out * stride**2, in_, k, k) for in_, out, k, stride in zip(ins, outs, sizes, self.strides)]
+
+    @property
+    def num_tokens(self):
+        return sum(self.tokens)
+
+    @property
+    def codes(self):
+        """The numbers that the tokens of each layer are."""
+        return [n * d for n, d in zip(self.tokens, self.token_dims)]
+
+    @property
+    def num_codes(self):
+        """P, the numbers of one clip: what a file holds of it, before any are left out."""
+        return sum(self.codes)
+
+    def per_code(self, values):
+        """One number, or one for each layer -> [P], that of each code's layer."""
+        values = list(values) * (len(self.codes) if len(values) == 1 else 1)
+        return torch.repeat_interleave(torch.tensor(values), torch.tensor(self.codes))
+
+
+# Where the tokens go, per preset (Table 4): layer-adaptive, the same number in each layer (TransINR), all in one (GINR).
+ALLOCATIONS = {
+    "fastnerv": {
+        "adaptive": ((4, 64, 16, 0), (256, 288, 288, 0)),
+        "uniform": ((64, 64, 64, 64), (64, 144, 144, 108)),
+        "specific": ((0, 64, 0, 0), (0, 576, 0, 0)),
+    },
+    "nano": {
+        "adaptive": ((8, 32, 8), (32, 32, 32)),
+        "uniform": ((16, 16, 16), (32, 32, 32)),
+        "specific": ((0, 32, 0), (0, 48, 0)),
+    },
+}
+ENCODERS = {
+    "fastnerv": vae.EncoderConfig(width=720, depth=6, heads=12, patch=(1, 64, 64)),
+    "nano": vae.EncoderConfig(width=128, depth=3, heads=4, patch=(4, 8, 8)),
+}
+RANGE = 4.0  # codes lie within ±RANGE
+
+
+class Hypernetwork(vae.ViT):
+    """NeRV-Enc: patches and one learned query for each weight token go through a ViT; each layer has its linear map (Fig. 4).
+
+    The ViT is that of stage 1 with its batch norm, without which a small one is slow to learn.
+    """
+
+    def __init__(self, vit_config, config):
+        super().__init__(vit_config, config)
+        self.counts = config.tokens
+        self.heads = nn.ModuleList(nn.Linear(vit_config.width, dim) for dim in config.token_dims if dim)
+        for head in self.heads:  # start near the shared kernels, on which all videos agree
+            nn.init.normal_(head.weight, std=1 / math.sqrt(vit_config.width))
+            nn.init.zeros_(head.bias)
+
+    def forward(self, clips):
+        """clips [B, T, 3, R, R] in [-1, 1] -> codes [B, P], each within ±RANGE."""
+        parts = super().forward(clips).split([n for n in self.counts if n], 1)  # each [B, tokens of a layer, width]
+        codes = torch.cat([head(part).flatten(1) for head, part in zip(self.heads, parts)], 1)
+        return RANGE * torch.tanh(codes.float() / RANGE)
+
+
+class Layer(nn.Module):
+    """A convolution and a pixel shuffle. Its kernel is shared, times what the tokens of a video say (§3.2, Fig. 4b)."""
+
+    def __init__(self, shape, stride, tokens, dim, gain):
+        super().__init__()
+        self.stride, self.tokens, self.dim, self.gain = stride, tokens, dim, gain
+        self.shared = nn.Parameter(torch.randn(shape) * gain / math.sqrt(math.prod(shape[1:])))
+        self.bias = nn.Parameter(torch.zeros(shape[0]))
+        if tokens:
+            self.strength = nn.Parameter(torch.ones(1))  # of what a code of one does: the grid of codes is fixed
+
+    def kernel(self, codes):
+        """codes [B, tokens * dim] -> kernels [B, out, in, k, k], of norm `gain` per output channel.
+
+        The entries are in equal parts, one for each token, which is repeated to fill it.
+        """
+        span = math.ceil(self.shared.numel() / self.tokens)
+        factors = codes.unflatten(1, (self.tokens, self.dim)).repeat(1, 1, math.ceil(span / self.dim))[:, :, :span]
+        factors = 1 + self.strength * factors.flatten(1)[:, : self.shared.numel()].view(-1, *self.shared.shape)
+        kernel = self.shared * factors
+        return kernel * (self.gain * torch.rsqrt(kernel.square().sum((2, 3, 4), keepdim=True) + 1e-8))
+
+    def forward(self, x, codes):
+        """x [T, B * in, h, w], codes [B, tokens * dim] -> [T, B * out, h * stride, w * stride]."""
+        B, (_, in_, k, _) = len(codes), self.shared.shape
+        if self.tokens:  # videos are the groups (Fig. 5)
+            kernel, bias = self.kernel(codes).flatten(0, 1).to(x.dtype), self.bias.to(x.dtype).repeat(B)
+            return F.pixel_shuffle(F.conv2d(x, kernel, bias, padding=k // 2, groups=B), self.stride)
+        T, x = len(x), x.reshape(-1, in_, *x.shape[2:])  # nothing is their own here, and frames are frames
+        x = F.conv2d(x, self.shared.to(x.dtype), self.bias.to(x.dtype), padding=k // 2)
+        return F.pixel_shuffle(x, self.stride).unflatten(0, (T, B)).flatten(1, 2)
+
+
+class NeRVDec(nn.Module):
+    """Codes in, frames out; and all that turns codes into bytes and back: what a receiver needs to have.
+
+    mean and log_scale [P] are of a logistic distribution for each code, which training fits: the entropy coder's model.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        # Unit variance from layer to layer, and of the frames little at first: they start grey.
+        gains = [1.0, *(nerv.GELU_GAIN for _ in c.strides[2:]), 0.1]
+        layers = zip(c.shapes, c.strides, c.tokens, c.token_dims, gains)
+        self.layers = nn.ModuleList(Layer(*layer) for layer in layers)
+        self.mean = nn.Parameter(torch.zeros(c.num_codes))
+        self.log_scale = nn.Parameter(torch.full((c.num_codes,), math.log(0.3)))
+
+    def forward(self, codes, t):
+        """codes [B, P], positions t [T'] real-valued, 0 … T-1 in the clip -> frames [B, T', 3, R, R] about [-1, 1]."""
+        B, c = len(codes), self.config
+        if codes.device.type == "cpu" and B > 1 and not torch.is_grad_enabled():
+            return torch.cat([self(part, t) for part in codes.split(1)])  # to the bit the same in any company
+        parts = codes.split(c.codes, 1)
+        x = nerv.sinusoid(t.float(), c.pos_dim, c.num_frames).to(codes.dtype)[:, :, None, None].repeat(1, B, 1, 1)
+        for i, (layer, part) in enumerate(zip(self.layers, parts)):
+            x = layer(F.gelu(x) if i else x, part)  # the gain of each GELU is in the next kernel
+        return 2 * x.unflatten(1, (B, 3)).transpose(0, 1)  # the paper's output bias of 0.5 on [0, 1] is 0 on [-1, 1]
+
+    def num_weights(self):
+        """Kernels and biases, of which one video's network has as many (Table 2, "INR size")."""
+        return sum(layer.shared.numel() + layer.bias.numel() for layer in self.layers)
+
+    def sources(self, keep):
+        """Where each code is read from when each layer keeps its first tokens, the share `keep` of them: [P] indices.
+
+        Token i falls back on token i less its leading bit, until it comes to one that is kept: of half the tokens, the first
+        half are used twice, as in HyperNeRV (§3.2). Kept codes are read from themselves.
+        """
+        sources, first = [], 0
+        for n, dim in zip(self.config.tokens, self.config.token_dims):
+            kept, tokens = math.ceil(keep * n - 1e-9), []
+            for i in range(n):
+                while i >= kept:
+                    i -= 1 << i.bit_length() - 1
+                tokens.append(i)
+            sources.append(first + (torch.tensor(tokens, dtype=torch.long)[:, None] * dim + torch.arange(dim)).flatten())
+            first += n * dim
+        return torch.cat(sources).to(self.mean.device)
+
+    def steps(self, bits):
+        """The quantizer's step for each code, [P]: 2^bits levels in ±RANGE; bits is a list of one number, or one per layer."""
+        return (2 * RANGE / 2 ** self.config.per_code(bits).float()).to(self.mean.device)
+
+    def quantize(self, codes, bits):
+        """codes [B, P] -> whole numbers [B, P], as floats."""
+        steps = self.steps(bits)
+        half = RANGE / steps
+        return torch.minimum(torch.maximum(((codes - self.mean) / steps).round(), -half), half - 1)
+
+    def dequantize(self, numbers, bits):
+        return self.mean + numbers * self.steps(bits)
+
+    def bits(self, codes, steps):
+        """What each code costs in bits, about, with a gradient: codes [B, P], steps [P] -> [B, P]."""
+        scale, far = self.log_scale.exp(), (codes - self.mean).abs()
+        mass = torch.sigmoid((steps / 2 - far) / scale) - torch.sigmoid((-steps / 2 - far) / scale)
+        return -torch.log2(mass.clamp_min(1e-9))
+
+
+class Codec(nn.Module):
+    def __init__(self, config, vit_config):
+        super().__init__()
+        self.config, self.vit_config = config, vit_config
+        self.encoder, self.decoder = Hypernetwork(vit_config, config), NeRVDec(config)
+
+
+def load_codec(ckpt):
+    """The Codec of a checkpoint, in evaluation mode."""
+    with utils.fitting_checkpoint(ckpt):
+        codec = Codec(CodecConfig(**ckpt["codec_config"]), vae.EncoderConfig(**ckpt["encoder_config"]))
+        codec.load_state_dict(ckpt["ema"])
+    return codec.eval().requires_grad_(False)
+
+
+# --------------------------------------------------------------------------------------------------------- codes and bytes
+
+
+def coding_order(decoder, bits, keep):
+    """How the kept codes are written: entropy.coding_order of what the decoder knows of them."""
+    sources, bits = decoder.sources(keep).cpu(), decoder.config.per_code(bits).numpy()
+    scales = decoder.log_scale.detach().cpu().double().numpy() / math.log(2)
+    return entropy.coding_order(scales - (math.log2(2 * RANGE) - bits), bits, sources == torch.arange(len(sources)))
+
+
+def packed(numbers, order):
+    """Whole numbers [tiles, P] -> a chunk. It has a bit per tile or more, so that a short file cannot ask for much memory."""
+    return entropy.pack(numbers, order).ljust(math.ceil(len(numbers) / 8), b"\0")
+
+
+def cut(frames, config):
+    """Up to T frames, uint8 [n, H, W, 3] -> their tiles as clips [tiles, T, 3, R, R], row by row.
+
+    What is beyond an edge repeats the edge; after the last frame it repeats the last frame.
+    """
+    size, (n, height, width, _) = config.resolution, frames.shape
+    frames = np.pad(frames, ((0, config.num_frames - n), (0, -height % size), (0, -width % size), (0, 0)), "edge")
+    clip = to_clip(frames).unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [T, 3, rows, R, columns, R]
+    return clip.permute(2, 4, 0, 1, 3, 5).flatten(0, 1)
+
+
+def join(tiles, height, width):
+    """Tiles [..., rows * columns, T', 3, R, R] -> clip [..., T', 3, height, width]; what `cut` added is cut off."""
+    size = tiles.shape[-1]
+    tiles = tiles.unflatten(-5, (math.ceil(height / size), math.ceil(width / size)))  # [..., rows, columns, T', 3, R, R]
+    clip = tiles.movedim((-6, -5), (-4, -2))  # [..., T', 3, rows, R, columns, R]
+    return clip.flatten(-2).flatten(-3, -2)[..., :height, :width]
+
+
+# ----------------------------------------------------------------------------------------------------------------- a file
+
+
+class VideoFile:
+    """A .nerv file and what is needed to decode it: codes(chunk) -> [tiles, P]. Raises BadFile for what is not its codec's."""
+
+    LARGEST = 2**25  # pixels of a frame
+
+    def __init__(self, path):
+        self.path, self.reader = path, container.Reader(path)
+        header = self.reader.header
+        try:
+            (self.width, self.height), self.frames, self.rate = header["size"], header["frames"], header["rate"]
+            self.bits, self.keep, self.model = header["bits"], header["keep"], header["model"]
+            whole = [self.width, self.height, self.frames, *self.bits]
+            good = header["kind"] == "codec" and all(type(n) is int and n > 0 for n in whole) and type(self.model) is str
+            good = good and all(4 <= b <= 8 for b in self.bits) and 0 < self.keep <= 1 and 0 < self.rate < 1e6
+        except (KeyError, TypeError, ValueError):
+            good = False
+        if not good or self.width * self.height > self.LARGEST:
+            raise container.BadFile(path, "its header is not that of a video by this program")
+
+    def fit(self, codec, name):
+        """Make ready to decode by this codec, of the checkpoint `name`. BadFile where it is another's."""
+        c, self.decoder = codec.config, codec.decoder
+        if self.model != model_name(codec):
+            raise container.BadFile(self.path, f"it was encoded by another model than {name}")
+        if len(self.bits) not in (1, len(c.tokens)) or len(self.reader) != math.ceil(self.frames / c.num_frames):
+            raise container.BadFile(self.path, "its header is not that of a video by this model")
+        self.tiles = math.ceil(self.width / c.resolution) * math.ceil(self.height / c.resolution)
+        self.order = coding_order(codec.decoder, self.bits, self.keep)
+        self.sources = codec.decoder.sources(self.keep)
+        return self
+
+    def numbers(self, chunk):
+        """int8 [tiles, P], or None where the chunk is damaged."""
+        data = self.reader[chunk]
+        if data is None or 8 * len(data) < self.tiles:
+            return None
+        try:
+            return entropy.unpack(data, self.order, (self.tiles, len(self.sources)))
+        except ValueError:
+            return None
+
+    def codes(self, numbers):
+        """int8 [tiles, P] -> codes [tiles, P] on the decoder's device."""
+        numbers = torch.from_numpy(numbers).to(self.sources.device)
+        return self.decoder.dequantize(numbers.float(), self.bits)[:, self.sources]
+
+
+def model_name(codec):
+    """What files call a model: 16 hexadecimal digits of the fingerprint of its decoder, all that decoding depends on."""
+    return utils.fingerprint(codec.decoder)[:16]
+
+
+def encode_clips(codec, clips, bits, keep, refine=0, rate=0.0):
+    """Clips [B, T, 3, R, R] in [-1, 1] -> whole numbers [B, P], their codes after `refine` steps against the clips.
+
+    Quantization is in the loop of these steps, straight through; rate is what a bit per pixel is worth in squared error.
+    """
+    decoder, steps = codec.decoder, codec.decoder.steps(bits)
+    sources, pixels = decoder.sources(keep), codec.config.num_frames * codec.config.resolution**2
+    kept = sources == torch.arange(len(sources), device=sources.device)
+
+    def decode(codes, t):
+        rounded = decoder.dequantize(decoder.quantize(codes, bits), bits)
+        return decoder((codes + (rounded - codes).detach())[:, sources], t)
+
+    def price(codes):
+        return rate / pixels * (decoder.bits(codes, steps) * kept).sum(1)
+
+    codes = vae.refine(decode, codec.encoder(clips), clips, refine, lr=0.02, price=price if rate else None)
+    return decoder.quantize(codes, bits)
+
+
+@dataclass
+class Encode:
+    ckpt: str = option("input", "codec.pt", "checkpoint of `codec.py train`")
+    bits: list = option("size", [6], "of a code, 4 to 8: one number, or one for each layer", nargs="+", type=int)
+    keep: float = option("size", 1.0, "share of the weight tokens that is written")
+    refine: int = option("effort", 0, "gradient steps on the codes against the video")
+    rate: float = option("effort", -1.0, "what a bit per pixel is worth in squared error, to --refine; -1: as in training")
+    batch_size: int = option("machine", 16, "clips encoded at once")
+    device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
+
+
+@torch.no_grad()
+def encode(source, target, config):
+    """Encode the video file `source` as the file `target`."""
+    device, codec, ckpt = open_codec(config)
+    c, bits = codec.config, config.bits
+    if len(bits) not in (1, len(c.tokens)) or not all(4 <= b <= 8 for b in bits):
+        raise UserError(f"--bits {' '.join(map(str, bits))}: one number from 4 to 8, or {len(c.tokens)} of them, one per layer")
+    if not 0 < config.keep <= 1:
+        raise UserError(f"--keep {config.keep}: it is a share of the tokens, above 0 and up to 1")
+    if config.refine < 0:
+        raise UserError(f"--refine {config.refine}: it must not be negative")
+    utils.check_positive(config, "batch_size")
+    utils.make_parent(target)
+    frames, begin = video.whole_video(source), time.time()  # [F, H, W, 3]
+    (count, height, width, _), rate = frames.shape, video.probe(source).fps or 25.0
+    if width * height > VideoFile.LARGEST:
+        raise UserError(f"{printable(source)} has frames of {width} x {height}, more than {VideoFile.LARGEST} pixels")
+    order, sources = coding_order(codec.decoder, bits, config.keep), codec.decoder.sources(config.keep)
+    price = ckpt["config"]["rate"] if config.rate < 0 else config.rate
+    chunks, error = [], 0.0
+    tiles, t = len(cut(frames[:1], c)), torch.arange(c.num_frames, device=device)
+    starts = range(0, count, c.num_frames)
+    several = max(1, config.batch_size // tiles)  # chunks at a time
+    for first in progress.bar(range(0, len(starts), several), "encoding", unit="batch"):
+        group = starts[first : first + several]
+        clips = torch.cat([cut(frames[s : s + c.num_frames], c) for s in group])
+        numbers = [
+            encode_clips(codec, part.to(device), bits, config.keep, config.refine, price)
+            for part in clips.split(config.batch_size)
+        ]
+        for s, own in zip(group, torch.cat(numbers).split(tiles)):
+            chunks.append(packed(own.cpu().numpy(), order))
+            clip = join(codec.decoder(codec.decoder.dequantize(own, bits)[:, sources], t), height, width)
+            decoded, real = to_frames(clip), frames[s : s + c.num_frames]
+            error += np.square(decoded[: len(real)] - real.astype(np.float32)).sum(dtype=np.float64)
+    header = {
+        "kind": "codec",
+        "model": model_name(codec),
+        "size": [width, height],
+        "frames": count,
+        "rate": round(rate, 4),
+        "bits": bits,
+        "keep": config.keep,
+    }
+    size = container.write(target, header, chunks)
+    decibels = 10 * math.log10(255**2 / max(error / frames.size, 1e-5))
+    seconds = time.time() - begin
+    print(
+        f"wrote {target}: {count} frames of {width} x {height} in {size} bytes, {8 * size / (count * height * width):.4f} bits "
+        f"per pixel, PSNR {decibels:.2f} dB, {seconds:.1f} s"
+    )
+
+
+@dataclass
+class Decode:
+    ckpt: str = option("input", "codec.pt", "checkpoint of `codec.py train` that encoded the file")
+    frames: str = option("what", "", "first and last of the video's frames, the last one left out, 100:140; default: all")
+    time_scale: float = option("what", 1.0, "decoded frames per frame of the video, which stays as long as it is")
+    salvage: bool = option("what", False, "decode what is undamaged; the last good frame stands in for the rest, or grey")
+    device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
+
+
+@torch.no_grad()
+def decode_frames(file, codec, first, last, time_scale=1.0, salvage=False):
+    """Frames of a fitted VideoFile from number `first` up to `last`, in parts, each uint8 [n, H, W, 3]; needed chunks only.
+
+    Without salvage, BadFile for a chunk that is damaged; with it, damaged ones are named on stderr.
+    """
+    T, good = codec.config.num_frames, None
+    places = np.arange(math.ceil(first * time_scale), math.ceil(last * time_scale)) / time_scale
+    places = np.minimum(places, file.frames - 1)  # in frames; what is after the last one nobody has seen
+    for chunk in range(first // T, math.ceil(last / T)):
+        t = places[(places >= chunk * T) & (places < (chunk + 1) * T)] - chunk * T
+        if not len(t):
+            continue
+        if (numbers := file.numbers(chunk)) is None:
+            about = f"chunk {chunk}, frames {chunk * T} to {min((chunk + 1) * T, file.frames) - 1}, is damaged"
+            if not salvage:
+                raise container.BadFile(file.path, f"{about}: --salvage decodes the others")
+            print(f"{printable(file.path)}: {about}", file=sys.stderr)
+            still = np.full((file.height, file.width, 3), 128, np.uint8) if good is None else good
+            yield np.broadcast_to(still, (len(t), *still.shape))
+            continue
+        codes = file.codes(numbers)
+        for few in torch.from_numpy(t).to(codes).split(T):
+            frames = to_frames(join(codec.decoder(codes, few), file.height, file.width))
+            yield frames
+            good = frames[-1]
+
+
+def decode(source, target, config):
+    """Decode the file `source` into the video `target`."""
+    utils.check_positive(config, "time_scale")
+    file = VideoFile(source)
+    _, codec, _ = open_codec(config)
+    file.fit(codec, config.ckpt)
+    first, last = 0, file.frames
+    if config.frames:
+        numbers = config.frames.split(":")
+        first, last = (int(n) if n.isdigit() else -1 for n in numbers) if len(numbers) == 2 else (-1, -1)
+        if not 0 <= first < last <= file.frames:
+            raise UserError(f"--frames {config.frames}: the video has frames 0 to {file.frames - 1}, 0:{file.frames} is all")
+    if file.reader.tail > 0 and not config.salvage:
+        raise container.BadFile(source, f"{file.reader.tail} bytes follow its end: --salvage leaves them out")
+    parts = decode_frames(file, codec, first, last, config.time_scale, config.salvage)
+    count = video.write_frames(target, parts, file.rate * config.time_scale)
+    print(f"wrote {target}: {count} frames of {file.width} x {file.height}")
+
+
+@dataclass
+class Info:
+    pass
+
+
+def info(source, config):
+    """Print what a file says of itself, and which of its chunks are damaged."""
+    file = VideoFile(source)
+    reader, pixels = file.reader, file.frames * file.width * file.height
+    damaged = [i for i in range(len(reader)) if reader[i] is None]
+    print(f"{file.frames} frames of {file.width} x {file.height}, {file.rate:g} a second, by model {file.model}")
+    head = reader.length - sum(length for _, length, _ in reader.entries)
+    print(f"{reader.length} bytes, {8 * reader.length / pixels:.4f} bits per pixel; {max(0, head)} of them header and index")
+    print(f"{len(reader)} chunks, codes of {' '.join(map(str, file.bits))} bits, {100 * file.keep:g} % of the tokens")
+    more = f"; {reader.tail} bytes follow" if reader.tail > 0 else ""
+    print(f"damaged chunks: {' '.join(map(str, damaged)) or 'none'}{more}")
+
+
+def open_codec(config):
+    """(device, Codec on it, checkpoint) of settings with ckpt and device."""
+    ckpt = utils.load_checkpoint(config.ckpt, "codec", "python codec.py train")
+    device = utils.pick_device(config.device)
+    return device, load_codec(ckpt).to(device), ckpt
+
+
+class Loader:
+    """Random clips of the .nerv files under a directory, as batches without end: [B, T, 3, H, W] in [-1, 1], on the device.
+
+    Many videos decode in one call (§3.2, "NeRV-Dec"). Every chunk comes once in a pass, each pass in an order that follows from
+    the seed; `start` is the batch to begin with. What has been read stays in memory as the whole numbers it is made of, a byte
+    each. The files are of one model and one size of frame. UserError for those that are not, or where there are none.
+    """
+
+    def __init__(self, directory, ckpt="codec.pt", batch_size=16, seed=0, start=0, device="auto", bf16="auto"):
+        self.device, self.codec, _ = open_codec(Decode(ckpt, device=device))
+        self.batch_size, self.seed, self.start, self.bf16 = batch_size, seed, start, bf16
+        paths = sorted(Path(directory).rglob("*.nerv"))
+        if not paths:
+            raise UserError(f"{directory} holds no .nerv files: make some with `python codec.py encode`")
+        self.files = [VideoFile(path).fit(self.codec, ckpt) for path in paths]
+        self.height, self.width = self.files[0].height, self.files[0].width
+        for file in self.files:
+            if (file.height, file.width) != (self.height, self.width):
+                raise UserError(f"{printable(file.path)} has frames of another size than {printable(paths[0])}")
+        self.clips = []  # whole ones; of a video with none, the one that was filled up
+        for file in self.files:
+            whole = max(1, file.frames // self.codec.config.num_frames)
+            self.clips += [(file, chunk) for chunk in range(whole)]
+        self.kept = {}
+
+    def __len__(self):
+        """Clips in a pass."""
+        return len(self.clips)
+
+    def codes(self, i):
+        file, chunk = self.clips[i % len(self)]
+        if i % len(self) not in self.kept:
+            numbers = file.numbers(chunk)
+            if numbers is None:
+                raise container.BadFile(file.path, f"chunk {chunk} is damaged")
+            self.kept[i % len(self)] = numbers
+        return file.codes(self.kept[i % len(self)])
+
+    @torch.no_grad()
+    def batch(self, indices):
+        codes = torch.cat([self.codes(i) for i in indices])
+        with utils.autocast(self.device, self.bf16):
+            tiles = self.codec.decoder(codes, torch.arange(self.codec.config.num_frames, device=self.device))
+        return join(tiles.float().unflatten(0, (len(indices), -1)), self.height, self.width).clamp(-1, 1)
+
+    def __iter__(self):
+        for indices in data.Stream(len(self), self.batch_size, self.seed, self.start):
+            yield self.batch(indices)
+
+
+# ---------------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class Config:
+    dataset: str = option(
+        "data", "shapes", "built-in shapes, any folder of videos, or one as it is distributed", choices=data.DATASETS
+    )
+    data_dir: str = option("data", "", "where it is; classes of a folder are its sub-folders")
+    split: int = option("data", 0, "official split of UCF-101; 0 is all videos", choices=[0, 1, 2, 3])
+    stride: int = option("data", 1, "frames of the video per frame of the clip")
+    fps: float = option("data", 0.0, "frames per second that videos are read at; 0 is their own")
+    flip: bool = option("data", False, "mirror half of the training clips, left to right")
+    crop_scale: float = option("data", 1.0, "train on random squares of the frames, their side this share of it or more")
+    cache: str = option("data", "auto", "frames on disk: auto for small data sets", choices=["auto", "on", "off"])
+    cache_dir: str = option("data", "data/cache", "directory of the caches")
+    workers: int = option("data", -1, "threads that read clips ahead; -1: as many as there are cores")
+    preset: str = option("model", "", "default: fastnerv, the paper's, or nano for the shapes", choices=list(ENCODERS))
+    resolution: int = option("model", 256, "height and width of a tile in pixels, a power of two")
+    num_frames: int = option("model", 8, "frames of a clip, T")
+    width: int = option("model", 16, "channels of the decoder; larger ones take no byte more (HyperNeRV, Table 3)")
+    allocation: str = option(
+        "model", "adaptive", "which layers have tokens (Table 4)", choices=["adaptive", "uniform", "specific"]
+    )
+    tokens: list = option("model", [], "weight tokens of each layer, instead of --allocation", nargs="+", type=int)
+    token_dims: list = option("model", [], "numbers of a token of each layer", nargs="+", type=int)
+    batch_size: int = option("training", 32, "clips per step, of all processes together")
+    steps: int = option("training", 1_000_000, "length of the training; the learning rate decays to zero over it")
+    optimizer: str = option("training", "adamw", "muon: for the matrices of the encoder", choices=["adamw", "muon"])
+    lr: float = option("training", 1e-4, "peak learning rate")
+    warmup: int = option("training", 1000, "steps of linear warm-up")
+    weight_decay: float = option("training", 0.01, "of the optimizer")
+    renorm: float = option("training", 0.3, "share of the steps after which batch norm is by its running statistics")
+    grad_clip: float = option("training", 1.0, "largest norm of the gradient")
+    ema: float = option("training", 0.9995, "decay of the averaged weights, which are the ones to use")
+    seed: int = option("training", 0, "of weights, data order and noise")
+    mask: float = option("size", 0.5, "share of the clips of which a random share of the tokens is left out")
+    bits: int = option("size", 6, "of a code, 4 to 8, whose rounding the decoder learns to bear")
+    rate: float = option("size", 0.0, "what a bit per pixel is worth in squared error; 0 is the paper's loss")
+    device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
+    bf16: str = option("machine", "auto", "bfloat16 autocast; auto: with CUDA", choices=["auto", "on", "off"])
+    compile: str = option("machine", "auto", "torch.compile; auto: with CUDA", choices=["auto", "on", "off"])
+    out: str = option("output", "codec.pt", "the checkpoint")
+    resume: bool = option("output", False, "go on from the checkpoint --out where it exists, exactly as if never stopped")
+    run_dir: str = option("output", "runs/codec", "losses.csv, losses.png and preview sheets go here")
+    log_every: int = option("output", 50, "steps between rows of losses.csv")
+    save_every: int = option("output", 500, "steps between checkpoints and previews")
+
+
+def preset_defaults(args):
+    """The defaults that --preset, --dataset and --allocation imply."""
+    name = args.preset or ("nano" if args.dataset in ("shapes", "sprites") else "fastnerv")
+    tokens, dims = ALLOCATIONS[name][args.allocation]
+    defaults = data.DEFAULTS.get(args.dataset, {}) | {"preset": name, "tokens": list(tokens), "token_dims": list(dims)}
+    if name == "nano":  # small enough for two CPU cores
+        defaults |= {"resolution": 64, "width": 32, "steps": 2000, "batch_size": 16, "lr": 1.5e-3, "warmup": 50, "ema": 0.99}
+        defaults |= {"optimizer": "muon"}
+    return defaults
+
+
+@torch.no_grad()
+def reconstruct(codec, clips, device, bits, keep=1.0, batch_size=16):
+    """Clips [B, T, 3, R, R] through the codec and back, and the bytes of all of them."""
+    decoder, out, size = codec.decoder, [], 0
+    order, sources = coding_order(decoder, bits, keep), decoder.sources(keep)
+    for batch in clips.to(device).split(batch_size):
+        numbers = encode_clips(codec, batch, bits, keep)
+        size += sum(len(packed(row, order)) for row in numbers.cpu().numpy()[:, None])
+        out.append(decoder(decoder.dequantize(numbers, bits)[:, sources], torch.arange(clips.shape[1], device=device)).cpu())
+    return torch.cat(out), size
+
+
+def train(config):
+    utils.check_positive(config, "steps", "batch_size", "stride", "num_frames", "width", "log_every", "save_every")
+    for name, low, high in (("crop_scale", 0.25, 1), ("mask", 0, 1), ("bits", 4, 8)):
+        if not low <= getattr(config, name) <= high:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: it is from {low} to {high}")
+    device, rank, world = utils.start_processes(config.device)
+    rows = utils.rows_per_process(config.batch_size, 1, world)  # clips that this process takes
+    if rows * world < 2:
+        raise UserError("one clip at a time leaves batch norm nothing to compare with: use a larger --batch-size")
+    utils.make_parent(config.out)
+    torch.manual_seed(config.seed)
+    try:
+        codec_config = CodecConfig(
+            **{f.name: getattr(config, f.name) for f in dataclasses.fields(CodecConfig) if hasattr(config, f.name)}
+        )
+        codec = Codec(codec_config, ENCODERS[config.preset]).to(device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    train_set = data.open_dataset(config, "train")
+    test_set = data.open_dataset(config, "test", train_set.classes)
+    held_out, _ = data.fixed_clips(test_set, 64)
+    ema = copy.deepcopy(codec).eval().requires_grad_(False)
+    optimizer = make_optimizer(codec, codec.encoder.matrices() if config.optimizer == "muon" else [], config.weight_decay)
+    parts = {"model": codec, "step": utils.FiniteStep(codec, optimizer, config.grad_clip)}
+    start = 0
+    if ckpt := utils.resume(config, "codec"):
+        ema.load_state_dict(ckpt["ema"])
+        for name, part in parts.items():
+            part.load_state_dict(ckpt["training"][name])
+        start = ckpt["step"]
+    stream = data.Stream(len(train_set), config.batch_size, config.seed, start, 1, rank, world)
+    batches = data.endless(train_set, stream, config.workers, device)
+    log = utils.RunLog(config.run_dir, config.steps, config.log_every, start, rank)
+    log.print(
+        f"{len(train_set)} clips; encoder {sum(p.numel() for p in codec.encoder.parameters()) / 1e6:.2f} M parameters, decoder "
+        f"{codec.decoder.num_weights() / 1e3:.1f} k, codes of a clip {codec_config.num_codes / 1e3:.1f} k"
+        + (f"; going on after step {start}" if start else "")
+    )
+    if utils.wants_compile(device, config.compile):
+        codec.encoder.compile()
+        codec.decoder.compile()
+
+    saver = utils.Saver(config.out)
+
+    def save(step, final=False):
+        training = {name: part.state_dict() for name, part in parts.items()}
+        saver(
+            final, stage="codec", step=step, config=dataclasses.asdict(config), classes=list(train_set.classes),
+            codec_config=dataclasses.asdict(codec_config), encoder_config=dataclasses.asdict(codec.vit_config),
+            ema=ema.state_dict(), training=training,
+        )  # fmt: skip
+        log.write()
+
+    def preview(step):
+        """A sheet of held-out clips, whole and of half the tokens; returns PSNR and bits per pixel, of both, as text."""
+        whole, half = (reconstruct(ema, held_out, device, [config.bits], keep) for keep in (1.0, 0.5))
+        few = torch.linspace(0, len(held_out) - 1, min(6, len(held_out))).round().long()
+        clips = [clip for triple in zip(held_out[few], whole[0][few], half[0][few]) for clip in triple]
+        video.write_sheet(f"{config.run_dir}/step{step:07d}.png", clips, ["real", "all tokens", "half of them"] * len(few))
+        pixels = held_out.numel() / 3
+        return ", ".join(f"{vae.psnr(held_out, clips):.2f} dB at {8 * n / pixels:.4f} bpp" for clips, n in (whole, half))
+
+    t, own = (torch.arange(n, device=device) for n in (config.num_frames, codec_config.num_codes))
+    quantum, pixels = codec.decoder.steps([config.bits]), config.num_frames * config.resolution**2
+    done = start  # finished steps
+    with utils.Interrupt() as interrupt:
+        for step in range(start, config.steps):
+            lr = utils.learning_rate(step, config.steps, config.lr, config.warmup)
+            codec.encoder.norm.renorm = step >= config.renorm * config.steps
+            # The random numbers of the whole batch, of which this process uses its rows.
+            random, place = utils.step_generator(device, config.seed, step), slice(rank * rows, (rank + 1) * rows)
+            noise = torch.rand(config.batch_size, len(own), generator=random, device=device)[place] - 0.5
+            draws = torch.rand(2, config.batch_size, generator=random, device=device)[:, place].tolist()
+            keeps = [share if masked < config.mask else 1.0 for masked, share in zip(*draws)]
+            sources = torch.stack([codec.decoder.sources(max(keep, 1e-6)) for keep in keeps])  # [B, P]
+
+            clips = to_clip(next(batches)[0].to(device, non_blocking=True))  # uint8 [B, T, H, W, 3] -> [B, T, 3, H, W]
+            with utils.autocast(device, config.bf16):
+                codes = codec.encoder(clips)
+                codes = codes + noise * quantum  # rounding, as far as a gradient goes
+                frames = codec.decoder(codes.gather(1, sources), t)
+                l2 = (frames.float() - clips).square().mean()  # Eq. 1
+                # The distribution is fitted in any case; the codes themselves hear of it where bits have a price.
+                cost = codec.decoder.bits(codes if config.rate else codes.detach(), quantum)
+                bpp = (cost * (sources == own)).sum(1).mean() / pixels
+                loss = l2 + (config.rate or 1e-3) * bpp
+            loss.backward()
+            log.add(loss=loss, l2=l2, bpp=bpp)
+            parts["step"](loss, lr)
+            utils.update_ema(ema, codec, min(config.ema, (1 + step) / (10 + step)))  # forgets the random start quickly
+            done = step + 1
+            if log.step(step):
+                parts["step"].check(step, train_set, stream)
+            if done % config.save_every == 0 and done < config.steps and rank == 0:
+                save(done)
+                preview(done)
+            if interrupt.stop():
+                log.print(f"interrupted after {done} steps")
+                break
+    if rank == 0:
+        save(done, final=True)
+        log.print(f"held-out clips after {done} steps, all and half of the tokens: {preview(done)}")
+        log.print(f"{time.time() - log.start:.0f} s; wrote {config.out}; losses and sheets are in {config.run_dir}")
+    log.close()
+
+
+# Each command: its function, its settings, its presets, and the files it takes.
+COMMANDS = {
+    "train": (train, Config, preset_defaults, ()),
+    "encode": (encode, Encode, None, ("VIDEO", "FILE.nerv")),
+    "decode": (decode, Decode, None, ("FILE.nerv", "VIDEO")),
+    "info": (info, Info, None, ("FILE.nerv",)),
+}
+
+
+def main():
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in COMMANDS:
+        utils.parse_options(Config, __doc__, preset_defaults)  # --help
+        raise UserError(f"name a command first: {', '.join(COMMANDS)}")
+    function, settings, presets, wanted = COMMANDS[name]
+    files = list(itertools.takewhile(lambda argument: not argument.startswith("-"), sys.argv[2:]))
+    config = utils.parse_options(settings, __doc__, presets, sys.argv[2 + len(files) :])
+    if len(files) != len(wanted):
+        raise UserError(f"usage: python codec.py {' '.join([name, *wanted])}, then options")
+    function(*files, config)
+
+
+if __name__ == "__main__":
+    utils.run(main)

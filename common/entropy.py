@@ -1,0 +1,53 @@
+"""Whole numbers to bytes and back, at what they are worth in bits: an ANS coder (constriction), logistic distributions.
+
+Each number has a width in bits, which bounds it to -2^(bits - 1) … 2^(bits - 1) - 1, and a distribution about 0. Sender and
+receiver know both; those whose distributions are about the same go through the coder together.
+"""
+
+import functools
+
+import constriction
+import numpy as np
+
+LEAST, MOST = -16, 24  # of k: a distribution's scale is 2^(k / 4)
+
+
+@functools.cache
+def distribution(bits, k):
+    """Of the numbers of so many bits: logistic, of scale 2^(k / 4), as the coder takes it; what is beyond is at the ends."""
+    number = np.arange(2**bits) - 2 ** (bits - 1)
+    edges = 1 / (1 + np.exp(-np.clip((np.append(number, number[-1] + 1) - 0.5) / 2 ** (k / 4), -40, 40)))
+    edges[0], edges[-1] = 0, 1
+    return constriction.stream.model.Categorical(np.diff(edges), perfect=False)
+
+
+def coding_order(log2_scales, bits, kept):
+    """[(bits, distribution, its columns)] in the order in which they are written, of columns [P] of which `kept` ones are."""
+    k = np.clip(np.rint(4 * np.asarray(log2_scales, np.float64)), LEAST, MOST).astype(int)
+    groups = {}
+    for column in np.flatnonzero(kept).tolist():
+        groups.setdefault((int(bits[column]), int(k[column])), []).append(column)
+    return [(key[0], distribution(*key), np.array(groups[key])) for key in sorted(groups)]
+
+
+def pack(numbers, order):
+    """Whole numbers [rows, P] -> the bytes of the columns of `order`."""
+    coder = constriction.stream.stack.AnsCoder()  # what goes in last comes out first
+    for bits, model, columns in reversed(order):
+        coder.encode_reverse((numbers[:, columns] + 2 ** (bits - 1)).ravel().astype(np.int32), model)
+    return coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
+
+
+def unpack(chunk, order, shape):
+    """Bytes of pack, and zeros after them or not -> int8 [rows, P], 0 in columns that `order` lacks.
+
+    ValueError where they are not what pack makes.
+    """
+    chunk = chunk.rstrip(b"\0")
+    words = np.frombuffer(chunk + bytes(-len(chunk) % 4), "<u4").astype(np.uint32)
+    coder, numbers = constriction.stream.stack.AnsCoder(words), np.zeros(shape, np.int8)
+    for bits, model, columns in order:
+        numbers[:, columns] = coder.decode(model, shape[0] * len(columns)).reshape(shape[0], -1) - 2 ** (bits - 1)
+    if not coder.is_empty():
+        raise ValueError("bytes are left over")
+    return numbers
