@@ -138,24 +138,26 @@ class Hypernetwork(vae.ViT):
 class Layer(nn.Module):
     """A convolution and a pixel shuffle. Its kernel is shared, times what the tokens of a video say (§3.2, Fig. 4b)."""
 
-    def __init__(self, shape, stride, tokens, dim, gain):
+    def __init__(self, shape, stride, tokens, dim, last):
         super().__init__()
-        self.stride, self.tokens, self.dim, self.gain = stride, tokens, dim, gain
-        self.shared = nn.Parameter(torch.randn(shape) * gain / math.sqrt(math.prod(shape[1:])))
+        self.stride, self.tokens, self.dim, self.last = stride, tokens, dim, last
+        std = (0.1 if last else 1) / math.sqrt(math.prod(shape[1:]))  # frames are grey at first
+        self.shared = nn.Parameter(torch.randn(shape) * std)
         self.bias = nn.Parameter(torch.zeros(shape[0]))
         if tokens:
             self.strength = nn.Parameter(torch.ones(1))  # of what a code of one does: the grid of codes is fixed
 
     def kernel(self, codes):
-        """codes [B, tokens * dim] -> kernels [B, out, in, k, k], of norm `gain` per output channel.
+        """codes [B, tokens * dim] -> kernels [B, out, in, k, k].
 
-        The entries are in equal parts, one for each token, which is repeated to fill it.
+        The entries are in equal parts, one for each token, which is repeated to fill it. Then each output channel has its norm
+        (HyperNeRV, §9), but for the last layer's, whose amplitude is that of the colours.
         """
         span = math.ceil(self.shared.numel() / self.tokens)
         factors = codes.unflatten(1, (self.tokens, self.dim)).repeat(1, 1, math.ceil(span / self.dim))[:, :, :span]
         factors = 1 + self.strength * factors.flatten(1)[:, : self.shared.numel()].view(-1, *self.shared.shape)
         kernel = self.shared * factors
-        return kernel * (self.gain * torch.rsqrt(kernel.square().sum((2, 3, 4), keepdim=True) + 1e-8))
+        return kernel if self.last else kernel * torch.rsqrt(kernel.square().sum((2, 3, 4), keepdim=True) + 1e-8)
 
     def forward(self, x, codes):
         """x [T, B * in, h, w], codes [B, tokens * dim] -> [T, B * out, h * stride, w * stride]."""
@@ -177,9 +179,8 @@ class NeRVDec(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        # Unit variance from layer to layer, and of the frames little at first: they start grey.
-        gains = [1.0, *(nerv.GELU_GAIN for _ in c.strides[2:]), 0.1]
-        layers = zip(c.shapes, c.strides, c.tokens, c.token_dims, gains)
+        last = [False] * (len(c.strides) - 1) + [True]
+        layers = zip(c.shapes, c.strides, c.tokens, c.token_dims, last)
         self.layers = nn.ModuleList(Layer(*layer) for layer in layers)
         self.mean = nn.Parameter(torch.zeros(c.num_codes))
         self.log_scale = nn.Parameter(torch.full((c.num_codes,), math.log(0.3)))
@@ -192,7 +193,7 @@ class NeRVDec(nn.Module):
         parts = codes.split(c.codes, 1)
         x = nerv.sinusoid(t.float(), c.pos_dim, c.num_frames).to(codes.dtype)[:, :, None, None].repeat(1, B, 1, 1)
         for i, (layer, part) in enumerate(zip(self.layers, parts)):
-            x = layer(F.gelu(x) if i else x, part)  # the gain of each GELU is in the next kernel
+            x = layer(nerv.GELU_GAIN * F.gelu(x) if i else x, part)
         return 2 * x.unflatten(1, (B, 3)).transpose(0, 1)  # the paper's output bias of 0.5 on [0, 1] is 0 on [-1, 1]
 
     def num_weights(self):
@@ -744,8 +745,9 @@ COMMANDS = {
 
 def main():
     name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("-h", "--help"):
+        utils.parse_options(Config, __doc__, preset_defaults)  # those of train
     if name not in COMMANDS:
-        utils.parse_options(Config, __doc__, preset_defaults)  # --help
         raise UserError(f"name a command first: {', '.join(COMMANDS)}")
     function, settings, presets, wanted = COMMANDS[name]
     files = list(itertools.takewhile(lambda argument: not argument.startswith("-"), sys.argv[2:]))

@@ -1,5 +1,6 @@
 """The codec: counts of the papers, bytes that come back as they were, files whole, cut and damaged, and its training."""
 
+import copy
 import json
 import math
 import shutil
@@ -42,7 +43,7 @@ def call(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A directory with codec.pt, three steps old, a.mkv with 18 frames of 21 x 35 and a.nerv, five chunks of it."""
+    """A directory with codec.pt, three steps old, a.mkv with 18 frames of 21 x 35, a.nerv with five chunks of it; small."""
     cwd = tmp_path_factory.mktemp("codec")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(codec.ENCODERS, "nano", vae.EncoderConfig(width=24, depth=2, heads=2, patch=(2, 8, 8)))
@@ -52,7 +53,8 @@ def trained(tmp_path_factory):
         frames = np.stack([wave, wave[:, ::-1], 255 - wave], -1).astype(np.uint8)  # [18, 21, 35, 3]
         video.write_frames("a.mkv", [frames[:7], frames[7:]], 10)
         np.save("a.npy", frames)
-        for command in (TINY, "encode a.mkv a.nerv"):
+        video.write_frames("small.mkv", [frames[:14, :12, :16]], 10)  # four chunks of one tile
+        for command in (TINY, "encode a.mkv a.nerv", "encode small.mkv small.nerv --bits 5"):
             patch.setattr(sys, "argv", ["codec.py", *command.split()])
             codec.main()
     return cwd
@@ -111,7 +113,9 @@ def test_the_papers_network_by_hand():
     torch.testing.assert_close(first.kernel(codes[:, :24])[1], kernel)
     x = codec.nerv.sinusoid(t, 16, 4).double()[:, :, None, None]
     x = torch.nn.functional.pixel_shuffle(torch.nn.functional.conv2d(x, kernel), 4)
-    x = torch.nn.functional.conv2d(torch.nn.functional.gelu(x), second.kernel(codes[1:, 24:])[0], padding=1)
+    x = torch.nn.functional.conv2d(
+        codec.nerv.GELU_GAIN * torch.nn.functional.gelu(x), second.kernel(codes[1:, 24:])[0], padding=1
+    )
     unit = torch.nn.functional.pixel_shuffle(x, 4) + 0.5  # on [0, 1], with the paper's output bias
     torch.testing.assert_close(frames[1], 2 * unit - 1)
 
@@ -310,6 +314,8 @@ def test_time_scale(trained, model):
 
 
 def test_refinement_helps_and_quantization_is_in_its_loop(model, trained):
+    model = copy.deepcopy(model)
+    model.decoder.layers[-1].shared.mul_(5)  # three steps from the start frames are grey, and codes say little
     clips = cut(np.load(trained / "a.npy")[:4], model.config)
     t = torch.arange(4)
 
@@ -349,8 +355,8 @@ def outcome(path, model, salvage):
 
 
 def test_every_prefix_ends_in_one_line_or_a_salvage(trained, model, tmp_path, capsys):
-    whole, frames, salvaged = (trained / "a.nerv").read_bytes(), decoded(trained / "a.nerv", model), 0
-    head = container.Reader(trained / "a.nerv").entries
+    whole, frames, salvaged = (trained / "small.nerv").read_bytes(), decoded(trained / "small.nerv", model), 0
+    head = container.Reader(trained / "small.nerv").entries
     for length in range(len(whole)):
         (tmp_path / "x.nerv").write_bytes(whole[:length])
         assert isinstance(outcome(tmp_path / "x.nerv", model, False), str)
@@ -362,12 +368,12 @@ def test_every_prefix_ends_in_one_line_or_a_salvage(trained, model, tmp_path, ca
             assert np.array_equal(result[: 4 * good], frames[: 4 * good])
             assert (result[4 * good :] == (frames[4 * good - 1] if good else 128)).all()
             assert f"chunk {good}, frames {4 * good} to" in capsys.readouterr().err
-    assert salvaged > 100
+    assert salvaged > 50
 
 
 def test_random_damage_ends_in_one_line_or_a_salvage(trained, model, tmp_path):
-    whole, frames = (trained / "a.nerv").read_bytes(), decoded(trained / "a.nerv", model)
-    entries, rng = container.Reader(trained / "a.nerv").entries, np.random.default_rng(0)
+    whole, frames = (trained / "small.nerv").read_bytes(), decoded(trained / "small.nerv", model)
+    entries, rng = container.Reader(trained / "small.nerv").entries, np.random.default_rng(0)
     kinds = {"header": 0, "chunk": 0}
     for _ in range(200):
         place, length = int(rng.integers(len(whole))), int(rng.integers(1, 5))

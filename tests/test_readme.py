@@ -1,6 +1,7 @@
 """README and docs are right: a README that fits, and no link, file, command or option in them that is not there."""
 
 import importlib
+import itertools
 import re
 import shlex
 
@@ -65,7 +66,18 @@ def parse(name, words):
         if topics and words[0] not in topics:
             return [f"{name} has no topic {words[0]}"]
         words, count = words[1:], count + 1
-    fields = {"--" + field.replace("_", "-"): about for field, about in module.Config.__dataclass_fields__.items()}
+    settings = module.Config
+    if commands := getattr(module, "COMMANDS", {}):  # each with settings and files of its own
+        if words == ["--help"]:
+            return []
+        if not words or words[0] not in commands:
+            return [f"{name} has no command {' '.join(words[:1])}"]
+        _, settings, _, files = commands[words[0]]
+        given = len(list(itertools.takewhile(lambda word: not word.startswith("-"), words[1:])))
+        if given != len(files) and "--help" not in words:
+            return [f"{name} {words[0]} takes {len(files)} files"]
+        words = words[1 + given :]
+    fields = {"--" + field.replace("_", "-"): about for field, about in settings.__dataclass_fields__.items()}
     known = {*fields, *(option.replace("--", "--no-", 1) for option, about in fields.items() if about.type is bool), "--help"}
     if unknown := [word for word in words if word.startswith("-") and word.split()[0] == word and word not in known]:
         return [f"{name} has no {' '.join(unknown)}"]  # argparse would take the beginning of an option for it
@@ -75,7 +87,7 @@ def parse(name, words):
         if option in numbers and re.fullmatch("[A-Z]+", words[i + 1]):  # --steps STEPS: the reader puts a number there
             words[i + 1] = "1"
     try:
-        config = utils.parse_options(module.Config, "", argv=words)
+        config = utils.parse_options(settings, "", argv=words)
     except SystemExit:
         return [f"{name} {' '.join(words)} does not parse"]
     found = []
@@ -102,7 +114,9 @@ def lost_options(text, folder):
     for path in (path for room in ("", "bench", "studies") for path in (ROOT / room).glob("*.py")):
         if "class Config" in path.read_text():
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-            known |= {"--" + field.replace("_", "-") for field in importlib.import_module(name).Config.__dataclass_fields__}
+            module = importlib.import_module(name)
+            for settings in (module.Config, *(command[1] for command in getattr(module, "COMMANDS", {}).values())):
+                known |= {"--" + field.replace("_", "-") for field in settings.__dataclass_fields__}
     named = re.findall(r"`(--[\w-]+)", text)
     return [name for name in named if name not in known and name.replace("--no-", "--") not in known]
 
@@ -187,6 +201,9 @@ def test_commands_are_found():
         (wrong_commands, "    python vae.py --preset XL"),
         (wrong_commands, "    A=1 torchrun --standalone --nproc_per_node=8 dit.py --nothing"),
         (wrong_commands, "    python fvd.py real/ generated/ more/"),
+        (wrong_commands, "    python codec.py copy a.mp4 b.nerv"),
+        (wrong_commands, "    python codec.py encode a.mp4"),
+        (wrong_commands, "    python codec.py decode a.nerv b.mp4 --refine 3"),
         (wrong_commands, "    python -m studies.variants vae --denoiser gpt"),
         (wrong_commands, '    python -m studies.ablate --only 2c --vae-options "--nothing 2"'),
         (wrong_commands, '    python demo.py --dit-options "--denoiser gpt"'),
