@@ -32,7 +32,7 @@ import vae
 from common import container, entropy, progress, utils, video
 from common.optim import make_optimizer
 from common.utils import UserError, option
-from common.video import printable, to_clip, to_frames
+from common.video import cut, join, printable, to_clip, to_frames
 
 # ------------------------------------------------------------------------------------------------------------------- model
 
@@ -267,25 +267,6 @@ def packed(numbers, order):
     return entropy.pack(numbers, order).ljust(math.ceil(len(numbers) / 8), b"\0")
 
 
-def cut(frames, config):
-    """Up to T frames, uint8 [n, H, W, 3] -> their tiles as clips [tiles, T, 3, R, R], row by row.
-
-    What is beyond an edge repeats the edge; after the last frame it repeats the last frame.
-    """
-    size, (n, height, width, _) = config.resolution, frames.shape
-    frames = np.pad(frames, ((0, config.num_frames - n), (0, -height % size), (0, -width % size), (0, 0)), "edge")
-    clip = to_clip(frames).unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [T, 3, rows, R, columns, R]
-    return clip.permute(2, 4, 0, 1, 3, 5).flatten(0, 1)
-
-
-def join(tiles, height, width):
-    """Tiles [..., rows * columns, T', 3, R, R] -> clip [..., T', 3, height, width]; what `cut` added is cut off."""
-    size = tiles.shape[-1]
-    tiles = tiles.unflatten(-5, (math.ceil(height / size), math.ceil(width / size)))  # [..., rows, columns, T', 3, R, R]
-    clip = tiles.movedim((-6, -5), (-4, -2))  # [..., T', 3, rows, R, columns, R]
-    return clip.flatten(-2).flatten(-3, -2)[..., :height, :width]
-
-
 # ----------------------------------------------------------------------------------------------------------------- a file
 
 
@@ -392,12 +373,12 @@ def encode(source, target, config):
     order, sources = coding_order(codec.decoder, bits, config.keep), codec.decoder.sources(config.keep)
     price = ckpt["config"]["rate"] if config.rate < 0 else config.rate
     chunks, error = [], 0.0
-    tiles, t = len(cut(frames[:1], c)), torch.arange(c.num_frames, device=device)
+    tiles, t = len(cut(frames[:1], c.num_frames, c.resolution)), torch.arange(c.num_frames, device=device)
     starts = range(0, count, c.num_frames)
     several = max(1, config.batch_size // tiles)  # chunks at a time
     for first in progress.bar(range(0, len(starts), several), "encoding", unit="batch"):
         group = starts[first : first + several]
-        clips = torch.cat([cut(frames[s : s + c.num_frames], c) for s in group])
+        clips = torch.cat([cut(frames[s : s + c.num_frames], c.num_frames, c.resolution) for s in group])
         numbers = [
             encode_clips(codec, part.to(device), bits, config.keep, config.refine, price)
             for part in clips.split(config.batch_size)

@@ -404,6 +404,25 @@ def tile(clips):
     return grid.permute(2, 3, 0, 4, 1, 5).flatten(4).flatten(2, 3)
 
 
+def cut(frames, count, size):
+    """Up to `count` frames, uint8 [n, H, W, 3] -> their tiles as clips [tiles, count, 3, size, size], row by row.
+
+    What is beyond an edge repeats the edge; after the last frame it repeats the last frame.
+    """
+    n, height, width, _ = frames.shape
+    clip = to_clip(np.pad(frames, ((0, count - n), (0, -height % size), (0, -width % size), (0, 0)), "edge"))
+    clip = clip.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [count, 3, rows, size, columns, size]
+    return clip.permute(2, 4, 0, 1, 3, 5).flatten(0, 1)
+
+
+def join(tiles, height, width):
+    """Tiles [..., rows * columns, T, 3, size, size] -> clip [..., T, 3, height, width]; what `cut` added is cut off."""
+    size = tiles.shape[-1]
+    tiles = tiles.unflatten(-5, (math.ceil(height / size), math.ceil(width / size)))  # [..., rows, columns, T, 3, size, size]
+    clip = tiles.movedim((-6, -5), (-4, -2))  # [..., T, 3, rows, size, columns, size]
+    return clip.flatten(-2).flatten(-3, -2)[..., :height, :width]
+
+
 def enlarge(frames, smallest=128):
     """Repeat pixels of small frames [T, H, W, 3] a whole number of times, so that a person can see them."""
     factor = max(1, smallest // frames.shape[1])

@@ -17,9 +17,10 @@ from test_training import losses_of, same
 import codec
 import data
 import vae
-from codec import ALLOCATIONS, CodecConfig, NeRVDec, VideoFile, cut, join
+from codec import ALLOCATIONS, CodecConfig, NeRVDec, VideoFile
 from common import container, entropy, utils, video
 from common.utils import UserError
+from common.video import cut, join
 
 SIZES = "--resolution 16 --num-frames 4 --width 4 --tokens 3 8 --token-dims 8 6"
 TINY = f"train {SIZES} --steps 3 --batch-size 4 --log-every 1 --workers 1"
@@ -237,7 +238,7 @@ def test_quantizer_per_layer(model):
 @pytest.mark.parametrize("n, height, width", [(4, 16, 16), (1, 5, 40), (3, 33, 17), (4, 32, 48)])
 def test_tiles_join_to_what_they_were_cut_from(n, height, width):
     frames = np.random.default_rng(0).integers(0, 256, (n, height, width, 3), np.uint8)
-    tiles = cut(frames, CodecConfig(16, 4, tokens=(3, 8), token_dims=(8, 6)))
+    tiles = cut(frames, 4, 16)
     assert tiles.shape == (math.ceil(height / 16) * math.ceil(width / 16), 4, 3, 16, 16)
     clip = join(tiles, height, width)
     assert np.array_equal(video.to_frames(clip)[:n], frames)
@@ -316,7 +317,7 @@ def test_time_scale(trained, model):
 def test_refinement_helps_and_quantization_is_in_its_loop(model, trained):
     model = copy.deepcopy(model)
     model.decoder.layers[-1].shared.mul_(5)  # three steps from the start frames are grey, and codes say little
-    clips = cut(np.load(trained / "a.npy")[:4], model.config)
+    clips = cut(np.load(trained / "a.npy")[:4], 4, 16)
     t = torch.arange(4)
 
     def error(refine, keep, rate=0.0):
