@@ -14,6 +14,7 @@ python codec.py info out.nerv
 
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 import sys
@@ -170,6 +171,23 @@ class Layer(nn.Module):
         return F.pixel_shuffle(x, self.stride).unflatten(0, (T, B)).flatten(1, 2)
 
 
+@functools.lru_cache(1024)
+def fallbacks(tokens, dims, kept):
+    """NeRVDec.sources, of so many kept tokens in each layer.
+
+    Token i falls back on token i less its leading bit, until it comes to one that is kept: of half the tokens, the first half
+    are used twice, as in HyperNeRV (§3.2).
+    """
+    sources, first = [], 0
+    for n, dim, few in zip(tokens, dims, kept):
+        places = list(range(n))
+        for i in range(few, n):
+            places[i] = places[i - (1 << i.bit_length() - 1)]
+        sources.append(first + (torch.tensor(places, dtype=torch.long)[:, None] * dim + torch.arange(dim)).flatten())
+        first += n * dim
+    return torch.cat(sources)
+
+
 class NeRVDec(nn.Module):
     """Codes in, frames out; and all that turns codes into bytes and back: what a receiver needs to have.
 
@@ -203,19 +221,10 @@ class NeRVDec(nn.Module):
     def sources(self, keep):
         """Where each code is read from when each layer keeps its first tokens, the share `keep` of them: [P] indices.
 
-        Token i falls back on token i less its leading bit, until it comes to one that is kept: of half the tokens, the first
-        half are used twice, as in HyperNeRV (§3.2). Kept codes are read from themselves.
+        Kept codes are read from themselves.
         """
-        sources, first = [], 0
-        for n, dim in zip(self.config.tokens, self.config.token_dims):
-            kept, tokens = math.ceil(keep * n - 1e-9), []
-            for i in range(n):
-                while i >= kept:
-                    i -= 1 << i.bit_length() - 1
-                tokens.append(i)
-            sources.append(first + (torch.tensor(tokens, dtype=torch.long)[:, None] * dim + torch.arange(dim)).flatten())
-            first += n * dim
-        return torch.cat(sources).to(self.mean.device)
+        kept = tuple(math.ceil(keep * n - 1e-9) for n in self.config.tokens)
+        return fallbacks(self.config.tokens, self.config.token_dims, kept).to(self.mean.device)
 
     def steps(self, bits):
         """The quantizer's step for each code, [P]: 2^bits levels in ±RANGE; bits is a list of one number, or one per layer."""
@@ -338,7 +347,7 @@ def encode_clips(codec, clips, bits, keep, refine=0, rate=0.0):
     def price(codes):
         return rate / pixels * (decoder.bits(codes, steps) * kept).sum(1)
 
-    codes = vae.refine(decode, codec.encoder(clips), clips, refine, lr=0.02, price=price if rate else None)
+    codes = vae.refine(decode, codec.encoder(clips), clips, refine, lr=0.05, price=price if rate else None)
     return decoder.quantize(codes, bits)
 
 
