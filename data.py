@@ -29,9 +29,10 @@ from common.cache import FrameCache, prepare
 from common.drawn import CELL, CLONE, Shapes, Sprites
 from common.utils import UserError, option
 
-DATASETS = ("shapes", "sprites", "folder", "ucf", "kinetics", "taichi", "sky")
+DATASETS = ("shapes", "shapes-long", "sprites", "folder", "ucf", "kinetics", "taichi", "sky")
 # Options of each, unless named: the paper's stride; one loop at the size it is drawn at.
 DEFAULTS = {"taichi": {"stride": 4}, "sprites": {"resolution": CELL, "num_frames": 8}}
+LONG_PERIOD = 64  # frames of a turn of shapes-long: four clips of 16
 AUTO_CACHE = 8 * 2**30  # bytes of frames up to which a training prepares a cache without being asked
 
 
@@ -273,7 +274,7 @@ class Videos:
         return np.ascontiguousarray(frames[:, :, ::-1]) if self.flip and rng.random() < 0.5 else frames
 
     def too_short(self, length):
-        return f"it has {length} frames, and a clip takes {self.span} (--num-frames, --stride)"
+        return f"it has {length} frames, and a clip takes {self.span} (--num-frames, --chunks, --stride)"
 
     def nothing_left(self):
         path, reason = next((self.items[k][0], reason) for k, reason in self.bad.items())
@@ -326,8 +327,9 @@ def open_dataset(config, role, classes=None):
     and a class that is not in it is an error. Small data sets are prepared at once (AUTO_CACHE); larger ones are read from
     their cache where there is one, and decoded as training goes where there is none.
     """
-    if config.dataset == "shapes":
-        return Shapes(role, config.resolution, config.num_frames)
+    if config.dataset in ("shapes", "shapes-long"):
+        period = LONG_PERIOD if config.dataset == "shapes-long" else 0
+        return Shapes(role, config.resolution, config.num_frames, period=period)
     if config.dataset == "sprites":
         return open_sprites(config, role)
     root, items, names, _ = find_videos(config, role)
@@ -497,7 +499,7 @@ def main():
         train, test = (open_dataset(config, role) for role in ("train", "test"))
         print(f"{len(train.characters)} characters to train on and {len(test.characters)} held out, in {train.root}")
         print(f"each in {len(train.classes)} classes: {', '.join(train.classes)}")
-    elif config.dataset != "shapes":
+    elif config.dataset not in ("shapes", "shapes-long"):
         root, items, _, notes = find_videos(config, "train")
         if config.prepare or config.verify:
             directory = cache_directory(config, root, decoded_size(config, "train"))

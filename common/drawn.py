@@ -53,13 +53,16 @@ class Shapes:
 
     Clip i of a role, train or test, is the same at every call and on every machine: its random numbers are seeded by
     (seed, role, i). Classes take turns, so that any run of len(classes) neighbours holds one clip of each.
+
+    A clip is one turn of the path. With a period, in frames, a turn takes that long whatever the length of the clip, and begins
+    anywhere on the path; clip i is then the beginning of any longer clip i.
     """
 
     classes = tuple(f"{shape}_{motion}" for shape in SHAPES for motion in MOTIONS)
     decodes = False
 
-    def __init__(self, role="train", resolution=32, num_frames=16, length=None, seed=0):
-        self.role, self.resolution, self.num_frames, self.seed = role, resolution, num_frames, seed
+    def __init__(self, role="train", resolution=32, num_frames=16, length=None, seed=0, period=0):
+        self.role, self.resolution, self.num_frames, self.seed, self.period = role, resolution, num_frames, seed, period
         self.length = length or {"train": 8192, "test": 512}[role]
         self.cache = Kept(self.length, KEPT_SHAPES)
 
@@ -79,10 +82,10 @@ class Shapes:
         label = i % len(self.classes)
         shape, motion = SHAPES[label // len(MOTIONS)], MOTIONS[label % len(MOTIONS)]
         rng = np.random.default_rng([self.seed, self.role == "test", i])
-        # Paths are sines and circles around a centre, one turn in a clip; lengths are in half frame widths.
+        # Paths are sines and circles around a centre; lengths are in half frame widths.
         phase, radius, reach = rng.uniform(-math.pi / 4, math.pi / 4), rng.uniform(0.42, 0.52), rng.uniform(0.25, 0.4)
         centre = rng.uniform(-0.08, 0.08, 2)
-        angle = 2 * math.pi * t / self.num_frames + phase
+        angle = 2 * math.pi * t / (self.period or self.num_frames) + phase * (4 if self.period else 1)
         path_x = centre[0] + reach * np.cos(angle) * (motion != "updown")
         path_y = centre[1] + reach * np.sin(angle) * (motion != "sideways")
 

@@ -98,6 +98,21 @@ def test_shapes_at_other_sizes():
     assert (torch.nn.functional.avg_pool2d(large, 2) - small).abs().mean() < 0.01  # the same scene
 
 
+def test_long_shapes_take_several_clips_for_a_turn(settings):
+    settings = replace(settings, dataset="shapes-long", data_dir="", num_frames=16)
+    clips, longer = open_dataset(settings, "train"), open_dataset(replace(settings, num_frames=2 * data.LONG_PERIOD), "train")
+    for i in (0, 2, 4):
+        frames = longer[i][0]
+        assert np.array_equal(clips[i][0], frames[:16])  # what stage 1 learns from is the beginning of what vin.py does
+        turn = abs(frames[: data.LONG_PERIOD].astype(int) - frames[data.LONG_PERIOD :])
+        moved = abs(frames[: data.LONG_PERIOD].astype(int) - frames[0]).mean((1, 2, 3))
+        assert turn.max() <= 1 and moved.max() > 5
+    steps = [abs(np.diff(s[2][0].astype(int), axis=0)).mean() for s in (clips, Shapes())]
+    assert steps[0] < 0.5 * steps[1]  # and slower
+    start = [int(clips[i][0][0].sum((0, 2), int).argmax()) for i in range(0, 90, 9)]  # the brightest column at the beginning
+    assert min(start) < 12 and max(start) > 19  # left or right
+
+
 def test_shapes_can_be_drawn_between_their_frames():
     shapes = Shapes()
     assert np.array_equal(shapes.draw(3, [2, 5.0]), shapes.draw(3)[[2, 5]])
