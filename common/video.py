@@ -436,16 +436,29 @@ def mark(clip):
     return torch.where(inside, clip, torch.tensor([1.0, 0.2, -1.0])[:, None, None])
 
 
+def write_mp4(path, clips, fps=12):
+    """Clips [T, 3, H, W] of one video, H and W even, one behind the other as path.mp4 (H.264), small ones enlarged.
+
+    clips may be a generator: each part is written as it comes, and a video of any length takes the memory of one.
+    """
+    path, writer = Path(path), None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for clip in clips:
+        frames = enlarge(to_frames(clip))
+        if writer is None:
+            options = {"fps": fps, "quality": 8, "macro_block_size": 2, "ffmpeg_log_level": "error"}
+            writer = imageio_ffmpeg.write_frames(f"{path}.mp4", (frames.shape[2], frames.shape[1]), **options)
+            writer.send(None)
+        for frame in frames:
+            writer.send(np.ascontiguousarray(frame))
+    writer.close()
+
+
 def write_video(path, clip, fps=12):
     """A clip [T, 3, H, W], H and W even, as path.mp4 (H.264) and path.gif, small ones enlarged."""
-    path, frames = Path(path), enlarge(to_frames(clip))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    size = frames.shape[2], frames.shape[1]
-    writer = imageio_ffmpeg.write_frames(f"{path}.mp4", size, fps=fps, quality=8, macro_block_size=2, ffmpeg_log_level="error")
-    writer.send(None)
-    for frame in frames:
-        writer.send(np.ascontiguousarray(frame))
-    writer.close()
+    path = Path(path)
+    write_mp4(path, [clip], fps)
+    frames = enlarge(to_frames(clip))
     images = [Image.fromarray(frame) for frame in frames]
     images[0].save(f"{path}.gif", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
 
