@@ -4,7 +4,7 @@ The checkpoint format lives here and nowhere else. A checkpoint is one torch.sav
 strings, so that it loads with weights_only=True and never executes code:
 
     format    "nerv-diffusion 4"
-    stage     "vae", "dit" or "codec"
+    stage     "vae", "dit", "vin" or "codec"
     step      finished steps; with config["seed"] it says which clips and random numbers come next (Stream, step_generator)
     config    the settings of the script that wrote it, {name: value}
     classes   the names of the classes; a label is an index into this list
@@ -12,8 +12,8 @@ strings, so that it loads with weights_only=True and never executes code:
     ema       averaged parameters and buffers of the stage's network, which are the ones to use
     training  what going on takes and using does not: the parameters themselves, optimizers, the count of skipped steps
 
-Each stage adds entries of its own: the sizes of its networks and the name of their class, and stage 2 the latent scale and all
-of stage 1. An export (`sample.py --export`) is a checkpoint too, without `training` and with ema in float16: see exported().
+Each stage adds entries of its own: the sizes of its networks and the name of their class, and dit and vin the latent scale and
+all of stage 1. An export (`sample.py --export`) is a checkpoint too, without `training`, and with ema in float16: exported().
 """
 
 import argparse
@@ -493,8 +493,10 @@ def load_checkpoint(path, stage, made_by):
         raise UserError(f"{path} is not a checkpoint, or a damaged one: train it again with `{made_by}`") from None
     if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this program: train one with `{made_by}`")
-    if ckpt["stage"] not in (stage if isinstance(stage, tuple) else (stage,)):
-        raise UserError(f"{path} is a {ckpt['stage']} checkpoint, and a {stage} one is needed: train it with `{made_by}`")
+    stages = stage if isinstance(stage, tuple) else (stage,)
+    if ckpt["stage"] not in stages:
+        wanted = " or ".join(stages)
+        raise UserError(f"{path} is a {ckpt['stage']} checkpoint, and a {wanted} one is needed: train it with `{made_by}`")
     return ckpt
 
 
