@@ -102,8 +102,7 @@ class DiT(nn.Module):
         condition = step + label
         for block in self.blocks:
             x = block(x, condition)
-        shift, scale = self.adaln(condition).chunk(2, -1)
-        return self.out(modulate(self.norm(x), shift, scale))
+        return self.read_out(x, condition)
 
     def embed_all(self, tokens, step, label, given):
         """What goes in, at the transformer's width: tokens [B, N, width], diffusion step and label [B, width]."""
@@ -113,6 +112,11 @@ class DiT(nn.Module):
             tokens = torch.cat([tokens, torch.zeros_like(tokens) if given is None else given], -1)  # [B, N, 2d]
         step = self.step_mlp(torch.cat([angle.cos(), angle.sin()], -1))
         return self.embed(tokens) + self.position, step, self.label(label)
+
+    def read_out(self, x, condition):
+        """What comes out: tokens [B, N, width] after the last block, condition [B, width] -> ε [B, N, d]."""
+        shift, scale = self.adaln(condition).chunk(2, -1)
+        return self.out(modulate(self.norm(x), shift, scale))
 
 
 # -------------------------------------------------------------------------------------------------------------- diffusion
@@ -326,29 +330,33 @@ def cached_latents(directory, key, vae, train_set, count, cond_frames, device, r
     return tuple(torch.from_numpy(np.load(file, mmap_mode="c")) for file in (latents_file, labels_file))
 
 
-def diffusion_loss(model, theta0, labels, given, step, noise, alpha, sigma, gamma, scheduled):
+def diffusion_loss(model, theta0, labels, given, step, noise, alpha, sigma, gamma, scheduled, further=None):
     """Weighted squared error of the predicted noise, mean over the batch (Eq. 2).
 
     theta0 [B, N, d] at unit deviation; given [B, N, d] or None; diffusion steps [B]; noise [B, N, d]; gamma of Min-SNR, 0 for
-    none; scheduled adds the second pass of scheduled sampling, for which steps are at least 1.
+    none; scheduled adds the second pass of scheduled sampling, for which steps are at least 1. further(θ_0 that the model
+    predicts [B, N, d], diffusion steps [B]) is added to each pass (vin.py).
     """
 
-    def error(eps, noise, step):
+    def error(x, eps, noise, step):
         weight = min_snr_weight(alpha[step], sigma[step], gamma) if gamma else 1.0
-        return (weight * (eps.float() - noise).square().mean((1, 2))).mean()
+        loss = (weight * (eps.float() - noise).square().mean((1, 2))).mean()
+        if further:
+            loss = loss + further((x - at(sigma, step) * eps.float()) / at(alpha, step), step)
+        return loss
 
     def at(schedule, step):
         return schedule[step][:, None, None]  # [B, 1, 1]
 
     x = at(alpha, step) * theta0 + at(sigma, step) * noise
     eps = model(x, step, labels, given)
-    loss = error(eps, noise, step)
+    loss = error(x, eps, noise, step)
     if scheduled:
         # Scheduled sampling (§3.3): take one step back with the model's own prediction, as sampling will, and learn from
         # there as well. The target is the noise that leads from the true θ_0 to where the model has got.
         a, s = at(alpha, step - 1), at(sigma, step - 1)
         x = reverse_step(x, eps.detach().float(), at(alpha, step), at(sigma, step), a, s)
-        loss = loss + error(model(x, step - 1, labels, given), (x - a * theta0) / s, step - 1)
+        loss = loss + error(x, model(x, step - 1, labels, given), (x - a * theta0) / s, step - 1)
     return loss
 
 
