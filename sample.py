@@ -7,9 +7,11 @@ python sample.py --interp a.mp4 b.mp4             … or of two videos from file
 python sample.py --time-scale 8 --extrapolate 4   8 × as many frames, and 4 beyond the end
 python sample.py --reconstruct a.mp4 b.mp4        real videos through stage 1; --refine 20 fits their tokens further
 python sample.py --predict a.mp4 b.mp4            go on from the first frames of real videos (dit.py --cond-frames 5)
+python sample.py --ckpt vin.pt --chunks 12        long videos, of as many networks; --interp and --predict go too
 python sample.py --export out.pt                  the checkpoint itself, as small as it goes, for others to use
 """
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -19,14 +21,15 @@ import numpy as np
 import torch
 
 import dit
-from common import utils, video
+import vin
+from common import progress, utils, video
 from common.utils import UserError, option
 from vae import fine_power, load_vae, psnr
 
 
 @dataclass
 class Config:
-    ckpt: str = option("input", "dit.pt", "checkpoint of dit.py; one of vae.py is enough for videos from files")
+    ckpt: str = option("input", "dit.pt", "checkpoint of dit.py or vin.py; one of vae.py is enough for videos from files")
     classes: list = option(
         "what", [], "names or numbers of classes; default: all, or two for --interp", nargs="+", metavar="CLASS"
     )
@@ -37,6 +40,7 @@ class Config:
     predict: list = option(
         "what", [], "go on from the first frames of FILEs; --classes may name theirs", nargs="+", metavar="FILE"
     )
+    chunks: int = option("what", 0, "networks of a long video, one after the other; 0: as many as vin.py trained with")
     refine: int = option("what", -1, "gradient steps on the tokens of FILEs; -1: as many as stage 2 learned from")
     residual: bool = option("what", False, "add to predicted frames what stage 1 loses of the given ones, on average")
     time_scale: float = option("time", 1.0, "decoded frames per frame of the training clips; 8 makes 128 of 16")
@@ -59,22 +63,31 @@ class Sampler:
     """The networks of one checkpoint and the frame positions that were asked for."""
 
     def __init__(self, config):
-        ckpt = utils.load_checkpoint(config.ckpt, ("dit", "vae"), "python dit.py")
+        ckpt = utils.load_checkpoint(config.ckpt, ("dit", "vae", "vin"), "python dit.py")
         self.config, self.device = config, utils.pick_device(config.device)
-        self.dit, self.classes = None, ckpt["classes"]
+        self.dit, self.vin, self.classes = None, None, ckpt["classes"]
         if ckpt["stage"] == "dit":
             self.dit, self.vae, self.latent_scale = dit.load_dit(ckpt)
             self.dit.to(self.device)
+        elif ckpt["stage"] == "vin":
+            self.vin, self.vae, self.latent_scale = vin.load_vin(ckpt)
+            self.vin.to(self.device)
         else:
             self.vae = load_vae(ckpt)
         self.refine = dit.refine_steps(ckpt, config.refine)
         self.vae.to(self.device)
         self.autocast = partial(utils.autocast, self.device, config.bf16)
-        # Time is a continuous query (§4.5.1): any positions will do, 0 … T-1 is the clip that was trained on.
-        frames = self.vae.nerv_config.num_frames
-        inside = torch.linspace(0, frames - 1, max(1, round(frames * config.time_scale)))
-        beyond = frames - 1 + torch.arange(1, round(config.extrapolate * config.time_scale) + 1) / config.time_scale
-        self.t = torch.cat([inside, beyond])
+        self.t = self.positions(self.vae.nerv_config.num_frames)
+
+    def positions(self, frames):
+        """The frame positions that were asked for, of a video of so many frames.
+
+        Time is a continuous query (§4.5.1): any positions will do, 0 … T-1 is the clip that was trained on.
+        """
+        c = self.config
+        inside = torch.linspace(0, frames - 1, max(1, round(frames * c.time_scale)))
+        beyond = frames - 1 + torch.arange(1, round(c.extrapolate * c.time_scale) + 1) / c.time_scale
+        return torch.cat([inside, beyond])
 
     def labels(self, default):
         """Class names or numbers of --classes, or the default labels -> list of labels."""
@@ -104,17 +117,23 @@ class Sampler:
         with self.autocast():
             return dit.generate(self.dit, labels, c.steps, c.guidance, c.sampler, c.seed, given) / self.latent_scale
 
-    def read(self, files, needed=None):
-        """The first clip of each file, [B, T, 3, H, W], of which only the first `needed` frames have to be there.
+    def read(self, files, needed=None, start=0):
+        """The clip of each file from frame `start` on, [B, T, 3, H, W], of which only `needed` frames have to be there.
 
         Also returns how many frames of each clip are; those that are not are black.
         """
         c, stride, clips, lengths = self.vae.nerv_config, self.config.stride, [], []
         span = ((needed or c.num_frames) - 1) * stride + 1
         for file in files:
-            frames = video.read_frames(file, c.resolution, 0, (c.num_frames - 1) * stride + 1, self.config.read_fps)
+            try:
+                frames = video.read_frames(file, c.resolution, start, (c.num_frames - 1) * stride + 1, self.config.read_fps)
+            except video.BadVideo:
+                if not start:  # else it may be that it ends before
+                    raise
+                frames = []
             if len(frames) < span:
-                raise UserError(f"{file} has {len(frames)} frames, and {span} are needed: use a smaller --stride")
+                way = "a smaller --stride" + (" or fewer --chunks" if start else "")
+                raise UserError(f"{file} has {start + len(frames)} frames, and {start + span} are needed: use {way}")
             frames = frames[::stride]
             lengths.append(len(frames))
             clips.append(video.to_clip(np.pad(frames, [(0, c.num_frames - len(frames)), (0, 0), (0, 0), (0, 0)])))
@@ -188,9 +207,111 @@ def predict(sampler, config):
         print(f"of the mean of {config.count} predictions {averaged:.2f} dB, of the mean of the given frames {mean:.2f} dB")
 
 
+class Long:
+    """Videos of many chunks. One after the other is generated, and each is decoded and written chunk by chunk."""
+
+    def __init__(self, sampler, config):
+        self.sampler, self.config, c = sampler, config, sampler.vin.config
+        self.frames, self.overlap, self.chunks = sampler.vae.nerv_config.num_frames, c.overlap, config.chunks or c.chunks
+        self.t = sampler.positions(vin.video_frames(self.chunks, self.frames, self.overlap))
+
+    def generate(self, label, seed, first=None):
+        """A label, and where it is known the first chunk's tokens [1, N, d] -> tokens [C, N, d] of a new video."""
+        c, s = self.config, self.sampler
+        with progress.bar(total=c.steps, desc="denoising", unit="step", leave=False) as bar, s.autocast():
+            hook = s.vin.register_forward_hook(lambda *_: bar.update())
+            first = None if first is None else first * s.latent_scale
+            labels = torch.tensor([label], device=s.device)
+            how = {"steps": c.steps, "guidance": c.guidance, "sampler": c.sampler, "seed": seed}
+            tokens = vin.generate(s.vin, labels, self.chunks, first=first, **how)
+            hook.remove()
+        return tokens[0] / s.latent_scale
+
+    def encode(self, file):
+        """The first frames of a file, as many as a video has -> tokens [C, N, d]."""
+        starts = [k * (self.frames - self.overlap) * self.config.stride for k in range(self.chunks)]
+        return torch.cat([self.sampler.encode(self.sampler.read([file], start=start)[0]) for start in starts])
+
+    def play(self, tokens):
+        return vin.play(self.sampler.decode, tokens, self.t, self.frames, self.overlap)
+
+    def write(self, name, titles, videos, columns=16):
+        """Each of videos, which are generators of clips [n, 3, H, W], as an MP4; some frames of all as one sheet."""
+        folder, rows = f"{self.config.out_dir}/{name}", []
+        utils.make_parent(folder)
+        bar = progress.bar(total=len(titles) * self.chunks, desc="writing", unit="chunk")
+
+        def passing(clips, row):
+            begin = 0
+            for clip in clips:
+                row += [clip[k - begin] for k in picks if begin <= k < begin + len(clip)]
+                begin += len(clip)
+                bar.update()
+                yield clip
+
+        picks = torch.linspace(0, len(self.t) - 1, min(columns, len(self.t))).round().long().tolist()
+        for i, (title, clips) in enumerate(zip(titles, videos)):
+            rows.append([])
+            video.write_mp4(f"{folder}/{i:02d}_{title}", passing(clips, rows[-1]), self.config.fps)
+        bar.close()
+        video.write_sheet(f"{folder}.png", [torch.stack(row) for row in rows], titles, columns)
+        print(f"wrote {folder}.png and {len(titles)} videos of {len(self.t)} frames, {self.chunks} chunks, in {folder}/")
+
+
+@torch.no_grad()
+def make_long(sampler, config):
+    """What main() does, with a checkpoint of vin.py."""
+    long, seeds = Long(sampler, config), itertools.count(config.seed)
+    if config.residual:
+        raise UserError("--residual is of single clips, and this checkpoint makes long ones: leave it out")
+    if config.predict:  # chunk 0 is the beginning of the file
+        labels = sampler.labels([]) or [len(sampler.classes)]  # no class
+        if len(labels) not in (1, len(config.predict)):
+            raise UserError(f"--classes names {len(labels)} classes: name one for all files, or one for each")
+        labels = labels * (len(config.predict) // len(labels))
+        after = long.t > long.frames - 1
+
+        def goes_on(file, label):
+            real, _ = sampler.read([file])
+            tokens = long.generate(label, next(seeds), sampler.encode(real))
+            yield video.mark(real[0])
+            yield from vin.play(sampler.decode, tokens, long.t[after], long.frames, long.overlap)
+
+        videos = (goes_on(file, k) for file, k in zip(config.predict, labels) for _ in range(config.count))
+        titles = ["predicted"] * len(config.predict) * config.count
+        long.t = torch.cat([torch.arange(long.frames), long.t[after]])
+        long.write("predict", titles, videos)
+    elif config.interp is not None:
+        if config.interp:
+            ends = [long.encode(file) for file in config.interp]
+        else:
+            ends = [long.generate(k, next(seeds)) for k in sampler.labels(default=[0, len(sampler.classes) - 1])]
+        walk, titles = interpolate(ends, config.interp_steps)
+        long.write("interp", titles, map(long.play, walk))
+    else:
+        labels = [k for k in sampler.labels(range(len(sampler.classes))) for _ in range(config.count)]
+        videos = (long.play(long.generate(k, next(seeds))) for k in labels)
+        long.write("samples", [sampler.classes[k] for k in labels], videos)
+
+
+def interpolate(ends, steps):
+    """Tokens of two videos or more -> (those of all along the walk, titles).
+
+    λθ_2 + (1-λ)θ_1 (§4.5.2). The kernels before demodulation are linear in the tokens, so this walks through weights.
+    """
+    if len(ends) < 2:
+        raise UserError("--interp takes two videos or more: name two files, or two --classes")
+    walk, titles = [ends[0]], ["0.00"]
+    for i, (start, end) in enumerate(zip(ends[:-1], ends[1:])):
+        for weight in torch.linspace(0, 1, steps)[1:].tolist():
+            walk.append(torch.lerp(start, end, weight))
+            titles.append(f"{i + weight:.2f}")
+    return walk, titles
+
+
 def export(source, out):
     """Write the checkpoint `source` to the new file `out` as others need it, and no more (utils.exported)."""
-    ckpt = utils.load_checkpoint(source, ("dit", "vae"), "python dit.py")
+    ckpt = utils.load_checkpoint(source, ("dit", "vae", "vin"), "python dit.py")
     if Path(out).exists():
         raise UserError(f"--export {out}: this file is there already, and is left alone: name another")
     utils.save_checkpoint(out, **utils.exported(ckpt))
@@ -203,10 +324,18 @@ def main():
     if config.export:
         return export(config.ckpt, config.export)
     utils.check_positive(config, "count", "interp_steps", "time_scale", "stride", "fps", "batch_size")
+    if config.chunks < 0:
+        raise UserError(f"--chunks {config.chunks}: it must not be negative")
     dit.check_steps(config.steps)
     if config.extrapolate < 0:
         raise UserError(f"--extrapolate {config.extrapolate}: it must not be negative")
     sampler = Sampler(config)
+    if config.chunks and not sampler.vin:
+        raise UserError(
+            f"--chunks {config.chunks}: {config.ckpt} makes single clips, and long videos take one of `python vin.py`"
+        )
+    if sampler.vin and not config.reconstruct:
+        return make_long(sampler, config)
     if config.reconstruct:
         real, _ = sampler.read(config.reconstruct)
         decoded = sampler.decode(sampler.encode(real))
@@ -223,14 +352,7 @@ def main():
             ends = sampler.encode(sampler.read(config.interp)[0])
         else:
             ends = sampler.generate(sampler.labels(default=[0, len(sampler.classes) - 1]))
-        if len(ends) < 2:
-            raise UserError("--interp takes two videos or more: name two files, or two --classes")
-        # λθ_2 + (1-λ)θ_1 (§4.5.2). The kernels before demodulation are linear in the tokens, so this walks through weights.
-        walk, titles = [ends[0]], ["0.00"]
-        for i, (start, end) in enumerate(zip(ends[:-1], ends[1:])):
-            for weight in torch.linspace(0, 1, config.interp_steps)[1:].tolist():
-                walk.append(torch.lerp(start, end, weight))
-                titles.append(f"{i + weight:.2f}")
+        walk, titles = interpolate(ends, config.interp_steps)
         sampler.write("interp", sampler.decode(torch.stack(walk)), titles)
     else:
         labels = [k for k in sampler.labels(range(len(sampler.classes))) for _ in range(config.count)]

@@ -23,6 +23,7 @@ import demo  # noqa: E402
 import dit  # noqa: E402
 import sample  # noqa: E402
 import vae  # noqa: E402
+import vin  # noqa: E402
 from common import utils, video  # noqa: E402
 
 
@@ -39,7 +40,7 @@ def script(name, *args, cwd, **kw):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **kw)
 
 
-PROGRAMS = {"vae.py": vae, "dit.py": dit, "sample.py": sample, "demo.py": demo}
+PROGRAMS = {"vae.py": vae, "dit.py": dit, "vin.py": vin, "sample.py": sample, "demo.py": demo}
 
 
 @pytest.fixture
