@@ -50,7 +50,7 @@ class VINConfig:
 
 
 SIZES = {name: {} for name in dit.SIZES}
-SIZES["nano"] = {"heads": 2}
+SIZES["nano"] = {"global_tokens": 32, "heads": 2}
 
 
 def normalize(x):
@@ -318,8 +318,9 @@ def preset_defaults(args):
         return {}
     defaults = {"refine": dit.refine_steps(ckpt)}
     if ckpt["config"]["preset"] == "nano":
-        defaults.update(steps=800, batch_size=8, lr=1e-3, warmup=50, ema=0.995, global_tokens=32)
-        defaults.update(cache_latents=True, num_latents=max(64, 4096 // max(1, args.chunks)))
+        defaults.update(steps=800, batch_size=8, lr=1e-3, warmup=50, ema=0.995)
+        defaults.update(global_tokens=SIZES["nano"]["global_tokens"], cache_latents=True)
+        defaults.update(num_latents=max(64, 4096 // max(1, args.chunks)))
     return defaults
 
 
@@ -349,7 +350,8 @@ def main(argv=None):
         raise UserError(f"{config.ckpt} was trained on the classes {classes}, and {config.dataset} has {train_set.classes}")
     torch.manual_seed(config.seed)
     sizes = {name: getattr(config, name) for name in ("chunks", "overlap", "global_tokens", "neighbours")}
-    vin_config = VINConfig(**sizes, places=max(config.places, C), **SIZES[ckpt["config"]["preset"]])
+    sizes = SIZES[ckpt["config"]["preset"]] | sizes | {"places": max(config.places, C)}
+    vin_config = VINConfig(**sizes)
     model = VIN(start_model.config, vin_config).to(device)
     model.dit.load_state_dict(start_model.state_dict())
     ema = copy.deepcopy(model).eval().requires_grad_(False)

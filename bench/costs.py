@@ -1,6 +1,7 @@
-"""What it costs, computed and measured: `python -m bench.costs costs | memory | train | shares | processes | latents | lpips`.
+"""What it costs, computed and measured: `python -m bench.costs costs | long | memory | train | …`.
 
 costs      parameters, latent size, FLOPs and memory of the presets, from shapes alone (no weights are made)
+long       FLOPs of the denoiser on long videos: chunks by themselves, with the interface of vin.py, with full attention
 memory     what a training step takes of a GPU, from shapes alone, and the options that make it fit cards of 24 to 141 GB
 train      both training loops as they are, steps and clips per second, memory, eager against compiled
 shares     what of a step of either training goes into data, forward, backward and optimizer; all frames and a few of them
@@ -30,6 +31,7 @@ import dit
 import losses
 import nerv
 import vae
+import vin
 from common import memory, utils
 from common.utils import option
 from common.video import to_clip
@@ -110,6 +112,19 @@ def costs(config):
     )  # fmt: skip
     print("\nkernels: entries of one video's kernels; decoder: learned parameters, heads of the multi-head affine included;")
     print("encode, decode, denoise once: GFLOP of one clip's forward pass; keeps: GiB for its backward pass, in float32")
+
+
+def long_videos(config):
+    """GFLOP of the denoiser, once, on one video of C chunks, by formulas that tests hold against the counter."""
+    rows = []
+    for name in ("nano", "S"):
+        c = dit.DiTConfig(nerv.CONFIGS[name].num_tokens, nerv.CONFIGS[name].token_dim, **dit.SIZES[name])
+        for chunks in (1, 4, 8, 12, 16, 32, 200):
+            alone, full = chunks * vin.dit_flops(c, c.num_tokens), vin.dit_flops(c, chunks * c.num_tokens)
+            ours = [vin.flops(c, vin.VINConfig(neighbours=near, **vin.SIZES[name]), chunks) for near in (False, True)]
+            shares = [f"{cost / 1e9:.2f} ({100 * (cost / full - 1):+.0f} %)" for cost in (alone, *ours)]
+            rows.append([name, chunks, *shares, f"{full / 1e9:.2f}"])
+    table(["preset", "chunks", "by themselves", "interface", "interface, --neighbours", "full attention"], rows)
 
 
 CARDS = (24, 40, 80, 141)  # GB
@@ -380,7 +395,7 @@ def lpips(config):
     table(["frames", "backbone", "s a step", "of that LPIPS", "times none", "memory"], rows)
 
 
-TOPICS = {"costs": costs, "memory": memory_table, "train": train, "shares": shares, "processes": processes}
+TOPICS = {"costs": costs, "long": long_videos, "memory": memory_table, "train": train, "shares": shares, "processes": processes}
 TOPICS |= {"latents": latents, "lpips": lpips}
 
 
