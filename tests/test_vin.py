@@ -113,6 +113,26 @@ def test_gradient_reaches_all_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
+def test_the_interface_learns_what_chunks_have_in_common():
+    # All chunks of a video are the same tokens, each with noise of its own. At α² = 0.5 the least squared error of the noise
+    # that a chunk by itself allows is α² = 0.5; that of four is (α² / σ²) / (1 + 4 α² / σ²) = 0.2.
+    torch.manual_seed(0)
+    sizes = dit.DiTConfig(num_tokens=1, token_dim=4, num_classes=1, width=32, depth=1, heads=2)
+    model = VIN(sizes, VINConfig(global_tokens=2, depth=1, heads=2))
+    alpha, sigma = dit.noise_schedule()
+    step = (alpha.square() - 0.5).abs().argmin().expand(32, 4)
+    optimizer, losses = torch.optim.Adam(model.parameters(), 5e-3), []
+    for _ in range(80):
+        theta, noise = torch.randn(32, 1, 1, 4).expand(-1, 4, -1, -1), torch.randn(32, 4, 1, 4)
+        x = alpha[step][..., None, None] * theta + sigma[step][..., None, None] * noise
+        loss = (model(x, step, torch.zeros_like(step)) - noise).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-20:]) / 20 < 0.4
+
+
 @torch.no_grad()
 def test_a_known_chunk_is_seen_clean_and_kept():
     model, (tokens, step, label) = trained_like(), noised(C=3)
