@@ -159,17 +159,17 @@ def generate(model, labels, chunks, steps=20, guidance=2.0, sampler="dpm", seed=
     given = None
     if first is not None:
         given = F.pad(first[:, None], (0, 0, 0, 0, 0, chunks - 1)).flatten(0, 1)  # [B * C, N, d], zeros after chunk 0
-    labels = labels.repeat_interleave(chunks)
-    tokens = dit.generate(folded(model, chunks), labels, steps, guidance, sampler, seed, given).unflatten(0, (-1, chunks))
+    how = {"steps": steps, "guidance": guidance, "sampler": sampler, "seed": seed, "given": given}
+    tokens = dit.generate(folded(model, chunks), labels.repeat_interleave(chunks), **how).unflatten(0, (-1, chunks))
     if first is not None:
         tokens[:, 0] = first
     return tokens
 
 
-def load_vin(ckpt):
+def load_vin(ckpt, denoiser=VIN):
     """A checkpoint of vin.py -> (VIN with its averaged weights, VAE, latent scale), in evaluation mode."""
-    with utils.fitting_checkpoint(ckpt):
-        model = VIN(dit.DiTConfig(**ckpt["dit_config"]), VINConfig(**ckpt["vin_config"]))
+    with utils.fitting_checkpoint(ckpt, denoiser=denoiser):
+        model = denoiser(dit.DiTConfig(**ckpt["dit_config"]), VINConfig(**ckpt["vin_config"]))
         model.load_state_dict(ckpt["ema"])
     return model.eval().requires_grad_(False), dit.load_vae(ckpt["vae"]), ckpt["latent_scale"]
 
@@ -324,7 +324,7 @@ def preset_defaults(args):
     return defaults
 
 
-def main(argv=None):
+def main(argv=None, denoiser=VIN):
     config = utils.parse_options(Config, __doc__, preset_defaults, argv)
     utils.check_positive(config, "chunks", "global_tokens", "steps", "batch_size", "accumulate", "log_every", "save_every")
     device, rank, world = utils.start_processes(config.device)
@@ -342,7 +342,7 @@ def main(argv=None):
     F_all = video_frames(C, T, config.overlap)  # frames of a video
     settings = dataclasses.asdict(Stage1()) | ckpt["vae"]["config"]
     for name in ("dataset", "data_dir"):
-        setattr(config, name, getattr(config, name) or ckpt["config"][name] or settings[name])
+        setattr(config, name, getattr(config, name) or ckpt["config"].get(name) or settings[name])
     source = {"dataset": config.dataset, "data_dir": config.data_dir, "cache_dir": config.cache_dir, "num_frames": F_all}
     source = Stage1(**settings | source)
     train_set = data.open_dataset(source, "train", classes)
@@ -352,13 +352,13 @@ def main(argv=None):
     sizes = {name: getattr(config, name) for name in ("chunks", "overlap", "global_tokens", "neighbours")}
     sizes = SIZES[ckpt["config"]["preset"]] | sizes | {"places": max(config.places, C)}
     vin_config = VINConfig(**sizes)
-    model = VIN(start_model.config, vin_config).to(device)
+    model = denoiser(start_model.config, vin_config).to(device)
     model.dit.load_state_dict(start_model.state_dict())
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model, [], config.weight_decay)
     parts = {"model": model, "step": utils.FiniteStep(model, optimizer, config.grad_clip)}  # what goes on, beside ema
     start = 0
-    if resumed := utils.resume(config, "vin"):
+    if resumed := utils.resume(config, "vin", denoiser=denoiser):
         ema.load_state_dict(resumed["ema"])
         for name, part in parts.items():
             part.load_state_dict(resumed["training"][name])
@@ -395,7 +395,7 @@ def main(argv=None):
         saver(
             final, stage="vin", step=step, config=dataclasses.asdict(config), classes=classes,
             dit_config=dataclasses.asdict(start_model.config), vin_config=dataclasses.asdict(vin_config),
-            latent_scale=latent_scale, ema=ema.state_dict(), training=training, vae=ckpt["vae"],
+            denoiser=denoiser.__name__, latent_scale=latent_scale, ema=ema.state_dict(), training=training, vae=ckpt["vae"],
         )  # fmt: skip
         log.write()
 

@@ -361,6 +361,8 @@ def test_long_videos_are_written_as_they_come(tmp_path):
 def test_one_chunk_trains_and_an_export_samples(start, call):
     made = "--steps 1 --chunks 1 --neighbours --seam-weight 1 --out one.pt --run-dir one --no-cache-latents"
     assert call("vin.py", f"--ckpt {start}/dit.pt {OPTIONS} {made}") == 0
+    assert call("sample.py", f"--ckpt {start}/dit.pt --export dit.pt") == 0
+    assert call("vin.py", f"{OPTIONS} --steps 1 --chunks 2 --out from_export.pt --run-dir from_export") == 0
     assert call("sample.py", "--ckpt one.pt --export small.pt") == 0
     assert call("sample.py", "--ckpt small.pt --steps 1 --classes 0 --chunks 2") == 0
     assert call("vin.py", f"--ckpt {start}/dit.pt {OPTIONS} {made} --resume --chunks 2") == 2
