@@ -58,7 +58,7 @@ def normalize(x):
 
 
 class CrossAttention(nn.Module):
-    """Queries x [B, L, width] look at memory [B, K, width], or at its `keys_and_values` -> [B, L, width]."""
+    """Queries x [B, L, width] look at a memory [B, K, width], of which `kv` makes keys and values -> [B, L, width]."""
 
     def __init__(self, width, heads, head_width, zero=False):
         super().__init__()
