@@ -37,7 +37,7 @@ from common import plot, progress, utils, video, weights
 from common.utils import UserError, option
 from losses import LPIPS
 from vae import Config as Stage1
-from vae import load_vae, reconstruct
+from vae import fine_power, load_vae, reconstruct
 
 PSNRS = {
     "PSNR": "psnr",
@@ -210,6 +210,15 @@ def gaussian_mean(x):
     return x
 
 
+def worst_frame(clips):
+    """The least fine detail (fine_power) of a frame, as a share of its clip's median: [B, T, 3, H, W] -> [B].
+
+    A shape that dissolves for a few frames leaves next to none there. The judge, which sees the whole clip, passes it.
+    """
+    power = fine_power(clips)
+    return power.amin(1) / power.median(1).values.clamp_min(1e-12)
+
+
 # ---------------------------------------------------------------------------------------------------------------- batches
 
 
@@ -279,6 +288,7 @@ def generate_batch(model, vae, scale, dataset, detector, judge, config, device):
         decoded = vae.decode(tokens / scale, torch.arange(real.shape[1], device=device))
         made = video.to_frames(decoded)
         found = {"labels": labels, "real": detector(real, [dataset.name(i) for i in indices]), "features": detector(made)}
+        found |= {"worst_real": worst_frame(video.to_clip(real)).numpy(), "worst": worst_frame(video.to_clip(made)).numpy()}
         if judge:
             found |= {"seen_real": classify(judge, video.to_clip(real)), "seen": classify(judge, video.to_clip(made))}
         left = max(0, SHOWN - start)
@@ -405,6 +415,8 @@ def main(config=None):
         if judge:
             results["class agreement"] = share_result(made["seen"] == made["labels"])
             results["class agreement of the real clips"] = share_result(made["seen_real"] == made["labels"])
+        limit = np.quantile(made["worst_real"], 0.01)
+        results["clips with a dissolved frame"] = share_result(made["worst"] < limit)
         if np.bincount(made["labels"]).max() > 1:  # there are two of a class
             result = diversity_result(made["real"], made["features"], made["labels"], config)
             results["diversity, of that of real clips"] = result

@@ -340,7 +340,7 @@ def main():
         real, _ = sampler.read(config.reconstruct)
         decoded = sampler.decode(sampler.encode(real))
         if decoded.shape == real.shape:
-            fine = fine_power(decoded) / fine_power(real)
+            fine = fine_power(decoded).mean() / fine_power(real).mean()
             print(f"PSNR {psnr(real, decoded):.2f} dB, {100 * fine:.1f} % of the power of fine detail")
         real = real[:, sampler.t.round().long().clamp(max=real.shape[1] - 1)]  # the nearest real frame to each position
         rows = [clip for pair in zip(real, decoded) for clip in pair]

@@ -250,12 +250,12 @@ def at_least_64(clips):
     return nerv.double(clips.flatten(0, 1))[None] if clips.shape[-1] < 64 else clips
 
 
-def fine_power(clips):
-    """Mean power of frames [..., H, W] at spatial frequencies above a quarter cycle per pixel: what blur takes away."""
-    size = clips.shape[-1]
-    power = torch.fft.fft2(clips, norm="ortho").abs().square()
-    frequency = torch.fft.fftfreq(size)
-    return power[..., torch.hypot(frequency[:, None], frequency[None, :]) > 0.25].mean().item()
+def fine_power(frames):
+    """Power at spatial frequencies above a quarter cycle per pixel, which blur takes away: mean of each frame,
+    [..., 3, H, W] -> [...]."""
+    power = torch.fft.fft2(frames, norm="ortho").abs().square()
+    frequency = torch.fft.fftfreq(frames.shape[-1], device=frames.device)
+    return power[..., torch.hypot(frequency[:, None], frequency[None, :]) > 0.25].mean((-2, -1))
 
 
 # --------------------------------------------------------------------------------------------------------------- training

@@ -96,7 +96,10 @@ def run(config, row, seed):
     clips, _ = data.fixed_clips(test_set, config.clips)
     made = {k: reconstruct(network, clips, torch.device("cpu"), refine=k) for k in STEPS}
     found = {f"psnr{k}": round(psnr(clips, made[k]), 2) for k in STEPS}
-    found |= {"fine": round(100 * fine_power(made[0]) / fine_power(clips), 1), "mesh": round(mesh(clips, made[0]), 2)}
+    found |= {
+        "fine": round(100 * (fine_power(made[0]).mean() / fine_power(clips).mean()).item(), 1),
+        "mesh": round(mesh(clips, made[0]), 2),
+    }
     with torch.no_grad():
         found["lpips"] = round(LPIPS("alex")(at_least_64(made[0]), at_least_64(clips)).item(), 4)
     return {

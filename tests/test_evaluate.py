@@ -99,6 +99,7 @@ def test_stage_2_and_its_report(trained, tmp_path, detector, capsys):
         "rFVD on random I3D features",
         "gFVD on random I3D features",
         "class agreement",
+        "clips with a dissolved frame",
         "diversity, of that of real clips",
     ):
         assert np.isfinite(results[name]["value"]), name
@@ -121,6 +122,16 @@ def test_stage_2_and_its_report(trained, tmp_path, detector, capsys):
             made.append(video.to_frames(vae.decode(tokens / scale, torch.arange(16))))
     value = fvd.frechet_distance_of(detector(real), detector(np.concatenate(made)))
     assert results["gFVD on random I3D features"]["value"] == pytest.approx(value, rel=1e-3)
+
+
+def test_the_worst_frame_finds_the_clip_that_dissolves():
+    torch.manual_seed(0)
+    clips = torch.rand(6, 8, 3, 32, 32)
+    clips[:, 3] *= 0.9  # frames differ a little in real clips too
+    assert torch.allclose(evaluate.worst_frame(clips), torch.full((6,), 0.81), atol=0.15)
+    clips[4, 5] = torch.nn.functional.avg_pool2d(clips[4, 5], 5, 1, 2)
+    assert evaluate.worst_frame(clips).argmin() == 4 and evaluate.worst_frame(clips)[4] < 0.1
+    assert evaluate.worst_frame(torch.zeros(1, 4, 3, 32, 32)).isfinite().all()
 
 
 def test_it_goes_on_where_it_was(trained, tmp_path, detector):
