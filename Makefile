@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python demo.py
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -m "not weights" tests
+	$(BIN)/python -m pytest -q -n 2 -m "not weights" tests
 
 weights: $(VENV)/.installed
 	$(BIN)/python fvd.py --get-weights
