@@ -12,7 +12,6 @@ lpips      a step of stage 1 without LPIPS and with each of its backbones, at 64
 
 import copy
 import csv
-import itertools
 import os
 import subprocess
 import sys
@@ -33,6 +32,7 @@ import nerv
 import vae
 import vin
 from common import memory, utils
+from common.tables import table
 from common.utils import option
 from common.video import to_clip
 
@@ -43,14 +43,6 @@ class Config:
     batch_size: int = option("what", 0, "clips per step; 0: 16, and in train as many of 32 as fit the GPU")
     steps: int = option("what", 40, "steps of each run; the first quarter is not counted")
     workers: int = option("what", 0, "data loading processes")
-
-
-def table(header, rows):
-    """Print rows as a Markdown table: those of a list in even columns, those of an iterator as they come."""
-    known = rows if isinstance(rows, list) else [[" " * 12] * len(header)]
-    widths = [max(len(str(row[i])) for row in [header, *known]) for i in range(len(header))]
-    for row in itertools.chain([header, ["---"] * len(header)], rows):
-        print("| " + " | ".join(f"{cell!s:<{width}}" for cell, width in zip(row, widths)) + " |", flush=True)
 
 
 def short_of_memory(error):
