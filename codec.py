@@ -8,6 +8,7 @@ python codec.py train --dataset folder --data-dir clips/train         the hypern
 python codec.py encode in.mp4 out.nerv --bits 6 --keep 0.5 --refine 20
 python codec.py decode out.nerv out.mp4 --frames 100:140              only these frames, from the chunks they are in
 python codec.py info out.nerv
+python codec.py compare in.mp4 clips/                                 rate and distortion against x264, x265 and SVT-AV1
 
 `python codec.py encode --help` shows the options of encode. docs/codec.md has the format of the file.
 """
@@ -28,12 +29,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
+import losses
 import nerv
 import vae
-from common import container, progress, utils, video
+from common import container, progress, rd, rivals, utils, video
 from common.optim import make_optimizer
 from common.utils import UserError, option
-from common.video import cut, join, printable, to_clip, to_frames
+from common.video import cut, join, printable, to_clip
 from common.videofile import VideoFile, coding_order, decode_frames, model_name, packed
 
 # ------------------------------------------------------------------------------------------------------------------- model
@@ -296,56 +298,61 @@ class Encode:
     device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
 
 
+def check_sizes(bits, keep, refine, config):
+    """UserError for bits (a list, one number or one per layer), keep and refine that cannot be, of a codec or this model."""
+    if len(bits) not in (1, len(config.tokens)) or not all(4 <= b <= 8 for b in bits):
+        layers = len(config.tokens)
+        raise UserError(f"--bits {' '.join(map(str, bits))}: one number from 4 to 8, or {layers} of them, one per layer")
+    if not 0 < keep <= 1:
+        raise UserError(f"--keep {keep}: it is a share of the tokens, above 0 and up to 1")
+    if refine < 0:
+        raise UserError(f"--refine {refine}: it must not be negative")
+
+
 @torch.no_grad()
-def encode(source, target, config):
-    """Encode the video file `source` as the file `target`."""
-    device, codec, ckpt = open_codec(config)
-    c, bits = codec.config, config.bits
-    if len(bits) not in (1, len(c.tokens)) or not all(4 <= b <= 8 for b in bits):
-        raise UserError(f"--bits {' '.join(map(str, bits))}: one number from 4 to 8, or {len(c.tokens)} of them, one per layer")
-    if not 0 < config.keep <= 1:
-        raise UserError(f"--keep {config.keep}: it is a share of the tokens, above 0 and up to 1")
-    if config.refine < 0:
-        raise UserError(f"--refine {config.refine}: it must not be negative")
-    utils.check_positive(config, "batch_size")
-    utils.make_parent(target)
-    frames, begin = video.whole_video(source), time.time()  # [F, H, W, 3]
-    (count, height, width, _), rate = frames.shape, video.probe(source).fps or 25.0
-    if width * height > VideoFile.LARGEST:
-        raise UserError(f"{printable(source)} has frames of {width} x {height}, more than {VideoFile.LARGEST} pixels")
-    order, sources = coding_order(codec.decoder, bits, config.keep), codec.decoder.sources(config.keep)
-    price = ckpt["config"]["rate"] if config.rate < 0 else config.rate
-    chunks, error = [], 0.0
-    tiles, t = len(cut(frames[:1], c.num_frames, c.resolution)), torch.arange(c.num_frames, device=device)
+def write_video(target, codec, frames, fps, bits, keep, refine, price, batch_size, quiet=False):
+    """Encode frames, uint8 [F, H, W, 3], as the file `target`, which is so many bytes; the settings are those of Encode."""
+    c, (count, height, width, _) = codec.config, frames.shape
+    order, device = coding_order(codec.decoder, bits, keep), codec.decoder.mean.device
+    tiles, chunks = len(cut(frames[:1], c.num_frames, c.resolution)), []
     starts = range(0, count, c.num_frames)
-    several = max(1, config.batch_size // tiles)  # chunks at a time
-    for first in progress.bar(range(0, len(starts), several), "encoding", unit="batch"):
+    several = max(1, batch_size // tiles)  # chunks at a time
+    for first in progress.bar(range(0, len(starts), several), "encoding", unit="batch", disable=quiet):
         group = starts[first : first + several]
         clips = torch.cat([cut(frames[s : s + c.num_frames], c.num_frames, c.resolution) for s in group])
-        numbers = [
-            encode_clips(codec, part.to(device), bits, config.keep, config.refine, price)
-            for part in clips.split(config.batch_size)
-        ]
-        for s, own in zip(group, torch.cat(numbers).split(tiles)):
-            chunks.append(packed(own.cpu().numpy(), order))
-            clip = join(codec.decoder(codec.decoder.dequantize(own, bits)[:, sources], t), height, width)
-            decoded, real = to_frames(clip), frames[s : s + c.num_frames]
-            error += np.square(decoded[: len(real)] - real.astype(np.float32)).sum(dtype=np.float64)
-    header = {
-        "kind": "codec",
-        "model": model_name(codec),
-        "size": [width, height],
-        "frames": count,
-        "rate": round(rate, 4),
-        "bits": bits,
-        "keep": config.keep,
-    }
-    size = container.write(target, header, chunks)
-    decibels = 10 * math.log10(255**2 / max(error / frames.size, 1e-5))
-    seconds = time.time() - begin
+        parts = clips.split(batch_size)
+        numbers = torch.cat([encode_clips(codec, part.to(device), bits, keep, refine, price) for part in parts])
+        chunks += [packed(own, order) for own in numbers.cpu().numpy().reshape(len(group), tiles, -1)]
+    size, name = [width, height], model_name(codec)
+    header = {"kind": "codec", "model": name, "size": size, "frames": count, "rate": round(fps, 4), "bits": bits, "keep": keep}
+    return container.write(target, header, chunks)
+
+
+def read_video(path, size=None):
+    """(all frames of a video at its own size or cut to a square, uint8 [F, H, W, 3], frames a second). UserError."""
+    frames, fps = video.read_frames(path, size) if size else video.whole_video(path), video.probe(path).fps or 25.0
+    if frames[0, :, :, 0].size > VideoFile.LARGEST:
+        about = f"has frames of {frames.shape[2]} x {frames.shape[1]}, more than {VideoFile.LARGEST} pixels"
+        raise UserError(f"{printable(path)} {about}")
+    return frames, fps
+
+
+def encode(source, target, config):
+    """Encode the video file `source` as the file `target`."""
+    _, codec, ckpt = open_codec(config)
+    check_sizes(config.bits, config.keep, config.refine, codec.config)
+    utils.check_positive(config, "batch_size")
+    utils.make_parent(target)
+    frames, fps = read_video(source)
+    begin, price = time.time(), ckpt["config"]["rate"] if config.rate < 0 else config.rate
+    size = write_video(target, codec, frames, fps, config.bits, config.keep, config.refine, price, config.batch_size)
+    seconds, error, T = time.time() - begin, 0.0, codec.config.num_frames
+    for k, made in enumerate(decode_frames(VideoFile(target).fit(codec, config.ckpt), codec, 0, len(frames))):
+        error += np.square(made - frames[k * T : (k + 1) * T].astype(np.float32)).sum(dtype=np.float64)
+    count, height, width, _ = frames.shape
     print(
         f"wrote {target}: {count} frames of {width} x {height} in {size} bytes, {8 * size / (count * height * width):.4f} bits "
-        f"per pixel, PSNR {decibels:.2f} dB, {seconds:.1f} s"
+        f"per pixel, PSNR {rd.psnr(error / frames.size):.2f} dB, {seconds:.1f} s"
     )
 
 
@@ -392,6 +399,69 @@ def open_codec(config):
     ckpt = utils.load_checkpoint(config.ckpt, "codec", "python codec.py train")
     device = utils.pick_device(config.device)
     return device, load_codec(ckpt).to(device), ckpt
+
+
+@dataclass
+class Compare:
+    ckpt: str = option("input", "codec.pt", "checkpoint of `codec.py train`")
+    size: int = option("input", 0, "cut videos to squares and scale them to so many pixels; 0: as they are")
+    videos: int = option("input", 0, "so many of the videos, evenly chosen; 0: all")
+    bits: list = option("ours", [6], "of a code; each of this list with each of the next two is a point", nargs="+", type=int)
+    keep: list = option("ours", [1.0, 0.5, 0.25], "shares of the weight tokens", nargs="+", type=float)
+    refine: list = option("ours", [0, 10, 100], "gradient steps, a curve for each number", nargs="+", type=int)
+    rate: float = option("ours", -1.0, "what a bit per pixel is worth in squared error, to --refine; -1: as in training")
+    codecs: list = option("others", list(rivals.RIVALS), "which codecs", nargs="*", choices=list(rivals.RIVALS))
+    crf: list = option("others", [20, 26, 32, 38, 44, 51], "points of x264 and x265, 0 to 51", nargs="+", type=int)
+    av1_crf: list = option("others", [20, 30, 40, 50, 57, 63], "points of SVT-AV1, 0 to 63", nargs="+", type=int)
+    tune: str = option("others", "psnr", "what the others look at: psnr, or people", choices=["psnr", "people"])
+    lpips: bool = option("measures", True, "LPIPS with AlexNet, where its weights can be had")
+    below: float = option("measures", 0.0, "bits per pixel of x264 up to which BD-rates count; 0: where curves overlap")
+    batch_size: int = option("machine", 16, "clips encoded at once")
+    device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
+    out_dir: str = option("output", "out/rd", "points.csv and curves.png go here")
+
+
+def perceptual():
+    """lpips(x, y) -> mean LPIPS of frames [T, 3, H, W] in [-1, 1], NaN below 32 pixels; None, and a line, without weights."""
+    try:
+        network = losses.LPIPS("alex")
+    except UserError as error:
+        print(f"LPIPS is left out: {error}", file=sys.stderr)
+        return None
+
+    def lpips(x, y):
+        return network(vae.at_least_64(x[None]), vae.at_least_64(y[None])).item() if min(x.shape[2:]) >= 32 else math.nan
+
+    return lpips
+
+
+def compare(*sources, config):
+    """Rate and distortion of ours and of other codecs, over video files and the held-out videos of directories."""
+    _, codec, ckpt = open_codec(config)
+    utils.check_positive(config, "batch_size")
+    if min(config.size, config.videos) < 0:
+        raise UserError("--size and --videos must not be negative")
+    price = ckpt["config"]["rate"] if config.rate < 0 else config.rate
+
+    def ours(frames, fps, path, bits, keep, refine):
+        begin = time.time()
+        size = write_video(path, codec, frames, fps, bits, keep, refine, price, config.batch_size, quiet=True)
+        seconds, file = time.time() - begin, VideoFile(path).fit(codec, config.ckpt)
+        return size, "nerv", seconds, np.concatenate(list(decode_frames(file, codec, 0, len(frames))))
+
+    points = rivals.points(config.codecs, config.crf, config.av1_crf, config.tune == "psnr")
+    model = 4 * sum(x.numel() for x in codec.decoder.state_dict().values())  # bytes, of float32
+    for refine, bits, keep in itertools.product(config.refine, config.bits, config.keep):
+        check_sizes([bits], keep, refine, codec.config)
+        name, run = f"ours, refine {refine}", functools.partial(ours, bits=[bits], keep=keep, refine=refine)
+        points.append(rd.Point(name, f"{bits} bits, keep {keep:g}", run, model))
+    folders = {s: data.find_folder(Path(s), "test", 0)[1] for s in sources if Path(s).is_dir()}
+    paths = [path for s in sources for path, _ in folders.get(s, [(s, "")])]
+    if not paths:
+        raise UserError(f"{' '.join(map(printable, sources))}: there are no videos in it")
+    paths = paths[:: math.ceil(len(paths) / config.videos)] if config.videos else paths
+    videos = [read_video(path, config.size) for path in paths]
+    rd.compare(points, videos, config.out_dir, perceptual() if config.lpips else None, config.below)
 
 
 class Loader:
@@ -506,7 +576,7 @@ def preset_defaults(args):
 
 @torch.no_grad()
 def reconstruct(codec, clips, device, bits, keep=1.0, batch_size=16):
-    """Clips [B, T, 3, R, R] through the codec and back, and the bytes of all of them."""
+    """Clips [B, T, 3, R, R] through the codec and back, and the bytes of all of them, without headers."""
     decoder, out, size = codec.decoder, [], 0
     order, sources = coding_order(decoder, bits, keep), decoder.sources(keep)
     for batch in clips.to(device).split(batch_size):
@@ -622,12 +692,13 @@ def train(config):
     log.close()
 
 
-# Each command: its function, its settings, its presets, and the files it takes.
+# Each command: its function, its settings, its presets, and the files it takes, "…" for more of the last one.
 COMMANDS = {
     "train": (train, Config, preset_defaults, ()),
     "encode": (encode, Encode, None, ("VIDEO", "FILE.nerv")),
     "decode": (decode, Decode, None, ("FILE.nerv", "VIDEO")),
     "info": (info, Info, None, ("FILE.nerv",)),
+    "compare": (compare, Compare, None, ("VIDEO", "…")),
 }
 
 
@@ -640,9 +711,9 @@ def main():
     function, settings, presets, wanted = COMMANDS[name]
     files = list(itertools.takewhile(lambda argument: not argument.startswith("-"), sys.argv[2:]))
     config = utils.parse_options(settings, __doc__, presets, sys.argv[2 + len(files) :])
-    if len(files) != len(wanted):
+    if len(files) != len(wanted) and not (files and "…" in wanted):
         raise UserError(f"usage: python codec.py {' '.join([name, *wanted])}, then options")
-    function(*files, config)
+    function(*files, config=config)
 
 
 if __name__ == "__main__":

@@ -75,3 +75,21 @@ def curves(path, panels):
             logarithmic(ax.yaxis)
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500, 20k, 2M
     fig.savefig(path)
+
+
+def families(path, panels):
+    """Panels [(name of x, name of y, {name of a line: [(x, y), …]})] as a PNG, with a legend; x is logarithmic.
+
+    A line's colour and marker are the same in all panels.
+    """
+    fig, axes = figure(len(panels), width=4.6, height=3.6)
+    names = list(dict.fromkeys(name for _, _, lines in panels for name in lines))
+    for ax, (x_name, y_name, lines) in zip(axes, panels):
+        ax.set(xlabel=x_name, ylabel=y_name)
+        for name, points in lines.items():
+            k = names.index(name)
+            look = {"color": (BLUE, RED, GREEN, INK)[k % 4], "marker": "os^Dv"[k % 5], "linestyle": "-" if k < 4 else "--"}
+            ax.plot(*zip(*points), label=name, linewidth=1.2, markersize=3, **look)
+        logarithmic(ax.xaxis)
+    axes[0].legend(fontsize=7, labelcolor=INK, facecolor=PAPER, edgecolor=FAINT)
+    fig.savefig(path)

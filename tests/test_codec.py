@@ -1,6 +1,7 @@
 """The codec: counts of the papers, bytes that come back as they were, files whole, cut and damaged, and its training."""
 
 import copy
+import csv
 import json
 import math
 import shutil
@@ -18,9 +19,10 @@ import codec
 import data
 import vae
 from codec import ALLOCATIONS, CodecConfig, NeRVDec, VideoFile
-from common import container, entropy, utils, video
+from common import container, entropy, rivals, utils, video
 from common.utils import UserError
 from common.video import cut, join
+from losses import LPIPS
 
 SIZES = "--resolution 16 --num-frames 4 --width 4 --tokens 3 8 --token-dims 8 6"
 TINY = f"train {SIZES} --steps 3 --batch-size 4 --log-every 1 --workers 1"
@@ -469,6 +471,13 @@ def test_files_made_to_do_harm_end_in_one_line(model, tmp_path):
         ("decode more.nerv b.mp4", "3 bytes follow"),
         ("decode cut.nerv b.mp4", "chunk 4, frames 16 to 17, is damaged"),
         ("info a.mkv", "not a file of this program"),
+        ("compare", "usage: python codec.py compare VIDEO …"),
+        ("compare a.npy --no-lpips", "a.npy"),
+        ("compare empty", "no videos"),
+        ("compare a.mkv --crf 52", "--crf 52: x264 takes 0 to 51"),
+        ("compare a.mkv --av1-crf 64", "--av1-crf 64"),
+        ("compare a.mkv --keep 1 2", "--keep 2"),
+        ("compare a.mkv --size -1", "--size"),
         ("train --resolution 48", "power of two"),
         ("train --resolution 128 --workers 1", "4 --tokens and --token-dims, one per layer"),
         ("train --mask 2", "--mask"),
@@ -480,6 +489,7 @@ def test_files_made_to_do_harm_end_in_one_line(model, tmp_path):
 def test_what_cannot_be_is_one_line_and_status_2(command, reason, trained, call, capsys):
     for name in ("a.nerv", "a.mkv", "a.npy", "codec.pt"):
         shutil.copy(trained / name, name)
+    Path("empty").mkdir()
     whole = (trained / "a.nerv").read_bytes()
     with open("more.nerv", "wb") as more, open("cut.nerv", "wb") as short:
         more.write(whole + b"abc")
@@ -505,6 +515,56 @@ def test_salvage_by_hand(trained, call, capsys):
     assert "chunk 2, frames 8 to 11, is damaged" in capsys.readouterr().err
     b, c = video.whole_video("b.mkv"), video.whole_video("c.mkv")
     assert np.array_equal(c[:8], b) and (c[8:12] == b[7]).all() and len(c) == 18
+
+
+# ----------------------------------------------------------------------------------------------------------- other codecs
+
+
+def test_compare_counts_what_encode_writes(trained, call, capsys, monkeypatch):
+    monkeypatch.setattr(rivals, "available", lambda: ("x264",))
+    for name in ("a.mkv", "small.mkv"):
+        Path("clips/test").mkdir(parents=True, exist_ok=True)
+        shutil.copy(trained / name, f"clips/test/{name}")
+    Path("clips/train").mkdir()
+    shutil.copy(trained / "a.mkv", "clips/train/b.mkv")  # not held out
+    for name in ("codec.pt", "small.mkv"):
+        shutil.copy(trained / name, name)
+    assert call("compare clips --no-lpips --crf 20 40 --bits 5 --keep 1 0.5 --refine 0 2 --out-dir out") == 0
+    said = capsys.readouterr()
+    assert [line.split()[0] for line in said.err.splitlines() if "left out" in line] == ["x265", "av1", "x264-444", "x265-444"]
+    with open("out/points.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    pixels = 18 * 21 * 35 + 14 * 12 * 16
+    assert [row["codec"] for row in rows] == ["x264"] * 2 + ["ours, refine 0"] * 2 + ["ours, refine 2"] * 2
+    assert all(int(row["frames"]) == 32 and row["lpips"] == "nan" for row in rows)
+    sizes, errors = 0, 0
+    model = codec.load_codec(utils.load_checkpoint("codec.pt", "codec", ""))
+    for name in ("a", "small"):
+        assert call(f"encode clips/test/{name}.mkv {name}.nerv --bits 5 --keep 0.5 --refine 2") == 0
+        sizes += Path(f"{name}.nerv").stat().st_size
+        errors += np.square(video.whole_video(f"clips/test/{name}.mkv") - decoded(f"{name}.nerv", model).astype(float)).sum()
+    last, numbers = rows[-1], sum(x.numel() for x in model.decoder.state_dict().values())
+    assert int(last["bytes"]) == sizes and float(last["bpp"]) == pytest.approx(8 * sizes / pixels)
+    assert float(last["bpp with model"]) == pytest.approx(8 * (sizes + 4 * numbers) / pixels)
+    assert float(last["psnr"]) == pytest.approx(10 * math.log10(255**2 * 3 * pixels / errors), abs=1e-3)
+    assert "| ours, refine 2 | 5 bits, keep 0.5 |" in " ".join(said.out.split()) and "BD-rate" in said.out
+    assert Path("out/curves.png").stat().st_size > 5000
+    assert call("compare small.mkv --no-lpips --codecs --refine 0 --size 8 --out-dir other") == 0
+    with open("other/points.csv", newline="") as file:
+        row = next(csv.DictReader(file))
+    assert float(row["bpp"]) == 8 * int(row["bytes"]) / (14 * 8 * 8)
+
+
+def test_without_weights_lpips_is_left_out(monkeypatch, capsys):
+    def missing(backbone):
+        raise UserError("no weights")
+
+    monkeypatch.setattr(codec.losses, "LPIPS", missing)
+    assert codec.perceptual() is None and capsys.readouterr().err == "LPIPS is left out: no weights\n"
+    lpips = LPIPS("alex", pretrained=False)
+    monkeypatch.setattr(codec.losses, "LPIPS", lambda backbone: lpips)
+    measure, x = codec.perceptual(), torch.rand(2, 3, 40, 36)
+    assert measure(x, -x) > measure(x, 0.9 * x) > measure(x, x) == 0 and math.isnan(measure(x[..., :31], x[..., :31]))
 
 
 # ------------------------------------------------------------------------------------------------------------- the loader

@@ -74,7 +74,8 @@ def parse(name, words):
             return [f"{name} has no command {' '.join(words[:1])}"]
         _, settings, _, files = commands[words[0]]
         given = len(list(itertools.takewhile(lambda word: not word.startswith("-"), words[1:])))
-        if given != len(files) and "--help" not in words:
+        enough = given == len(files) or (given and "…" in files)
+        if not enough and "--help" not in words:
             return [f"{name} {words[0]} takes {len(files)} files"]
         words = words[1 + given :]
     fields = {"--" + field.replace("_", "-"): about for field, about in settings.__dataclass_fields__.items()}
@@ -203,6 +204,7 @@ def test_commands_are_found():
         (wrong_commands, "    python fvd.py real/ generated/ more/"),
         (wrong_commands, "    python codec.py copy a.mp4 b.nerv"),
         (wrong_commands, "    python codec.py encode a.mp4"),
+        (wrong_commands, "    python codec.py compare --size 64"),
         (wrong_commands, "    python codec.py decode a.nerv b.mp4 --refine 3"),
         (wrong_commands, "    python -m studies.variants vae --denoiser gpt"),
         (wrong_commands, '    python -m studies.ablate --only 2c --vae-options "--nothing 2"'),
