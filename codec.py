@@ -32,7 +32,7 @@ import data
 import losses
 import nerv
 import vae
-from common import container, progress, rd, rivals, utils, video
+from common import container, degrade, progress, rd, rivals, utils, video
 from common.optim import make_optimizer
 from common.utils import UserError, option
 from common.video import cut, join, printable, to_clip
@@ -298,7 +298,7 @@ class Encode:
     device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
 
 
-def check_sizes(bits, keep, refine, config):
+def check_sizes(bits, keep, refine, config, ckpt):
     """UserError for bits (a list, one number or one per layer), keep and refine that cannot be, of a codec or this model."""
     if len(bits) not in (1, len(config.tokens)) or not all(4 <= b <= 8 for b in bits):
         layers = len(config.tokens)
@@ -307,6 +307,8 @@ def check_sizes(bits, keep, refine, config):
         raise UserError(f"--keep {keep}: it is a share of the tokens, above 0 and up to 1")
     if refine < 0:
         raise UserError(f"--refine {refine}: it must not be negative")
+    if refine and (damage := ckpt["config"].get("degrade", "none")) != "none":
+        raise UserError(f"--refine {refine} would fit the degraded video, and the model is to restore it (--degrade {damage})")
 
 
 @torch.no_grad()
@@ -340,7 +342,7 @@ def read_video(path, size=None):
 def encode(source, target, config):
     """Encode the video file `source` as the file `target`."""
     _, codec, ckpt = open_codec(config)
-    check_sizes(config.bits, config.keep, config.refine, codec.config)
+    check_sizes(config.bits, config.keep, config.refine, codec.config, ckpt)
     utils.check_positive(config, "batch_size")
     utils.make_parent(target)
     frames, fps = read_video(source)
@@ -452,7 +454,7 @@ def compare(*sources, config):
     points = rivals.points(config.codecs, config.crf, config.av1_crf, config.tune == "psnr")
     model = 4 * sum(x.numel() for x in codec.decoder.state_dict().values())  # bytes, of float32
     for refine, bits, keep in itertools.product(config.refine, config.bits, config.keep):
-        check_sizes([bits], keep, refine, codec.config)
+        check_sizes([bits], keep, refine, codec.config, ckpt)
         name, run = f"ours, refine {refine}", functools.partial(ours, bits=[bits], keep=keep, refine=refine)
         points.append(rd.Point(name, f"{bits} bits, keep {keep:g}", run, model))
     folders = {s: data.find_folder(Path(s), "test", 0)[1] for s in sources if Path(s).is_dir()}
@@ -528,6 +530,7 @@ class Config:
     fps: float = option("data", 0.0, "frames per second that videos are read at; 0 is their own")
     flip: bool = option("data", False, "mirror half of the training clips, left to right")
     crop_scale: float = option("data", 1.0, "train on random squares of the frames, their side this share of it or more")
+    degrade: str = option("data", "none", "what the encoder sees of a clip that is to come out whole", choices=degrade.KINDS)
     cache: str = option("data", "auto", "frames on disk: auto for small data sets", choices=["auto", "on", "off"])
     cache_dir: str = option("data", "data/cache", "directory of the caches")
     workers: int = option("data", -1, "threads that read clips ahead; -1: as many as there are cores")
@@ -607,6 +610,8 @@ def train(config):
     train_set = data.open_dataset(config, "train")
     test_set = data.open_dataset(config, "test", train_set.classes)
     held_out, _ = data.fixed_clips(test_set, 64)
+    grid = degrade.draw(len(held_out), torch.Generator().manual_seed(0))
+    seen = degrade.degrade(held_out, config.degrade, grid)  # what the encoder sees of them
     ema = copy.deepcopy(codec).eval().requires_grad_(False)
     optimizer = make_optimizer(codec, codec.encoder.matrices() if config.optimizer == "muon" else [], config.weight_decay)
     parts = {"model": codec, "step": utils.FiniteStep(codec, optimizer, config.grad_clip)}
@@ -641,10 +646,13 @@ def train(config):
 
     def preview(step):
         """A sheet of held-out clips, whole and of half the tokens; returns PSNR and bits per pixel, of both, as text."""
-        whole, half = (reconstruct(ema, held_out, device, [config.bits], keep) for keep in (1.0, 0.5))
+        whole, half = (reconstruct(ema, seen, device, [config.bits], keep) for keep in (1.0, 0.5))
         few = torch.linspace(0, len(held_out) - 1, min(6, len(held_out))).round().long()
-        clips = [clip for triple in zip(held_out[few], whole[0][few], half[0][few]) for clip in triple]
-        video.write_sheet(f"{config.run_dir}/step{step:07d}.png", clips, ["real", "all tokens", "half of them"] * len(few))
+        shown = {"real": held_out, "all tokens": whole[0], "half of them": half[0]}
+        if config.degrade != "none":
+            shown = {"real": held_out, config.degrade: seen, "all tokens": whole[0]}
+        clips = [clip for row in zip(*(clips[few] for clips in shown.values())) for clip in row]
+        video.write_sheet(f"{config.run_dir}/step{step:07d}.png", clips, list(shown) * len(few))
         pixels = held_out.numel() / 3
         return ", ".join(f"{vae.psnr(held_out, clips):.2f} dB at {8 * n / pixels:.4f} bpp" for clips, n in (whole, half))
 
@@ -663,8 +671,9 @@ def train(config):
             sources = torch.stack([codec.decoder.sources(max(keep, 1e-6)) for keep in keeps])  # [B, P]
 
             clips = to_clip(next(batches)[0].to(device, non_blocking=True))  # uint8 [B, T, H, W, 3] -> [B, T, 3, H, W]
+            damaged = degrade.degrade(clips, config.degrade, degrade.draw(config.batch_size, random)[place])
             with utils.autocast(device, config.bf16):
-                codes = codec.encoder(clips)
+                codes = codec.encoder(damaged)
                 codes = codes + noise * quantum  # rounding, as far as a gradient goes
                 frames = codec.decoder(codes.gather(1, sources), t)
                 l2 = (frames.float() - clips).square().mean()  # Eq. 1
@@ -688,6 +697,9 @@ def train(config):
     if rank == 0:
         save(done, final=True)
         log.print(f"held-out clips after {done} steps, all and half of the tokens: {preview(done)}")
+        if config.degrade != "none":
+            restored = reconstruct(ema, seen, device, [config.bits])[0]
+            degrade.report(held_out, config.degrade, grid, seen, restored)
         log.print(f"{time.time() - log.start:.0f} s; wrote {config.out}; losses and sheets are in {config.run_dir}")
     log.close()
 

@@ -19,7 +19,7 @@ import codec
 import data
 import vae
 from codec import ALLOCATIONS, CodecConfig, NeRVDec, VideoFile
-from common import container, entropy, rivals, utils, video
+from common import container, degrade, entropy, rivals, utils, video
 from common.utils import UserError
 from common.video import cut, join
 from losses import LPIPS
@@ -607,7 +607,7 @@ def small_encoder(monkeypatch):
 
 
 def test_a_training_that_was_stopped_goes_on_exactly(call, small_encoder, monkeypatch):
-    options = f"train {SIZES} --steps 6 --batch-size 4 --log-every 1 --workers 1 --rate 0.01 --optimizer muon"
+    options = f"train {SIZES} --steps 6 --batch-size 4 --log-every 1 --workers 1 --rate 0.01 --optimizer muon --degrade mask"
     assert call(f"{options} --out whole.pt --run-dir whole") == 0
     stop = utils.Interrupt.stop
     calls = iter(range(100))
@@ -657,6 +657,30 @@ def test_training_minimizes_the_squared_error_and_the_rate(call, small_encoder, 
     logistic = lambda x: torch.sigmoid(x / 0.3)  # noqa: E731
     bits = -torch.log2(logistic(codes + 0.125) - logistic(codes - 0.125))
     torch.testing.assert_close(logged[0]["bpp"].detach(), bits.sum(1).mean() / (4 * 16 * 16), rtol=1e-3, atol=1e-4)
+
+
+def test_a_restoration_sees_degraded_clips_and_is_asked_for_clean_ones(call, small_encoder, monkeypatch, capsys):
+    seen, made, logged = [], [], []
+    encoder, decoder = codec.Hypernetwork.forward, NeRVDec.forward
+    monkeypatch.setattr(codec.Hypernetwork, "forward", lambda self, clips: (seen.append(clips), encoder(self, clips))[1])
+    monkeypatch.setattr(NeRVDec, "forward", lambda self, *a: (made.append(decoder(self, *a).detach()), decoder(self, *a))[1])
+    monkeypatch.setattr(utils.RunLog, "add", lambda self, **values: logged.append(values["l2"].item()))
+    monkeypatch.setattr(utils.RunLog, "step", lambda self, step: False)
+    clean = np.stack([data.Shapes("train", 16, 4)[i][0] for i in range(4)])
+    monkeypatch.setattr(data, "endless", lambda *args: iter([(torch.from_numpy(clean), None)]))
+    assert call(f"train {SIZES} --steps 1 --batch-size 4 --degrade down4") == 0
+    clips = video.to_clip(clean)
+    assert torch.equal(seen[0], degrade.degrade(clips, "down4", None)) and not torch.equal(seen[0], clips)
+    assert logged[0] == pytest.approx((made[0] - clips).square().mean().item())
+    table = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [row[0].strip() for row in table] == ["down4, 64 held-out clips", "---", "degraded input", "bicubic", "ours"]
+    held_out, _ = data.fixed_clips(data.Shapes("test", 16, 4), 64)
+    assert float(table[2][1]) == pytest.approx(vae.psnr(held_out, degrade.degrade(held_out, "down4", None)), abs=0.006)
+    assert call(f"train {SIZES} --steps 1 --batch-size 4 --degrade down4 --resume") == 0  # it is done: the table again
+    assert [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("|")] == table
+    video.write_frames("b.mkv", [clean[0]], 10)
+    assert call("encode b.mkv b.nerv") == 0 and call("encode b.mkv b.nerv --refine 1") == 2
+    assert "--degrade down4" in capsys.readouterr().err
 
 
 def test_it_learns_one_clip_by_heart(small_encoder):

@@ -1,4 +1,4 @@
-"""Rate and distortion: other codecs there and back, the distance of curves, measures."""
+"""Rate and distortion: other codecs there and back, the distance of curves, measures; degraded clips and what undoes them."""
 
 import math
 from pathlib import Path
@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from common import plot, rd, rivals
+from common import degrade, plot, rd, rivals
 from common.utils import UserError
 from common.video import to_clip
 
@@ -140,3 +141,59 @@ def test_curves_of_codecs_are_drawn(tmp_path):
     lines = {f"codec {k}": [(0.01 * (k + 1), 20.0 + k), (0.1, 30.0 + k)] for k in range(9)}
     plot.families(tmp_path / "a.png", [("rate", "quality", lines), ("rate", "other", {"codec 3": [(1, 1)]})])
     assert Path(tmp_path / "a.png").stat().st_size > 10_000
+
+
+# ------------------------------------------------------------------------------------------------------------ degradation
+
+
+@pytest.fixture(scope="module")
+def clips(frames):
+    return torch.stack([to_clip(frames[:4, :64, :64]), to_clip(frames[4:8, :64, 7:])])
+
+
+@pytest.fixture(scope="module")
+def draws():
+    return degrade.draw(2, torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", degrade.KINDS[1:])
+def test_degraded_clips_are_of_8_bits_and_can_be_bettered(kind, clips, draws):
+    clips = clips.sign() * 0.7 if kind == "blur" else clips  # what is smooth, a blur leaves as it is
+
+    def error(x):
+        return (x - clips).square().mean().item()
+
+    damaged = degrade.degrade(clips, kind, draws)
+    levels = (damaged + 1) * 127.5
+    assert damaged.shape == clips.shape and damaged.abs().max() <= 1.001 and (levels - levels.round()).abs().max() < 1e-3
+    name, better = degrade.classic(damaged, kind, draws)
+    assert name and better.shape == clips.shape and error(better) < 0.5 * error(damaged) and error(damaged) > 1e-4
+
+
+def test_down4_is_the_mean_of_squares(clips, draws):
+    damaged = degrade.degrade(clips, "down4", draws)
+    assert damaged[1, 2, 0, 9, 14].item() == pytest.approx(clips[1, 2, 0, 8:12, 12:16].mean().item(), abs=1 / 255)
+    assert (damaged[..., 8, 12] == damaged[..., 11, 15]).all()
+
+
+def test_blur_is_a_gaussian(clips, draws):
+    place = torch.arange(-12.0, 13)
+    weights = torch.exp(-(place**2) / 8)
+    weights = weights[:, None] * weights
+    weights = (weights / weights.sum()).expand(3, 1, 25, 25)
+    padded = F.pad(clips[0], (12,) * 4, mode="replicate")  # the frame's inside does not see its edges
+    wanted = F.conv2d(padded, weights, groups=3)[..., 12:-12, 12:-12]
+    damaged = degrade.degrade(clips, "blur", draws)[0, ..., 12:-12, 12:-12]
+    assert (damaged - wanted).abs().max() < 1.1 / 255
+    grey = torch.full((1, 1, 3, 16, 16), 52.5 / 127.5)
+    torch.testing.assert_close(degrade.degrade(grey, "blur", draws), grey)  # to the edge
+
+
+def test_holes_are_where_the_draws_say(clips, draws):
+    damaged = degrade.degrade(clips, "mask", draws)
+    hole = (draws < 0.25).repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None, None].expand_as(clips)
+    assert 0.1 < hole.float().mean() < 0.4 and (damaged[hole].abs() < 1.01 / 255).all()
+    torch.testing.assert_close(damaged[~hole], clips[~hole])
+    _, filled = degrade.classic(damaged, "mask", draws)
+    assert torch.equal(filled[~hole], damaged[~hole])
+    assert degrade.degrade(clips, "none", draws) is clips
