@@ -12,13 +12,25 @@ import numpy as np
 LEAST, MOST = -16, 24  # of k: a distribution's scale is 2^(k / 4)
 
 
-@functools.cache
-def distribution(bits, k):
-    """Of the numbers of so many bits: logistic, of scale 2^(k / 4), as the coder takes it; what is beyond is at the ends."""
+def probabilities(bits, k):
+    """Of the numbers of so many bits, from the least on: logistic, of scale 2^(k / 4); what is beyond is at the ends."""
     number = np.arange(2**bits) - 2 ** (bits - 1)
     edges = 1 / (1 + np.exp(-np.clip((np.append(number, number[-1] + 1) - 0.5) / 2 ** (k / 4), -40, 40)))
     edges[0], edges[-1] = 0, 1
-    return constriction.stream.model.Categorical(np.diff(edges), perfect=False)
+    return np.diff(edges)
+
+
+@functools.cache
+def distribution(bits, k):
+    """The same as the coder takes it."""
+    return constriction.stream.model.Categorical(probabilities(bits, k), perfect=False)
+
+
+def best_scale(numbers, bits):
+    """The k whose distribution writes whole numbers [n] shortest."""
+    counts = np.bincount(numbers.astype(int) + 2 ** (bits - 1), minlength=2**bits)
+    costs = [-(counts * np.log2(np.maximum(probabilities(bits, k), 2.0**-24))).sum() for k in range(LEAST, MOST + 1)]
+    return LEAST + int(np.argmin(costs))
 
 
 def coding_order(log2_scales, bits, kept):
