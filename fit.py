@@ -157,13 +157,18 @@ def frame_psnr(decoded, real, where=None):
 # --------------------------------------------------------------------------------------------------------------- one file
 
 
+def width(x, bits):
+    """Of the numbers of a tensor, in bits: vectors, which are few and go everywhere, always have 8."""
+    return 8 if x.ndim == 1 else bits
+
+
 def quantize(x, bits):
-    """A tensor -> (whole numbers int16 [n], their step): one scale for all of it, from 0 outwards; vectors have 8 bits always.
+    """A tensor -> (whole numbers int16 [n], their step): one scale for all of it, about 0.
 
     HTD quantizes as HiNeRV does, per tensor, and does not say where the scale comes from. Here it has the least squared error
     of a few that let up to 70 % of the range go.
     """
-    flat, half = x.detach().float().cpu().flatten(), 2 ** ((8 if x.ndim == 1 else bits) - 1)
+    flat, half = x.detach().float().cpu().flatten(), 2 ** (width(x, bits) - 1)
     best, largest = None, flat.abs().max().item()
     for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3):
         step = struct.unpack("<f", struct.pack("<f", max(share * largest / (half - 1), 1e-12)))[0]
@@ -171,12 +176,12 @@ def quantize(x, bits):
         error = (numbers * step - flat).square().sum().item()
         if best is None or error < best[0]:
             best = (error, numbers, step)
-    return best[1].to(torch.int16), best[2]
+    return best[1].numpy().astype(np.int16), best[2]
 
 
 def order(x, k, bits):
     """How entropy.pack takes the numbers of a tensor: a distribution of scale 2^(k / 4), one column."""
-    return entropy.coding_order([k / 4], [8 if x.ndim == 1 else bits], [True])
+    return entropy.coding_order([k / 4], [width(x, bits)], [True])
 
 
 def packed(network, bits):
@@ -184,11 +189,9 @@ def packed(network, bits):
     sides, chunks = [], []
     for x in network.stored().values():
         numbers, step = quantize(x, bits)
-        # The scale of a logistic distribution is its mean distance from 0 by 2 ln 2.
-        scale = max(numbers.float().abs().mean().item() / (2 * math.log(2)), 2**-4)
-        k = max(entropy.LEAST, min(entropy.MOST, round(4 * math.log2(scale))))
+        k = entropy.best_scale(numbers, width(x, bits))
         sides.append(struct.pack("<fb", step, k))
-        chunks.append(entropy.pack(numbers.numpy()[:, None], order(x, k, bits)))
+        chunks.append(entropy.pack(numbers[:, None], order(x, k, bits)))
     return [b"".join(sides), *chunks]
 
 
@@ -221,8 +224,9 @@ class FittedVideo:
             good = header["kind"] == "fit" and all(type(n) is int and n > 0 for n in whole) and self.method in METHODS
             good = good and type(self.bits) is int and 4 <= self.bits <= 8 and 0 < self.rate < 1e6 and max(steps) <= 8
             good = good and 1 <= len(steps) <= 16 and len(channels) == len(steps) + 1 and max(channels) <= 2**16
-            good = good and self.width * self.height <= self.LARGEST
             self.plan = Plan(self.frames, self.height, self.width, steps, channels)
+            good = good and self.frames <= 10**7 and self.width * self.height <= self.LARGEST
+            good = good and math.prod(self.plan.padded) <= 16 * self.LARGEST
             # Counted before anything of that size is allocated; a parameter takes at least this much of a file.
             self.parameters = methods.count(METHODS[self.method], self.plan) if good else 0
         except (KeyError, TypeError, ValueError, RuntimeError):
@@ -287,7 +291,7 @@ class Fit:
         optimizer = torch.optim.Adam(self.network.parameters(), fused=True)
         self.update = utils.FiniteStep(self.network, optimizer, 1.0)
         self.stream = data.Stream(len(video), config.batch_size, config.seed)
-        self.steps, self.seconds, self.curve, self.recent = 0, 0.0, [], None
+        self.steps, self.seconds, self.curve, self.recent, self.rest = 0, 0.0, [], None, 0.0
         if self.method.flow:  # FFNeRV's buffer: the network's own frames, as they were when it last made them; grey at first
             shape = (len(video), *self.plan.padded, 3)
             self.own = np.memmap(tempfile.TemporaryFile(), np.uint8, "w+", shape=shape)
@@ -349,6 +353,7 @@ class Fit:
 
     def measure(self, most=16):
         """A point of the curve: PSNR after quantization, over up to so many frames, outside the training's seconds."""
+        start = time.perf_counter()
         self.settle()
         network = copy.deepcopy(self.network)
         unpack(network, packed(network, self.config.bits), self.config.bits)
@@ -356,6 +361,7 @@ class Fit:
         found = [frame_psnr(frame[None], self.video.frames[i : i + 1], self.video.known) for i, frame in
                  zip(numbers, decoded(network, numbers))]  # fmt: skip
         self.curve.append([self.steps, round(self.seconds, 2), float(np.mean(found))])
+        self.rest = self.seconds + time.perf_counter() - start  # no other point before: measuring is not the longer part
 
     def write(self, path):
         """Write the file, read it, and measure what it decodes to; returns the row of the report."""
@@ -442,7 +448,7 @@ def fit(source, config):
             one = min(left, key=lambda one: one.progress)  # who has had least: so all go through the same good and bad minutes
             before = one.progress
             one.step()
-            if any(before < mark <= one.progress for mark in MARKS):
+            if any(before < mark <= one.progress for mark in MARKS) and one.seconds >= one.rest:
                 one.measure()
             i = fits.index(one)
             bar.update(round(one.progress * each) - done[i])
@@ -456,7 +462,8 @@ def fit(source, config):
                 break
         bar.close()
         for one in fits:
-            one.measure()
+            if not one.curve or one.curve[-1][0] < one.steps:
+                one.measure()
         save()
         if left:
             print("interrupted: --resume goes on")

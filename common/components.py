@@ -58,7 +58,8 @@ class Sinusoid(nn.Module):
 
     def forward(self, t, clips=None):
         # The highest frequency is 5e7: in float32 the angle would be noise, and not the same noise on every machine.
-        angle = t.double()[:, None] / self.frames * math.pi * 1.25 ** torch.arange(80, device=t.device)
+        powers = 1.25 ** torch.arange(80, dtype=torch.float64, device=t.device)
+        angle = t.double()[:, None] / self.frames * math.pi * powers
         return torch.cat([angle.sin(), angle.cos()], -1).float()
 
 

@@ -191,14 +191,12 @@ def plan(method, size, frames, height, width):
     low, high = 1.0, 8192.0
     if (least := count(method, made(channels(low)[0]))) > 1.1 * size:
         raise ValueError(f"{least:,} parameters are the least for this method and video")
-    for _ in range(20):
+    for _ in range(12):  # to a third of a percent of C0
         middle = math.sqrt(low * high)
         low, high = (middle, high) if count(method, made(channels(middle)[0])) < size else (low, middle)
     base, units = channels(low)
     off = abs(count(method, made(base)) / size - 1)
-    for _ in range(30):
-        if off < 0.005:
-            break
+    while off > 0.005:
         moved = [
             [c + sign * unit * (i == j) for j, (c, unit) in enumerate(zip(base, units))]
             for i in range(len(base))

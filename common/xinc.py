@@ -100,6 +100,10 @@ def draw(path, title, shown, totals, edges, stride):
         ax.set(xticks=[], yticks=[])
         ax.grid(False)
         ax.set_title(name, size=8, color=plot.INK)
-    fig.supxlabel("below: what single kernels add, red brighter, blue darker, each in its own scale", color=plot.INK, size=9)
+    fig.supxlabel(
+        "lower rows: what single kernels add, red makes brighter, blue darker, each in a scale of its own",
+        color=plot.INK,
+        size=9,
+    )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path)
