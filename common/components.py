@@ -368,14 +368,17 @@ class TimeSkip(nn.Module):
     """E-NeRV's (§3.4): what comes in is normalized, then scaled and shifted, channel by channel, by a linear map of t's code.
 
     The published code has instance norm; HTD (§3.1.2, §4.3) says layer norm, of which E-NeRV's own text leaves the axes open.
-    The row says which. The code of t is shared: an MLP of 128, and in networks with few channels of four times C0.
+    The row says which. The code of t is shared: an MLP of 128, and in networks with few channels of four times C0. Scales begin
+    near 0, as in E-NeRV's code, so that networks learn little at first, or with `bright` at GELU(1) = 0.84.
     """
 
     place = "before"
 
-    def __init__(self, i, plan, norm):
+    def __init__(self, i, plan, norm, bright=False):
         super().__init__()
         self.to_scale = nn.Linear(self.features(plan), 2 * plan.channels[i])
+        if bright:
+            nn.init.ones_(self.to_scale.bias.data[: plan.channels[i]])
         self.norm = ChannelNorm() if norm == "layer" else F.instance_norm
 
     @staticmethod
@@ -402,7 +405,7 @@ class LocalGridSkip(nn.Module):
 
     place = "inside"
 
-    def __init__(self, i, plan, norm):
+    def __init__(self, i, plan):
         super().__init__()
         self.stride, self.frames = plan.strides[i], plan.frames
         base = max(1, 8 >> i)
@@ -424,7 +427,7 @@ class DifferenceSkip(nn.Module):
 
     place = "after"
 
-    def __init__(self, i, plan, norm):
+    def __init__(self, i, plan):
         super().__init__()
         self.here = i == ContentAndDifference.level(plan)
         if self.here:

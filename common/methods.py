@@ -30,7 +30,6 @@ class Method:
     stem: type
     block: type
     skip: type = None
-    norm: str = ""  # of the skip
     flow: bool = False
     expansion: float = 1.0
     reduction: tuple = (2.0, 2.0)  # up to 2.1 M parameters, and above: half-way between HTD's 1.5 M and 3 M
@@ -45,12 +44,15 @@ class Method:
 
 HNERV_STEM = functools.partial(parts.ConvStem, kernel=1, act=True)
 GRID_STEM = functools.partial(parts.ConvStem, kernel=3, act=False)
+ENERV_SKIP = functools.partial(parts.TimeSkip, norm="instance")
+RNERV_SKIP = functools.partial(parts.TimeSkip, norm="layer")
+BRIGHT_SKIP = functools.partial(parts.TimeSkip, norm="layer", bright=True)
 METHODS = {
     # NeRV-S of its repository: C0 = 26, expansion 1, no block with fewer than 96 channels.
     "nerv": Method(parts.Sinusoid, parts.MLPStem, parts.ShuffleBlock, least=96 / 26),
     # E-NeRV's Bunny configuration: C0 = 196, expansion 3, least 96.
     "enerv": Method(
-        parts.Sinusoid, parts.TransformerStem, parts.ENeRVBlock, parts.TimeSkip, "instance",
+        parts.Sinusoid, parts.TransformerStem, parts.ENeRVBlock, ENERV_SKIP,
         expansion=3, least=96 / 196,
     ),
     # HNeRV's repository, Bunny at 1.5 M: kernels 1, 3, 5, 5, …, reduction 1.2 from the first block on.
@@ -81,7 +83,12 @@ METHODS = {
     # HTD §4.3: FFNeRV's blocks and grid, no stem, no flow; E-NeRV's skips with layer norm; reduction 1.2 at 1.5 M parameters
     # and 1.4 at 3 M; expansion 4. It does not say what is least, nor the learning rate: here nothing, and HNeRV's.
     "rnerv": Method(
-        parts.TemporalGrid, parts.NoStem, parts.GroupedBlock, parts.TimeSkip, "layer",
+        parts.TemporalGrid, parts.NoStem, parts.GroupedBlock, RNERV_SKIP,
+        expansion=4, reduction=(1.2, 1.4), multiple=8, lr=1e-3,
+    ),
+    # A row of our own: RNeRV whose skips begin bright, and learn sooner.
+    "rnerv+": Method(
+        parts.TemporalGrid, parts.NoStem, parts.GroupedBlock, BRIGHT_SKIP,
         expansion=4, reduction=(1.2, 1.4), multiple=8, lr=1e-3,
     ),
 }  # fmt: skip
@@ -97,8 +104,8 @@ class Network(nn.Module):
         self.stem = method.stem(getattr(self.encoding, "features", 0), plan)
         numbers = range(len(plan.strides))
         self.blocks = nn.ModuleList(method.block(i, plan, method.kernels) for i in numbers)
-        self.skips = nn.ModuleList(method.skip(i, plan, method.norm) for i in numbers) if method.skip else [None] * len(numbers)
-        self.time = parts.TimeSkip.shared(plan) if method.skip is parts.TimeSkip else None
+        self.skips = nn.ModuleList(method.skip(i, plan) for i in numbers) if method.skip else [None] * len(numbers)
+        self.time = parts.TimeSkip.shared(plan) if isinstance(self.skips[0], parts.TimeSkip) else None
         self.head = nn.Conv2d(plan.channels[-1], 3, method.head, padding=method.head // 2)
         self.flow = parts.Flow(plan) if method.flow else None
 
@@ -196,14 +203,13 @@ def plan(method, size, frames, height, width):
         low, high = (middle, high) if count(method, made(channels(middle)[0])) < size else (low, middle)
     base, units = channels(low)
     off = abs(count(method, made(base)) / size - 1)
-    while off > 0.005:
-        moved = [
-            [c + sign * unit * (i == j) for j, (c, unit) in enumerate(zip(base, units))]
-            for i in range(len(base))
-            for sign in (-1, 1)
-        ]
+    together = 1  # layers that move at once
+    while off > (0.005 if together == 1 else 0.01) and together < 3:
+        moves = [m for m in itertools.product((-1, 0, 1), repeat=len(base)) if 0 < sum(map(abs, m)) <= together]
+        moved = [[c + sign * unit for c, sign, unit in zip(base, move, units)] for move in moves]
         best, nearest = min((abs(count(method, made(m)) / size - 1), m) for m in moved if min(m) > 0)
-        if best >= off:
-            break
-        off, base = best, nearest
+        if best < off:
+            off, base, together = best, nearest, 1
+        else:
+            together += 1
     return made(base)

