@@ -12,6 +12,7 @@ Representation for Video Compression" (below: HTD). docs/fit.md has the format o
 """
 
 import copy
+import csv
 import dataclasses
 import functools
 import hashlib
@@ -31,9 +32,10 @@ from PIL import Image
 import codec
 import data
 import dit
-from common import container, entropy, methods, plot, progress, utils, video, xinc
+from common import container, entropy, methods, plot, progress, rd, utils, video, videofile, xinc
 from common.components import Flow, Plan
 from common.methods import METHODS, Network
+from common.tables import table
 from common.utils import UserError, option
 from common.video import printable, to_clip, to_frames
 
@@ -58,7 +60,7 @@ class Config:
     device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
     out: str = option("output", "", "what is written; default: by the name of the video, .nerv, or .METHOD.nerv of several")
     resume: bool = option("output", False, "go on from the state in --run-dir where it exists, as if never stopped")
-    run_dir: str = option("output", "runs/fit", "report.md, curves.csv, curves.png and the state of the training go here")
+    run_dir: str = option("output", "runs/fit", "report.csv, curves.csv, curves.png and the state of the training go here")
 
 
 # ------------------------------------------------------------------------------------------------------------------ video
@@ -348,8 +350,8 @@ class Fit:
         if self.encoder:
             for i in range(len(self.video)):
                 clips = self.video.clips(np.array([i]), self.plan.padded).to(self.device)
-                for table, code in zip(self.network.encoding.stored, self.network.encoding.encode(clips)):
-                    table[i] = code[0]
+                for codes, code in zip(self.network.encoding.stored, self.network.encoding.encode(clips)):
+                    codes[i] = code[0]
 
     def measure(self, most=16):
         """A point of the curve: PSNR after quantization, over up to so many frames, outside the training's seconds."""
@@ -371,15 +373,17 @@ class Fit:
         header |= {"strides": self.plan.strides, "channels": self.plan.channels}
         size = container.write(path, header, packed(self.network, self.config.bits))
         file = FittedVideo(path, self.device)
-        scores, hidden = [], []
+        decibels, error, hidden = [], 0.0, []
         for i, frame in enumerate(file(range(len(v)))):
-            scores.append(frame_psnr(frame[None], v.frames[i : i + 1], v.known)[0])
+            pair = frame[None], v.frames[i : i + 1]
+            decibels.append(frame_psnr(*pair, v.known)[0])
+            error += np.square(frame.astype(np.float64) - v.frames[i])[v.known].mean() / len(v)
             if not v.known.all():
-                hidden.append(frame_psnr(frame[None], v.frames[i : i + 1], ~v.known)[0])
-        bpp = 8 * size / (len(v) * v.height * v.width)
-        row = {"method": self.name, "parameters": file.parameters, "bytes": size, "bits per pixel": f"{bpp:.4f}"}
-        row |= {"PSNR, dB": f"{np.mean(scores):.2f}", "steps": self.steps, "seconds": f"{self.seconds:.1f}", "file": str(path)}
-        return row | ({"PSNR in the mask, dB": f"{np.mean(hidden):.2f}"} if hidden else {})
+                hidden.append(frame_psnr(*pair, ~v.known)[0])
+        row = {"method": self.name, "parameters": file.parameters, "bytes": size}
+        row |= {"bits per pixel": f"{8 * size / (len(v) * v.height * v.width):.4f}", "PSNR, dB": f"{np.mean(decibels):.2f}"}
+        row |= {"of all frames": f"{rd.psnr(error):.2f}", "steps": self.steps, "seconds": f"{self.seconds:.1f}"}
+        return row | ({"hidden": f"{np.mean(hidden):.2f}"} if hidden else {}) | {"file": str(path)}
 
     def state_dict(self):
         own = {"own": torch.from_numpy(np.array(self.own))} if self.method.flow else {}
@@ -472,37 +476,18 @@ def fit(source, config):
 
 
 def report(rows, fits, v, config, run):
-    """Print the table; write it to report.md, the curves to curves.csv and curves.png."""
-    columns = list(rows[0])
-    lines = [
-        columns,
-        ["---"] * len(columns),
-        *([f"{row[c]:,}" if isinstance(row[c], int) else row[c] for c in columns] for row in rows),
-    ]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    text = (
-        f"{len(v)} frames of {v.width} x {v.height}, {config.bits} bits, seed {config.seed}; PSNR is of the files\n\n{table}\n"
-    )
-    (run / "report.md").write_text(text)
-    points = [(one.name, *point) for one in fits for point in one.curve]
-    header = "method,steps,seconds,PSNR of 16 frames after quantization\n"
-    (run / "curves.csv").write_text(header + "".join(",".join(map(str, point)) + "\n" for point in points))
-    curves({one.name: [point[1:] for point in one.curve] for one in fits}, run / "curves.png")
-    print(f"\n{text}\ncurves are in {run}")
-
-
-def curves(lines, path):
-    """PSNR against seconds of several methods {name: [(seconds, dB), …]} as a PNG; each name stands at the end of its line."""
-    fig, (ax,) = plot.figure(1, width=6.5, height=4)
-    ax.set(xlabel="seconds of training", ylabel="PSNR after quantization, dB")
-    colours = (plot.BLUE, plot.RED, plot.GREEN, plot.INK)
-    for i, (name, points) in enumerate(lines.items()):
-        x, y = zip(*points)
-        style = {"color": colours[i % 4], "linestyle": ("-", "--", ":")[i // 4 % 3]}
-        ax.plot(x, y, marker="o", markersize=3, linewidth=1.2, label=name, **style)
-    plot.logarithmic(ax.xaxis)
-    ax.legend(fontsize=8, labelcolor=plot.INK, facecolor=plot.PAPER, edgecolor=plot.FAINT)
-    fig.savefig(path)
+    """Print the table; write it to report.csv, the curves to curves.csv and curves.png."""
+    print(f"\n{len(v)} frames of {v.width} x {v.height}, {config.bits} bits, seed {config.seed}; PSNR is of the files\n")
+    table(list(rows[0]), [list(row.values()) for row in rows])
+    points = [{"method": one.name, **dict(zip(("steps", "seconds", "PSNR"), point))} for one in fits for point in one.curve]
+    for name, lines in (("report", rows), ("curves", points)):
+        with open(run / f"{name}.csv", "w", newline="") as f:
+            writer = csv.DictWriter(f, list(lines[0]))
+            writer.writeheader()
+            writer.writerows(lines)
+    lines = {one.name: [point[1:] for point in one.curve] for one in fits}
+    plot.families(run / "curves.png", [("seconds of training", "PSNR after quantization, dB", lines)])
+    print(f"\ncurves are in {run}")
 
 
 # ------------------------------------------------------------------------------------------------------------- explaining
@@ -526,7 +511,7 @@ def explain(config):
     elif container.Reader(path).header.get("kind") == "codec":
         title = f"the first tile of {path.name}, a file of codec.py"
         _, model, _ = codec.open_codec(config)
-        file = codec.VideoFile(path).fit(model, config.ckpt)
+        file = videofile.VideoFile(path).fit(model, config.ckpt)
         if (numbers := file.numbers(0)) is None:
             raise container.BadFile(path, "its first chunk is damaged")
         codes, head, count = file.codes(numbers)[:1], model.decoder.layers[-1], min(model.config.num_frames, file.frames)

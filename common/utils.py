@@ -4,7 +4,7 @@ The checkpoint format lives here and nowhere else. A checkpoint is one torch.sav
 strings, so that it loads with weights_only=True and never executes code:
 
     format    "nerv-diffusion 4"
-    stage     "vae", "dit", "vin" or "codec"
+    stage     "vae", "dit", "vin" or "codec"; "fit" is the state of fit.py, which has format and revision alone of the rest
     step      finished steps; with config["seed"] it says which clips and random numbers come next (Stream, step_generator)
     config    the settings of the script that wrote it, {name: value}
     classes   the names of the classes; a label is an index into this list

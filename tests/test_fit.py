@@ -21,7 +21,7 @@ from common import container, entropy, methods, utils, video, xinc
 from common.components import Plan
 from common.methods import METHODS, Network
 
-CURVES = fit.curves
+CURVES = fit.plot.families
 TINY = "--steps 6 --size 20k --batch-size 2 --lr 5e-3"
 
 
@@ -36,7 +36,7 @@ def moving_frames(count=4, height=32, width=32):
 def call(monkeypatch, tmp_path):
     """call("a.mkv --steps 3") runs fit.py in this process, in an empty directory but for a.mkv, 5 frames of 21 x 35."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fit, "curves", lambda lines, path: None)  # matplotlib takes longer than all else
+    monkeypatch.setattr(fit.plot, "families", lambda path, panels: None)  # matplotlib takes longer than all else
     video.write_frames("a.mkv", [moving_frames(5, 21, 35)], 10)
 
     def call(options):
@@ -427,7 +427,7 @@ def test_what_is_masked_is_not_looked_at(call, tmp_path, capsys):
         for source in "ab":
             assert call(f"{source}.mkv --method {name} {TINY} --mask mask.png --out {source}.nerv") == 0
         assert (tmp_path / "a.nerv").read_bytes() == (tmp_path / "b.nerv").read_bytes()
-    assert "PSNR in the mask, dB" in capsys.readouterr().out
+    assert "| hidden" in capsys.readouterr().out
 
 
 def test_a_video_of_any_length_stays_on_the_disk(call):
@@ -496,12 +496,12 @@ def test_decoding(call, capsys):
 
 
 def test_a_report_and_curves_of_several(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(fit, "curves", CURVES)
+    monkeypatch.setattr(fit.plot, "families", CURVES)
     assert call(f"a.mkv --method plain,rnerv {TINY} --run-dir run --out out/x.nerv") == 0
     assert (tmp_path / "out/x.plain.nerv").is_file() and (tmp_path / "out/x.rnerv.nerv").is_file()
-    report, csv = (tmp_path / "run/report.md").read_text(), (tmp_path / "run/curves.csv").read_text().splitlines()
+    report, csv = (tmp_path / "run/report.csv").read_text(), (tmp_path / "run/curves.csv").read_text().splitlines()
     size = (tmp_path / "out/x.rnerv.nerv").stat().st_size
-    assert f"{size:,}" in report and f"{8 * size / (5 * 21 * 35):.4f}" in report
+    assert f",{size},{8 * size / (5 * 21 * 35):.4f}," in report
     assert {line.split(",")[0] for line in csv[1:]} == {"plain", "rnerv"} and (tmp_path / "run/curves.png").is_file()
 
 

@@ -62,7 +62,7 @@ def parse(name, words):
     module = importlib.import_module(name)
     words = [word for word in words if word != "|"]  # topic | topic
     topics, count = getattr(module, "TOPICS", {}), 0
-    while words and not words[0].startswith("-") and (topics or (name == "fvd" and count < 2)):
+    while words and not words[0].startswith("-") and (topics or count < {"fvd": 2, "fit": 1}.get(name, 0)):
         if topics and words[0] not in topics:
             return [f"{name} has no topic {words[0]}"]
         words, count = words[1:], count + 1
