@@ -115,6 +115,12 @@ class ChannelNorm(nn.Module):
         return F.layer_norm(x.movedim(1, -1), x.shape[1:2], self.weight, self.bias, 1e-6).movedim(-1, 1)
 
 
+def instance_norm(x):
+    """Each channel of maps [B, C, h, w] over its pixels; F.instance_norm refuses a single one, here it becomes 0."""
+    var, mean = torch.var_mean(x, (2, 3), correction=0, keepdim=True)
+    return (x - mean) * torch.rsqrt(var + 1e-5)
+
+
 class ConvNeXt(nn.Module):
     """Depthwise convolution, layer norm, and two linear maps with a GELU between (Liu et al. 2022); added where sizes agree."""
 
@@ -379,7 +385,7 @@ class TimeSkip(nn.Module):
         self.to_scale = nn.Linear(self.features(plan), 2 * plan.channels[i])
         if bright:
             nn.init.ones_(self.to_scale.bias.data[: plan.channels[i]])
-        self.norm = ChannelNorm() if norm == "layer" else F.instance_norm
+        self.norm = {"layer": ChannelNorm(), "instance": instance_norm}[norm]
 
     @staticmethod
     def features(plan):

@@ -377,6 +377,16 @@ def test_every_method_overfits(name, tmp_path):
     assert row["bytes"] == (tmp_path / "a.nerv").stat().st_size and row["parameters"] == methods.count(one.method, one.plan)
 
 
+@pytest.mark.parametrize("shape", [(1, 7, 5), (2, 1, 1), (3, 2, 90)])
+def test_videos_of_odd_shapes(shape, tmp_path):
+    for name in METHODS:
+        one = fit.Fit(name, Frames(moving_frames(*shape)), fit.Config(size="20k", steps=2), torch.device("cpu"))
+        one.step()
+        one.write(tmp_path / "a.nerv")
+        frames = list(fit.FittedVideo(tmp_path / "a.nerv")(range(shape[0])))
+        assert [frame.shape for frame in frames] == [(*shape[1:], 3)] * shape[0] and math.isfinite(one.recent)
+
+
 def test_turns_are_taken_by_the_clock(call, monkeypatch):
     seconds, history = {"nerv": 0.7, "rnerv": 1.9, "plain": 0.2}, []
 
