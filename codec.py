@@ -568,7 +568,7 @@ class Config:
 
 def preset_defaults(args):
     """The defaults that --preset, --dataset and --allocation imply."""
-    name = args.preset or ("nano" if args.dataset in ("shapes", "sprites") else "fastnerv")
+    name = args.preset or ("nano" if args.dataset in data.DRAWN else "fastnerv")
     tokens, dims = ALLOCATIONS[name][args.allocation]
     defaults = data.DEFAULTS.get(args.dataset, {}) | {"preset": name, "tokens": list(tokens), "token_dims": list(dims)}
     if name == "nano":  # small enough for two CPU cores

@@ -29,7 +29,8 @@ from common.cache import FrameCache, prepare
 from common.drawn import CELL, CLONE, Shapes, Sprites
 from common.utils import UserError, option
 
-DATASETS = ("shapes", "shapes-long", "sprites", "folder", "ucf", "kinetics", "taichi", "sky")
+DRAWN = ("shapes", "shapes-long", "sprites")  # small, and nothing of them is a file of a video
+DATASETS = (*DRAWN, "folder", "ucf", "kinetics", "taichi", "sky")
 # Options of each, unless named: the paper's stride; one loop at the size it is drawn at.
 DEFAULTS = {"taichi": {"stride": 4}, "sprites": {"resolution": CELL, "num_frames": 8}}
 LONG_PERIOD = 64  # frames of a turn of shapes-long: four clips of 16

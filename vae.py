@@ -330,7 +330,7 @@ class Config:
 
 def preset_defaults(args):
     """The defaults that --preset and --dataset imply."""
-    name = args.preset or ("nano" if args.dataset in ("shapes", "shapes-long", "sprites") else "S")
+    name = args.preset or ("nano" if args.dataset in data.DRAWN else "S")
     defaults = {k: getattr(nerv.CONFIGS[name], k) for k in DECODER} | {"preset": name} | data.DEFAULTS.get(args.dataset, {})
     if name == "nano":  # small enough for two CPU cores, and nothing to download
         defaults.update(steps=2000, batch_size=16, decode_frames=2, lr=1.5e-3, warmup=50, kl_weight=1e-6, ema=0.99)
