@@ -373,12 +373,7 @@ def decode(source, target, config):
     file = VideoFile(source)
     _, codec, _ = open_codec(config)
     file.fit(codec, config.ckpt)
-    first, last = 0, file.frames
-    if config.frames:
-        numbers = config.frames.split(":")
-        first, last = (int(n) if n.isdigit() else -1 for n in numbers) if len(numbers) == 2 else (-1, -1)
-        if not 0 <= first < last <= file.frames:
-            raise UserError(f"--frames {config.frames}: the video has frames 0 to {file.frames - 1}, 0:{file.frames} is all")
+    first, last = video.frame_range(config.frames, file.frames)
     if file.reader.tail > 0 and not config.salvage:
         raise container.BadFile(source, f"{file.reader.tail} bytes follow its end: --salvage leaves them out")
     parts = decode_frames(file, codec, first, last, config.time_scale, config.salvage)

@@ -71,7 +71,7 @@ class Video:
 
     def __init__(self, path, config):
         frames = video.whole_video(path)
-        first, last = frame_range(config.frames, len(frames))
+        first, last = video.frame_range(config.frames, len(frames))
         self.frames, self.rate = frames[first:last], video.probe(path).fps or 25.0
         if config.resize:
             self.frames = resized(self.frames, *sizes(config.resize))
@@ -102,17 +102,6 @@ class Video:
         few = np.linspace(0, len(self) - 1, min(8, len(self))).round().astype(int)
         parts = str(self.frames.shape).encode(), self.known.tobytes(), *(self.frames[i].tobytes() for i in few)
         return hashlib.sha256(b"".join(parts)).hexdigest()
-
-
-def frame_range(text, count):
-    """ "100:140" -> (100, 140), "" -> (0, count). UserError where the video has no such frames."""
-    if not text:
-        return 0, count
-    numbers = text.split(":")
-    first, last = (int(n) if n.isdigit() else -1 for n in numbers) if len(numbers) == 2 else (-1, -1)
-    if not 0 <= first < last <= count:
-        raise UserError(f"--frames {text}: the video has frames 0 to {count - 1}, 0:{count} is all")
-    return first, last
 
 
 def sizes(text):
@@ -266,7 +255,7 @@ def decode(config):
     if config.fps < 0:
         raise UserError(f"--fps {config.fps}: it must not be negative")
     file = FittedVideo(config.decode, utils.pick_device(config.device))
-    first, last = frame_range(config.frames, file.frames)
+    first, last = video.frame_range(config.frames, file.frames)
     ratio = (config.fps or file.rate) / file.rate
     places = np.arange(math.ceil(first * ratio - 1e-6), math.ceil(last * ratio - 1e-6)) / ratio
     places = np.minimum(places, file.frames - 1)  # after the last frame there is nothing to go by

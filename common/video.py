@@ -423,6 +423,17 @@ def join(tiles, height, width):
     return clip.flatten(-2).flatten(-3, -2)[..., :height, :width]
 
 
+def frame_range(text, count):
+    """ "100:140" -> (100, 140), "" -> (0, count). UserError where the video has no such frames."""
+    if not text:
+        return 0, count
+    numbers = text.split(":")
+    first, last = (int(n) if n.isdigit() else -1 for n in numbers) if len(numbers) == 2 else (-1, -1)
+    if not 0 <= first < last <= count:
+        raise UserError(f"--frames {text}: the video has frames 0 to {count - 1}, 0:{count} is all")
+    return first, last
+
+
 def enlarge(frames, smallest=128):
     """Repeat pixels of small frames [T, H, W, 3] a whole number of times, so that a person can see them."""
     factor = max(1, smallest // frames.shape[1])
