@@ -452,22 +452,12 @@ def write_mp4(path, clips, fps=12):
 
     clips may be a generator: each part is written as it comes, and a video of any length takes the memory of one.
     """
-    path, writer = Path(path), None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for clip in clips:
-        frames = enlarge(to_frames(clip))
-        if writer is None:
-            options = {"fps": fps, "quality": 8, "macro_block_size": 2, "ffmpeg_log_level": "error"}
-            writer = imageio_ffmpeg.write_frames(f"{path}.mp4", (frames.shape[2], frames.shape[1]), **options)
-            writer.send(None)
-        for frame in frames:
-            writer.send(np.ascontiguousarray(frame))
-    writer.close()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    send(f"{path}.mp4", (enlarge(to_frames(clip)) for clip in clips), fps, quality=8, macro_block_size=2)
 
 
 def write_video(path, clip, fps=12):
     """A clip [T, 3, H, W], H and W even, as path.mp4 (H.264) and path.gif, small ones enlarged."""
-    path = Path(path)
     write_mp4(path, [clip], fps)
     frames = enlarge(to_frames(clip))
     images = [Image.fromarray(frame) for frame in frames]
@@ -483,28 +473,36 @@ def write_frames(path, parts, fps):
     if Path(path).suffix.lower() not in codecs:
         raise UserError(f"{printable(path)}: name a file that ends in {' or '.join(codecs)}")
     make_parent(path)
-    (codec, options), writer, count, whole = codecs[Path(path).suffix.lower()], None, 0, False
+    codec, settings = codecs[Path(path).suffix.lower()]
+    try:
+        return send(str(path), parts, fps, codec, quality=None, macro_block_size=1, output_params=settings)
+    except OSError as error:
+        raise UserError(f"cannot write {printable(path)}: {str(error).strip().splitlines()[0]}") from None
+
+
+def send(path, parts, fps, codec="libx264", **options):
+    """Frames in parts, each uint8 [n, H, W, 3], to ffmpeg, which writes the file `path`; returns how many frames there are.
+
+    No part of a video stays where it does not come to its end.
+    """
+    writer, count = None, 0
     try:
         for part in parts:
             if writer is None:
                 height, width = part.shape[1:3]
                 pixels = "gbrp" if codec == "ffv1" else "yuv420p" if height % 2 == width % 2 == 0 else "yuv444p"
-                kw = {"codec": codec, "quality": None, "macro_block_size": 1, "ffmpeg_log_level": "error"}
-                writer = imageio_ffmpeg.write_frames(
-                    str(path), (width, height), fps=fps, pix_fmt_out=pixels, output_params=options, **kw
-                )
+                options |= {"fps": fps, "codec": codec, "pix_fmt_out": pixels, "ffmpeg_log_level": "error"}
+                writer = imageio_ffmpeg.write_frames(path, (width, height), **options)
                 writer.send(None)
             for frame in part:
                 writer.send(np.ascontiguousarray(frame))
             count += len(part)
-        whole = True
-    except OSError as error:
-        raise UserError(f"cannot write {printable(path)}: {str(error).strip().splitlines()[0]}") from None
-    finally:
+        writer.close()
+    except BaseException:
         if writer:
             writer.close()
-            if not whole:  # no part of a video stays
-                Path(path).unlink(missing_ok=True)
+            Path(path).unlink(missing_ok=True)
+        raise
     return count
 
 
