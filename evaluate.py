@@ -287,10 +287,11 @@ def generate_batch(model, vae, scale, dataset, detector, judge, config, device):
         tokens = dit.generate(model, wanted, config.steps, config.guidance, config.sampler, config.seed + start)
         decoded = vae.decode(tokens / scale, torch.arange(real.shape[1], device=device))
         made = video.to_frames(decoded)
+        real_clips, clips = video.to_clip(real), video.to_clip(made)  # both as files hold them
         found = {"labels": labels, "real": detector(real, [dataset.name(i) for i in indices]), "features": detector(made)}
-        found |= {"worst_real": worst_frame(video.to_clip(real)).numpy(), "worst": worst_frame(video.to_clip(made)).numpy()}
+        found |= {"worst_real": worst_frame(real_clips).numpy(), "worst": worst_frame(clips).numpy()}
         if judge:
-            found |= {"seen_real": classify(judge, video.to_clip(real)), "seen": classify(judge, video.to_clip(made))}
+            found |= {"seen_real": classify(judge, real_clips), "seen": classify(judge, clips)}
         left = max(0, SHOWN - start)
         return found | {"shown_real": real[:left], "shown": made[:left]}
 
@@ -371,6 +372,10 @@ def main(config=None):
     settings, classes = Stage1(**stage1["config"]), ckpt["classes"]
     if config.data_dir:
         settings.data_dir = config.data_dir
+    if config.square:
+        left, top, right, bottom = config.square
+        if not (0 <= left < right <= settings.resolution and 0 <= top < bottom <= settings.resolution):
+            raise UserError(f"--square {left} {top} {right} {bottom}: frames are {settings.resolution} x {settings.resolution}")
     refine = dit.refine_steps(ckpt, config.refine)
     held_out, train_set = (data.open_dataset(settings, role, classes) for role in ("test", "train"))
     protocol = fvd.PROTOCOLS[config.protocol]
@@ -393,10 +398,6 @@ def main(config=None):
     if len(indices) < 2:
         raise UserError("a distance takes two held-out clips or more")
     measure = reconstruct_batch(vae, held_out, detector, lpips, device, refine, config.square)
-    if config.square:
-        left, top, right, bottom = config.square
-        if not (0 <= left < right <= settings.resolution and 0 <= top < bottom <= settings.resolution):
-            raise UserError(f"--square {left} {top} {right} {bottom}: frames are {settings.resolution} x {settings.resolution}")
     decoded = batches(work, "reconstructed", indices, config.batch_size, measure, rank, world)
     results[f"r{name}"] = distance_result(decoded["real"], decoded["features"], protocol, config, paired=True)
     for title, kind in PSNRS.items():
