@@ -101,6 +101,13 @@ class Sampler:
                 raise UserError(f"there is no class {name!r}; there are {', '.join(self.classes)}")
         return labels
 
+    def labels_of_files(self):
+        """A label for each of the files to predict: the one of --classes, one each, or where it names none, no class."""
+        labels, files = self.labels([]) or [len(self.classes)], len(self.config.predict)
+        if len(labels) not in (1, files):
+            raise UserError(f"--classes names {len(labels)} classes: name one for all files, or one for each of {files}")
+        return labels * (files // len(labels))
+
     def generate(self, labels, given=None):
         """Labels, and given frames' clips [B, T, 3, H, W] in prediction -> tokens [B, N, d] of new videos."""
         c = self.config
@@ -169,10 +176,7 @@ def predict(sampler, config):
     """Go on from the first frames of real videos; given frames have an orange edge, the real clip stands above."""
     cond_frames = sampler.dit.config.cond_frames if sampler.dit else 0
     real, lengths = sampler.read(config.predict, needed=max(1, cond_frames))
-    labels = sampler.labels([]) or [len(sampler.classes)]  # no class
-    if len(labels) not in (1, len(real)):
-        raise UserError(f"--classes names {len(labels)} classes: name one for all files, or one for each of {len(real)}")
-    labels = [k for k in labels * (len(real) // len(labels)) for _ in range(config.count)]
+    labels = [k for k in sampler.labels_of_files() for _ in range(config.count)]
     given = real.repeat_interleave(config.count, 0)
     tokens = sampler.generate(labels, given)
     sampler.t = sampler.t[sampler.t > cond_frames - 1]
@@ -265,11 +269,7 @@ def make_long(sampler, config):
     if config.residual:
         raise UserError("--residual is of single clips, and this checkpoint makes long ones: leave it out")
     if config.predict:  # chunk 0 is the beginning of the file
-        labels = sampler.labels([]) or [len(sampler.classes)]  # no class
-        if len(labels) not in (1, len(config.predict)):
-            raise UserError(f"--classes names {len(labels)} classes: name one for all files, or one for each")
-        labels = labels * (len(config.predict) // len(labels))
-        after = long.t > long.frames - 1
+        labels, after = sampler.labels_of_files(), long.t > long.frames - 1
 
         def goes_on(file, label):
             real, _ = sampler.read([file])
