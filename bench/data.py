@@ -23,8 +23,8 @@ import imageio_ffmpeg
 import numpy as np
 
 import data
-from bench.costs import table
 from common import cache, utils, video
+from common.tables import table
 from common.utils import UserError, option
 
 

@@ -27,8 +27,9 @@ import dit
 import evaluate
 import nerv
 import vae
-from bench.costs import forward_costs, short_of_memory, table
+from bench.costs import forward_costs, short_of_memory
 from common import plot, utils, video
+from common.tables import table
 from common.utils import option
 
 

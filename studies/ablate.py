@@ -30,8 +30,8 @@ from pathlib import Path
 import torch
 
 import data
-from bench.costs import table
 from common import plot, utils
+from common.tables import table
 from common.utils import option
 from evaluate import Scorer
 from studies.variants import load_dit

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 import data
 import fvd
-from bench.costs import table
 from common import plot, progress, utils
+from common.tables import table
 from common.utils import option
 
 

@@ -25,9 +25,9 @@ import fvd
 import nerv
 import vae
 import vin
-from bench.costs import table
 from common import progress, utils, video
 from common.drawn import MOTIONS
+from common.tables import table
 from common.utils import UserError, option
 from evaluate import classify, train_classifier
 from vae import Config as Stage1

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 import data
-from bench.costs import table
 from common import utils
+from common.tables import table
 from common.utils import option
 from losses import LPIPS
 from vae import Config as Stage1
