@@ -18,9 +18,11 @@ import torch  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import codec  # noqa: E402
 import data  # noqa: E402
 import demo  # noqa: E402
 import dit  # noqa: E402
+import fit  # noqa: E402
 import sample  # noqa: E402
 import vae  # noqa: E402
 import vin  # noqa: E402
@@ -40,7 +42,7 @@ def script(name, *args, cwd, **kw):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **kw)
 
 
-PROGRAMS = {"vae.py": vae, "dit.py": dit, "vin.py": vin, "sample.py": sample, "demo.py": demo}
+PROGRAMS = {f"{module.__name__}.py": module for module in (vae, dit, vin, sample, demo, codec, fit)}
 
 
 @pytest.fixture

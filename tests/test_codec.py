@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import functools
 import json
 import math
 import shutil
@@ -29,19 +30,9 @@ TINY = f"train {SIZES} --steps 3 --batch-size 4 --log-every 1 --workers 1"
 
 
 @pytest.fixture
-def call(monkeypatch, tmp_path):
+def call(call):
     """call("encode a.mp4 b.nerv --bits 5") runs codec.py in this process, in an empty directory; returns the exit status."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(options):
-        monkeypatch.setattr("sys.argv", ["codec.py", *options.split()])
-        try:
-            utils.run(codec.main)
-        except SystemExit as stop:
-            return stop.code
-        return 0
-
-    return call
+    return functools.partial(call, "codec.py")
 
 
 @pytest.fixture(scope="module")

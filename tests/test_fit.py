@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import math
 import sys
 
@@ -33,21 +34,12 @@ def moving_frames(count=4, height=32, width=32):
 
 
 @pytest.fixture
-def call(monkeypatch, tmp_path):
+def call(call, monkeypatch):
     """call("a.mkv --steps 3") runs fit.py in this process, in an empty directory but for a.mkv, 5 frames of 21 x 35."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fit.plot, "families", lambda path, panels: None)  # matplotlib takes longer than all else
     video.write_frames("a.mkv", [moving_frames(5, 21, 35)], 10)
 
-    def call(options):
-        monkeypatch.setattr("sys.argv", ["fit.py", *options.split()])
-        try:
-            utils.run(fit.main)
-        except SystemExit as stop:
-            return stop.code
-        return 0
-
-    return call
+    return functools.partial(call, "fit.py")
 
 
 def frames_of(path):

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import datetime
 import os
+import pathlib
 import re
 import resource
 import signal
@@ -101,34 +102,41 @@ RESUMES = {  # what docs/training.md promises, beside the two kills above
 }
 
 
-@pytest.mark.parametrize("name, threads", [*((name, 1) for name in RESUMES), ("stage 1, discriminator, bfloat16", 2)])
-def test_what_resumes_to_the_bit(call, trained, tmp_path, monkeypatch, name, threads):
-    program, *options = RESUMES[name].split()
-    stage, command = program[:3], " ".join([*options, "--steps 5 --log-every 1"])
-    if stage == "dit":
-        command += f" --ckpt {trained}/vae.pt"
-    results, save, write, before = [], utils.Saver.__call__, utils.RunLog.write, torch.get_num_threads()
+def check_it_resumes(call, monkeypatch, program, options, steps):
+    """A training of so many steps that is killed right after its first checkpoint and goes on ends as one that never was."""
+    stage, command = program[:3], f"{options} --steps {steps} --log-every 1"
+    results, rows, save, write = [], [], utils.Saver.__call__, utils.RunLog.write
 
     def write_and_die(self):
         write(self)
         raise Killed
 
-    torch.set_num_threads(threads)
-    try:
-        for out in ("whole", "killed"):
-            with monkeypatch.context() as patch:
-                if out == "killed":
-                    patch.setattr(utils.Saver, "__call__", lambda self, final, **content: save(self, True, **content))
-                    patch.setattr(utils.RunLog, "write", write_and_die)
-                    with pytest.raises(Killed):
-                        call(program, f"{command} --out killed.pt --run-dir killed")
-            assert call(program, f"{command} --out {out}.pt --run-dir {out} --resume") == 0
-            results.append(utils.load_checkpoint(f"{out}.pt", stage, ""))
-    finally:
-        torch.set_num_threads(before)
-    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "killed") and len(losses_of(tmp_path / "whole")) == 5
+    for out in ("whole", "killed"):
+        with monkeypatch.context() as patch:
+            if out == "killed":
+                patch.setattr(utils.Saver, "__call__", lambda self, final, **content: save(self, True, **content))
+                patch.setattr(utils.RunLog, "write", write_and_die)
+                with pytest.raises(Killed):
+                    call(program, f"{command} --out killed.pt --run-dir killed")
+        assert call(program, f"{command} --out {out}.pt --run-dir {out} --resume") == 0
+        results.append(utils.load_checkpoint(f"{out}.pt", stage, ""))
+        rows.append(losses_of(pathlib.Path(out)))
+    assert rows[0] == rows[1] and len(rows[0]) == steps
     for part in ("ema", "training"):
         assert same(results[0][part], results[1][part])
+
+
+@pytest.mark.parametrize("name, threads", [*((name, 1) for name in RESUMES), ("stage 1, discriminator, bfloat16", 2)])
+def test_what_resumes_to_the_bit(call, trained, monkeypatch, name, threads):
+    program, options = RESUMES[name].split(maxsplit=1)
+    if program == "dit.py":
+        options += f" --ckpt {trained}/vae.pt"
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check_it_resumes(call, monkeypatch, program, options, steps=5)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_resume_without_a_checkpoint_starts_and_with_other_options_stops(trained, tmp_path):

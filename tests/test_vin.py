@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, write_mp4
 from PIL import Image
-from test_training import Killed, losses_of, same, torchrun
+from test_training import check_it_resumes, losses_of, torchrun
 
 import data
 import dit
@@ -398,27 +398,9 @@ def test_bad_input_is_one_line(trained, call, tmp_path, capsys, program, options
 # ------------------------------------------------------------------------------------------------------- what keeps it right
 
 
-def test_it_resumes_to_the_bit(start, call, tmp_path, monkeypatch):
-    options = f"{OPTIONS} --no-cache-latents --steps 3 --save-every 2 --chunks 2 --seam-weight 1 --known 0.5"
-    command = f"--ckpt {start}/dit.pt {options}"
-    results, save, write = [], utils.Saver.__call__, utils.RunLog.write
-
-    def write_and_die(self):
-        write(self)
-        raise Killed
-
-    for out in ("whole", "killed"):
-        with monkeypatch.context() as patch:
-            if out == "killed":
-                patch.setattr(utils.Saver, "__call__", lambda self, final, **content: save(self, True, **content))
-                patch.setattr(utils.RunLog, "write", write_and_die)
-                with pytest.raises(Killed):
-                    call("vin.py", f"{command} --out killed.pt --run-dir killed")
-        assert call("vin.py", f"{command} --out {out}.pt --run-dir {out} --resume") == 0
-        results.append(utils.load_checkpoint(f"{out}.pt", "vin", ""))
-    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "killed") and len(losses_of(tmp_path / "whole")) == 3
-    for part in ("ema", "training"):
-        assert same(results[0][part], results[1][part])
+def test_it_resumes_to_the_bit(start, call, monkeypatch):
+    options = f"{OPTIONS} --no-cache-latents --save-every 2 --chunks 2 --seam-weight 1 --known 0.5"
+    check_it_resumes(call, monkeypatch, "vin.py", f"--ckpt {start}/dit.pt {options}", steps=3)
 
 
 def test_two_processes_train_as_one(start, call, tmp_path):
