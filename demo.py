@@ -38,7 +38,7 @@ class Config:
     skip_training: bool = option("training", False, "judge the checkpoints that are there")
     judge_clips: int = option("judging", 8192, "clips the classifier is trained on")
     per_class: int = option("judging", 20, "generated clips of each class that are judged")
-    guidance: float = option("judging", 1.0, "scale of classifier-free guidance; 1 is none, the best here (docs/results.md)")
+    guidance: float = option("judging", 1.0, "scale of classifier-free guidance; 1 is none")
     out_dir: str = option("output", "out/demo", "where everything goes")
 
 
