@@ -33,6 +33,7 @@ class NeRVConfig:
     pos_dim: int = 16  # sinusoidal dimensions each for time, height and width
     pos_size: int = 8  # h = w of the position code (Table 2c)
     antialias: bool = False  # a filter after each upsampling, and edges repeated: not the paper's, against meshes and rims
+    pictures: int = 0  # K learned pictures that all videos share (Pictures, below): not the paper's, for videos of one scene
 
     def __post_init__(self):
         levels = math.log2(self.resolution / self.pos_size) if min(self.resolution, self.pos_size) > 0 else 0
@@ -45,6 +46,8 @@ class NeRVConfig:
             )
         if self.num_frames < 1 or self.num_tokens < 1 or self.token_dim < 1:
             raise ValueError("num_frames, num_tokens and token_dim must be positive")
+        if self.pictures < 0:
+            raise ValueError(f"pictures {self.pictures}: there are none, or some")
 
 
 CONFIGS = {
@@ -212,9 +215,34 @@ class Block(nn.Module):
         return torch.add(x, h, alpha=GELU_GAIN / math.sqrt(2))
 
 
+class Pictures(nn.Module):
+    """K learned pictures that all videos share: a frame is their mean and their sum, each times what a video says of it.
+
+    Not the paper's. Convolutions that begin with an 8 × 8 code are slow to learn the detail of a scene, though the tokens tell
+    it: on a talking person, a linear map from tokens to pixels is 7 dB ahead of the decoder (docs/sharp.md). This is that map,
+    of low rank. The factor of a picture is a cosine series in time, so that t stays a real number. `gain` is how much faster
+    the pictures learn than kernels do.
+    """
+
+    def __init__(self, count, size, waves, gain):
+        super().__init__()
+        self.size, self.gain = size, gain
+        self.shared = nn.Parameter(torch.zeros(count, 3 * size * size))  # a matrix, as Muon takes it
+        self.mean = nn.Parameter(torch.zeros(3 * size * size))
+        self.strength = nn.Parameter(1 / torch.arange(1.0, waves + 1))  # slow waves first
+
+    def forward(self, codes, t, length):
+        """codes [B, K * waves], positions t [T] in a clip of `length` frames -> [B, T, 3, size, size]."""
+        waves = torch.arange(len(self.strength), device=t.device) * (math.pi / length)
+        waves = self.strength * torch.cos((t.float()[:, None] + 0.5) * waves)  # [T, waves]
+        factors = torch.einsum("bkw,tw->btk", codes.unflatten(1, (len(self.shared), -1)), waves.to(codes.dtype))
+        return self.gain * (factors @ self.shared + self.mean).unflatten(2, (3, self.size, self.size))
+
+
 class NeRV(nn.Module):
     """B videos' worth of weight tokens and T frame positions in, B videos out (Table A1)."""
 
+    WAVES = 8  # in time, of each picture's factor
     MOST = {True: 2**31 - 1, False: 2**28}  # elements of a map, with and without gradients
     Conv, Level = ModulatedConv, Block  # the ablations put others in their place (studies/variants.py)
 
@@ -241,6 +269,19 @@ class NeRV(nn.Module):
         blocks.append(self.Level(up(last), [conv(last, last)]))
         self.blocks = nn.ModuleList(blocks)
         self.to_rgb = self.Conv(config, last, 3, 3, last // 2, 3)
+        self.pictures = None
+        if config.pictures:
+            self.pictures = Pictures(config.pictures, config.resolution, self.WAVES, gain=10.0)
+            self.picture_head = nn.Linear(
+                config.token_dim, math.ceil(config.pictures * self.WAVES / config.num_tokens), bias=False
+            )
+            nn.init.normal_(
+                self.picture_head.weight, std=3 / math.sqrt(config.token_dim)
+            )  # tokens of deviation 1/3: codes of 1
+
+    def matrices(self):
+        """What Muon is for: the pictures. Adam's steps, entry by entry, stall where it goes on (docs/sharp.md)."""
+        return [] if self.pictures is None else [self.pictures.shared, self.picture_head.weight]
 
     def table_layers(self):
         """The layers of Table A1 in order, [(name, ModulatedConv)]; side connections, which it omits, left out."""
@@ -277,8 +318,12 @@ class NeRV(nn.Module):
         x = position_code(t, c).to(tokens.dtype).repeat(1, B, 1, 1)  # [T, 48, 8, 8] -> [T, B * 48, 8, 8]
         if x.device.type == "cpu":
             x = x.contiguous(memory_format=torch.channels_last)  # every map from here on
-        x = torch.tanh(self.rgb(GELU_GAIN * F.gelu(self.stem(x, tokens)), tokens))  # [T, B * 3, H, W]
-        return x.unflatten(1, (B, 3)).transpose(0, 1)
+        x = self.rgb(GELU_GAIN * F.gelu(self.stem(x, tokens)), tokens)  # [T, B * 3, H, W]
+        x = x.unflatten(1, (B, 3)).transpose(0, 1)
+        if self.pictures is not None:  # their numbers are the tokens' as kernel entries are: in order, from one linear map
+            codes = self.picture_head(tokens).flatten(1)[:, : c.pictures * self.WAVES]
+            x = x + self.pictures(codes / math.sqrt(c.pictures), t, c.num_frames)
+        return torch.tanh(x)
 
     def rgb(self, x, tokens):
         """The stem's map [T, B * D, h, w] -> [T, B * 3, H, W]."""

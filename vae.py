@@ -262,7 +262,7 @@ def fine_power(frames):
 
 
 SIZES = ("resolution", "num_frames", "num_tokens", "token_dim", "width", "pos_size")  # of the decoder, as options
-DECODER = (*SIZES, "antialias")
+DECODER = (*SIZES, "antialias", "pictures")
 
 
 @dataclass
@@ -287,12 +287,13 @@ class Config:
     width: int = option("model", 128, "D, channels of the decoder; its last block has 2D (nano: D)")
     pos_size: int = option("model", 8, "h = w of the position code (Table 2c)")
     antialias: bool = option("model", False, "a filter after each upsampling, and edges repeated, not zero")
+    pictures: int = option("model", 0, "learned pictures that all videos share, for videos of one scene; 0 is the paper's")
     steps: int = option("training", 2_000_000, "optimizer steps")
     batch_size: int = option("training", 32, "clips per step, of all processes together")
     accumulate: int = option("training", 1, "parts of the batch that go through one after another, to save memory")
     decode_frames: int = option("training", 16, "frames of each clip that are decoded in a step, drawn at random")
     optimizer: str = option(
-        "training", "adamw", "muon: for the encoder's matrices, AdamW for the rest", choices=["adamw", "muon"]
+        "training", "adamw", "muon: for the encoder's matrices and the pictures, AdamW for the rest", choices=["adamw", "muon"]
     )
     lr: float = option("training", 1e-4, "peak learning rate, reached after the warm-up, then cosine decay")
     warmup: int = option("training", 10_000, "steps of linear warm-up")
@@ -411,7 +412,8 @@ def main(argv=None, decoder=nerv.NeRV):
         )
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
 
-    optimizer = make_optimizer(vae, vae.encoder.matrices() if config.optimizer == "muon" else [], config.weight_decay)
+    matrices = vae.encoder.matrices() + vae.nerv.matrices() if config.optimizer == "muon" else []
+    optimizer = make_optimizer(vae, matrices, config.weight_decay)
     # All that goes on from a checkpoint, beside ema.
     parts = {"model": vae, "step": utils.FiniteStep(vae, optimizer, config.grad_clip)}
     if discriminator:

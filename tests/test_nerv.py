@@ -1,10 +1,22 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from nerv import CONFIGS, GELU_GAIN, ModulatedConv, NeRV, NeRVConfig, double, double_by_slices, position_code, sinusoid
+from nerv import (
+    CONFIGS,
+    GELU_GAIN,
+    ModulatedConv,
+    NeRV,
+    NeRVConfig,
+    Pictures,
+    double,
+    double_by_slices,
+    position_code,
+    sinusoid,
+)
 
 # Small decoders with all that large ones have: a side connection, entries of every kind, stems of both fractions.
 SMALL = {
@@ -354,3 +366,45 @@ def test_parts_of_a_clip_are_the_clip(monkeypatch):
         torch.testing.assert_close(model(tokens, t), whole)
     assert max(frames for frames, _ in calls) == 2
     assert sum(frames * maps for frames, maps in calls) == 5 * len(tokens) * model.stem.out_ch  # nothing twice
+
+
+# ---------------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_pictures_are_a_sum_with_a_cosine_series_for_each():
+    pictures = Pictures(5, 4, 3, gain=2.0).double()
+    for parameter in pictures.parameters():
+        parameter.data = torch.randn_like(parameter)
+    codes, t = torch.randn(2, 15, dtype=torch.float64), torch.tensor([0.0, 2.5, 7.0])
+    frames = pictures(codes, t, 8)
+    for b in range(2):
+        for i, place in enumerate(t.tolist()):
+            wanted = pictures.mean.clone()
+            for k in range(5):
+                for w in range(3):
+                    wave = pictures.strength[w] * math.cos(w * math.pi * (place + 0.5) / 8)
+                    wanted = wanted + codes[b, 3 * k + w] * wave * pictures.shared[k]
+            assert torch.allclose(frames[b, i], 2 * wanted.view(3, 4, 4), rtol=1e-5)  # positions are float32
+
+
+@pytest.mark.parametrize("tokens", [16, 7])  # 7 do not divide the 3 x 8 numbers of the pictures
+def test_pictures_start_as_nothing_and_are_linear_in_the_tokens(tokens):
+    torch.manual_seed(0)
+    config = NeRVConfig(resolution=32, num_frames=4, num_tokens=tokens, token_dim=6, width=16, block=8, pictures=3)
+    model, t = NeRV(config).double(), torch.tensor([0.0, 1.5])
+    a, b = torch.randn(2, 2, tokens, 6, dtype=torch.float64)
+    plain = NeRV(replace(config, pictures=0)).double()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "picture" not in k})
+    assert torch.equal(model(a, t), plain(a, t))
+    model.pictures.shared.data.normal_(std=0.01)
+
+    def added(x):
+        return torch.atanh(model(x, t)) - torch.atanh(plain(x, t))
+
+    assert added(a).abs().max() > 0.01 and torch.allclose(added((a + b) / 2), (added(a) + added(b)) / 2, atol=1e-9)
+
+
+def test_without_pictures_nothing_is_there():
+    assert not any("picture" in name for name in NeRV(CONFIGS["nano"]).state_dict())
+    with pytest.raises(ValueError, match="pictures -1"):
+        NeRVConfig(pictures=-1)
