@@ -497,6 +497,7 @@ def explain(config):
         tokens, head, count = tokens / scale, vae.to(device).nerv.to_rgb, vae.nerv_config.num_frames
         kernel, edges = head.kernel(tokens)[0], "replicate" if head.antialias else "constant"
         run = functools.partial(vae.decode, tokens)
+        title += " (its shared pictures are no kernels, and not in the maps)" if vae.nerv.pictures else ""
     elif container.Reader(path).header.get("kind") == "codec":
         title = f"the first tile of {path.name}, a file of codec.py"
         _, model, _ = codec.open_codec(config)

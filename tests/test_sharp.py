@@ -13,7 +13,7 @@ import nerv
 import vae
 from common import utils
 from common.optim import Muon, adamw
-from common.video import to_clip
+from common.video import to_clip, to_frames
 from data import Shapes
 from studies import sharp
 
@@ -206,6 +206,29 @@ def test_mesh_is_what_alternates_on_flat_places_only():
     edge[..., 7:9, :] = 0.3
     everywhere = sharp.mesh(torch.zeros_like(real), edge)
     assert sharp.mesh(real, edge) < everywhere
+
+
+def test_linear_finds_what_the_tokens_tell_and_no_more():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(6, 3 * 8 * 8, generator=generator) / 20
+
+    class Network:
+        """Tokens from which a linear map makes the frame: the six numbers of a clip, or three of them, mixed up."""
+
+        def __init__(self, knows):
+            turned = torch.linalg.qr(torch.randn(knows, knows, generator=generator))[0]
+            self.matrix = torch.linalg.pinv(mixing)[:, :knows] @ turned
+
+        def encode(self, video):
+            return ((video[:, 2].flatten(1) - 0.1) @ self.matrix)[:, None], None
+
+    def clip():
+        frame = 0.1 + torch.randn(6, generator=generator).clamp(-2, 2) @ mixing
+        return (frame.clamp(-1, 1)).view(3, 8, 8).expand(4, -1, -1, -1)
+
+    train_set = [(to_frames(clip()), 0) for _ in range(300)]
+    clips = torch.stack([clip() for _ in range(8)])
+    assert sharp.linear(Network(6), train_set, clips, 300) > sharp.linear(Network(3), train_set, clips, 300) + 10
 
 
 def test_study_runs_a_row_once(monkeypatch, tmp_path, capsys):
