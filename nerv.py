@@ -280,7 +280,7 @@ class NeRV(nn.Module):
             )  # tokens of deviation 1/3: codes of 1
 
     def matrices(self):
-        """What Muon is for: the pictures. Adam's steps, entry by entry, stall where it goes on (docs/sharp.md)."""
+        """What Muon is for: the pictures and their factors, of which it learns all directions alike."""
         return [] if self.pictures is None else [self.pictures.shared, self.picture_head.weight]
 
     def table_layers(self):
