@@ -51,18 +51,23 @@ class CodecConfig:
     pos_dim: int = 16  # of the time embedding, which is all the input
     tokens: tuple[int, ...] = (4, 64, 16, 0)  # weight tokens of each layer
     token_dims: tuple[int, ...] = (256, 288, 288, 0)  # numbers of each token
+    pictures: int = 0  # K that all videos share (Pictures, below; not the papers'), whose tokens come after those of the layers
 
     def __post_init__(self):
         self.tokens, self.token_dims = tuple(self.tokens), tuple(self.token_dims)
         if self.resolution < 4 or self.resolution & (self.resolution - 1):
             raise ValueError(f"resolution {self.resolution} is no power of two from 4 on")
-        if not len(self.tokens) == len(self.token_dims) == len(self.strides):
-            raise ValueError(f"resolution {self.resolution} takes {len(self.strides)} --tokens and --token-dims, one per layer")
+        wanted = len(self.strides) + (self.pictures > 0)
+        if not len(self.tokens) == len(self.token_dims) == wanted:
+            about = "one per layer" + (", then the pictures'" if self.pictures else "")
+            raise ValueError(f"resolution {self.resolution} takes {wanted} --tokens and --token-dims, {about}")
         for shape, tokens, dim in zip(self.shapes, self.tokens, self.token_dims):
             if min(tokens, dim) < 0 or tokens * dim > math.prod(shape) or (tokens > 0) != (dim > 0):
                 raise ValueError(f"{tokens} tokens of {dim} numbers do not fit a kernel of {math.prod(shape)}")
         if not self.num_codes:
             raise ValueError("some layer has to have tokens")
+        if self.pictures and (not self.codes[-1] or self.codes[-1] % self.pictures):
+            raise ValueError(f"{self.codes[-1]} numbers are not the same number for each of {self.pictures} pictures")
 
     @property
     def strides(self):
@@ -174,6 +179,29 @@ class Layer(nn.Module):
         return F.pixel_shuffle(x, self.stride).unflatten(0, (T, B)).flatten(1, 2)
 
 
+class Pictures(nn.Module):
+    """K learned pictures that all videos share: a frame is their sum, each of them times what the codes of a video say of it.
+
+    A kernel sees nothing of where it is but what came up from a single pixel. Where videos share a scene, a sum of pictures has
+    the scene's detail at once. The factor of a picture is a cosine series in time, of dim codes: the first one is constant.
+    """
+
+    GAIN = 4.0  # so much faster than the kernels they learn
+
+    def __init__(self, count, size, dim):
+        super().__init__()
+        self.shared = nn.Parameter(torch.zeros(count, 3, size, size))
+        self.mean = nn.Parameter(torch.zeros(3, size, size))
+        self.strength = nn.Parameter(1 / torch.arange(1.0, dim + 1))  # of the waves; slow ones first
+
+    def forward(self, codes, t, length):
+        """codes [B, K * dim], positions t [T'] of a clip of so many frames -> [B, T', 3, R, R]."""
+        waves = torch.arange(len(self.strength), device=t.device) * (math.pi / length)
+        waves = self.strength * torch.cos((t.float()[:, None] + 0.5) * waves)  # [T', dim]
+        factors = torch.einsum("bkd,td->btk", codes.unflatten(1, (len(self.shared), -1)), waves)
+        return self.GAIN * ((factors @ self.shared.flatten(1)).unflatten(2, self.mean.shape) + self.mean)
+
+
 @functools.lru_cache(1024)
 def fallbacks(tokens, dims, kept):
     """NeRVDec.sources, of so many kept tokens in each layer.
@@ -203,6 +231,8 @@ class NeRVDec(nn.Module):
         last = [False] * (len(c.strides) - 1) + [True]
         layers = zip(c.shapes, c.strides, c.tokens, c.token_dims, last)
         self.layers = nn.ModuleList(Layer(*layer) for layer in layers)
+        if c.pictures:
+            self.pictures = Pictures(c.pictures, c.resolution, c.codes[-1] // c.pictures)
         self.mean = nn.Parameter(torch.zeros(c.num_codes))
         self.log_scale = nn.Parameter(torch.full((c.num_codes,), math.log(0.3)))
 
@@ -215,7 +245,8 @@ class NeRVDec(nn.Module):
         x = nerv.sinusoid(t.float(), c.pos_dim, c.num_frames).to(codes.dtype)[:, :, None, None].repeat(1, B, 1, 1)
         for i, (layer, part) in enumerate(zip(self.layers, parts)):
             x = layer(nerv.GELU_GAIN * F.gelu(x) if i else x, part)
-        return 2 * x.unflatten(1, (B, 3)).transpose(0, 1)  # the paper's output bias of 0.5 on [0, 1] is 0 on [-1, 1]
+        frames = 2 * x.unflatten(1, (B, 3)).transpose(0, 1)  # the paper's output bias of 0.5 on [0, 1] is 0 on [-1, 1]
+        return frames + self.pictures(parts[-1], t, c.num_frames) if c.pictures else frames
 
     def num_weights(self):
         """Kernels and biases, of which one video's network has as many (Table 2, "INR size")."""
@@ -533,6 +564,7 @@ class Config:
     resolution: int = option("model", 256, "height and width of a tile in pixels, a power of two")
     num_frames: int = option("model", 8, "frames of a clip, T")
     width: int = option("model", 16, "channels of the decoder; larger ones take no byte more (HyperNeRV, Table 3)")
+    pictures: int = option("model", 0, "learned ones that all videos share, for a codec of one scene; with --tokens")
     allocation: str = option(
         "model", "adaptive", "which layers have tokens (Table 4)", choices=["adaptive", "uniform", "specific"]
     )
