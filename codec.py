@@ -2,7 +2,7 @@
 
 clip [B, T, 3, R, R] --ViT, weight tokens--> codes [B, P]: every token of every layer, one after the other     (Hypernetwork)
 codes --quantize, entropy code--> bytes of one chunk of a file (common/container.py)                         (common/entropy.py)
-codes, frame positions --shared kernels times codes, convolutions--> frames                                       (NeRVDec)
+codes, frame positions --shared kernels times codes, convolutions--> frames                (NeRVDec, common/modulation.py)
 
 python codec.py train --dataset folder --data-dir clips/train         the hypernetwork and the shared kernels; writes codec.pt
 python codec.py encode in.mp4 out.nerv --bits 6 --keep 0.5 --refine 20
@@ -33,6 +33,7 @@ import losses
 import nerv
 import vae
 from common import container, degrade, progress, rd, rivals, utils, video
+from common.modulation import ALLOCATIONS, CodecConfig, Layer, Pictures, fallbacks
 from common.optim import make_optimizer
 from common.utils import UserError, option
 from common.video import cut, join, printable, to_clip
@@ -40,77 +41,6 @@ from common.videofile import VideoFile, coding_order, decode_frames, model_name,
 
 # ------------------------------------------------------------------------------------------------------------------- model
 
-
-@dataclass
-class CodecConfig:
-    """Sizes of the decoder and its tokens. The defaults are FastNeRV's (§4.1; token sizes from HyperNeRV, §7.2)."""
-
-    resolution: int = 256  # R = H = W in pixels of a tile, a power of two
-    num_frames: int = 8  # T of a chunk
-    width: int = 16  # channels between the blocks
-    pos_dim: int = 16  # of the time embedding, which is all the input
-    tokens: tuple[int, ...] = (4, 64, 16, 0)  # weight tokens of each layer
-    token_dims: tuple[int, ...] = (256, 288, 288, 0)  # numbers of each token
-
-    def __post_init__(self):
-        self.tokens, self.token_dims = tuple(self.tokens), tuple(self.token_dims)
-        if self.resolution < 4 or self.resolution & (self.resolution - 1):
-            raise ValueError(f"resolution {self.resolution} is no power of two from 4 on")
-        if not len(self.tokens) == len(self.token_dims) == len(self.strides):
-            raise ValueError(f"resolution {self.resolution} takes {len(self.strides)} --tokens and --token-dims, one per layer")
-        for shape, tokens, dim in zip(self.shapes, self.tokens, self.token_dims):
-            if min(tokens, dim) < 0 or tokens * dim > math.prod(shape) or (tokens > 0) != (dim > 0):
-                raise ValueError(f"{tokens} tokens of {dim} numbers do not fit a kernel of {math.prod(shape)}")
-        if not self.num_codes:
-            raise ValueError("some layer has to have tokens")
-
-    @property
-    def strides(self):
-        """Factors of the pixel shuffles: fours, and a two at the end where it takes one."""
-        levels = self.resolution.bit_length() - 1
-        return (4,) * (levels // 2) + (2,) * (levels % 2)
-
-    @property
-    def shapes(self):
-        """Of the kernels: the first is 1 × 1, since its input is a single pixel, the others 3 × 3."""
-        ins = (self.pos_dim, *(self.width for _ in self.strides[1:]))
-        outs = (*(self.width for _ in self.strides[1:]), 3)
-        sizes = (1, *(3 for _ in self.strides[1:]))
-        return [(out * stride**2, in_, k, k) for in_, out, k, stride in zip(ins, outs, sizes, self.strides)]
-
-    @property
-    def num_tokens(self):
-        return sum(self.tokens)
-
-    @property
-    def codes(self):
-        """The numbers that the tokens of each layer are."""
-        return [n * d for n, d in zip(self.tokens, self.token_dims)]
-
-    @property
-    def num_codes(self):
-        """P, the numbers of one clip: what a file holds of it, before any are left out."""
-        return sum(self.codes)
-
-    def per_code(self, values):
-        """One number, or one for each layer -> [P], that of each code's layer."""
-        values = list(values) * (len(self.codes) if len(values) == 1 else 1)
-        return torch.repeat_interleave(torch.tensor(values), torch.tensor(self.codes))
-
-
-# Where the tokens go, per preset (Table 4): layer-adaptive, the same number in each layer (TransINR), all in one (GINR).
-ALLOCATIONS = {
-    "fastnerv": {
-        "adaptive": ((4, 64, 16, 0), (256, 288, 288, 0)),
-        "uniform": ((64, 64, 64, 64), (64, 144, 144, 108)),
-        "specific": ((0, 64, 0, 0), (0, 576, 0, 0)),
-    },
-    "nano": {
-        "adaptive": ((8, 32, 8), (32, 32, 32)),
-        "uniform": ((16, 16, 16), (32, 32, 32)),
-        "specific": ((0, 32, 0), (0, 48, 0)),
-    },
-}
 ENCODERS = {
     "fastnerv": vae.EncoderConfig(width=720, depth=6, heads=12, patch=(1, 64, 64)),
     "nano": vae.EncoderConfig(width=128, depth=3, heads=4, patch=(4, 8, 8)),
@@ -139,58 +69,6 @@ class Hypernetwork(vae.ViT):
         return RANGE * torch.tanh(codes.float() / RANGE)
 
 
-class Layer(nn.Module):
-    """A convolution and a pixel shuffle. Its kernel is shared, times what the tokens of a video say (§3.2, Fig. 4b)."""
-
-    def __init__(self, shape, stride, tokens, dim, last):
-        super().__init__()
-        self.stride, self.tokens, self.dim, self.last = stride, tokens, dim, last
-        std = (0.1 if last else 1) / math.sqrt(math.prod(shape[1:]))  # frames are grey at first
-        self.shared = nn.Parameter(torch.randn(shape) * std)
-        self.bias = nn.Parameter(torch.zeros(shape[0]))
-        if tokens:
-            self.strength = nn.Parameter(torch.ones(1))  # of what a code of one does: the grid of codes is fixed
-
-    def kernel(self, codes):
-        """codes [B, tokens * dim] -> kernels [B, out, in, k, k].
-
-        The entries are in equal parts, one for each token, which is repeated to fill it. Then each output channel has its norm
-        (HyperNeRV, §9), but for the last layer's, whose amplitude is that of the colours.
-        """
-        span = math.ceil(self.shared.numel() / self.tokens)
-        factors = codes.unflatten(1, (self.tokens, self.dim)).repeat(1, 1, math.ceil(span / self.dim))[:, :, :span]
-        factors = 1 + self.strength * factors.flatten(1)[:, : self.shared.numel()].view(-1, *self.shared.shape)
-        kernel = self.shared * factors
-        return kernel if self.last else kernel * torch.rsqrt(kernel.square().sum((2, 3, 4), keepdim=True) + 1e-8)
-
-    def forward(self, x, codes):
-        """x [T, B * in, h, w], codes [B, tokens * dim] -> [T, B * out, h * stride, w * stride]."""
-        B, (_, in_, k, _) = len(codes), self.shared.shape
-        if self.tokens:  # videos are the groups (Fig. 5)
-            kernel, bias = self.kernel(codes).flatten(0, 1).to(x.dtype), self.bias.to(x.dtype).repeat(B)
-            return F.pixel_shuffle(F.conv2d(x, kernel, bias, padding=k // 2, groups=B), self.stride)
-        T, x = len(x), x.reshape(-1, in_, *x.shape[2:])  # nothing is their own here, and frames are frames
-        x = F.conv2d(x, self.shared.to(x.dtype), self.bias.to(x.dtype), padding=k // 2)
-        return F.pixel_shuffle(x, self.stride).unflatten(0, (T, B)).flatten(1, 2)
-
-
-@functools.lru_cache(1024)
-def fallbacks(tokens, dims, kept):
-    """NeRVDec.sources, of so many kept tokens in each layer.
-
-    Token i falls back on token i less its leading bit, until it comes to one that is kept: of half the tokens, the first half
-    are used twice, as in HyperNeRV (§3.2).
-    """
-    sources, first = [], 0
-    for n, dim, few in zip(tokens, dims, kept):
-        places = list(range(n))
-        for i in range(few, n):
-            places[i] = places[i - (1 << i.bit_length() - 1)]
-        sources.append(first + (torch.tensor(places, dtype=torch.long)[:, None] * dim + torch.arange(dim)).flatten())
-        first += n * dim
-    return torch.cat(sources)
-
-
 class NeRVDec(nn.Module):
     """Codes in, frames out; and all that turns codes into bytes and back: what a receiver needs to have.
 
@@ -203,6 +81,8 @@ class NeRVDec(nn.Module):
         last = [False] * (len(c.strides) - 1) + [True]
         layers = zip(c.shapes, c.strides, c.tokens, c.token_dims, last)
         self.layers = nn.ModuleList(Layer(*layer) for layer in layers)
+        if c.pictures:
+            self.pictures = Pictures(c.pictures, c.resolution, c.codes[-1] // c.pictures)
         self.mean = nn.Parameter(torch.zeros(c.num_codes))
         self.log_scale = nn.Parameter(torch.full((c.num_codes,), math.log(0.3)))
 
@@ -215,7 +95,8 @@ class NeRVDec(nn.Module):
         x = nerv.sinusoid(t.float(), c.pos_dim, c.num_frames).to(codes.dtype)[:, :, None, None].repeat(1, B, 1, 1)
         for i, (layer, part) in enumerate(zip(self.layers, parts)):
             x = layer(nerv.GELU_GAIN * F.gelu(x) if i else x, part)
-        return 2 * x.unflatten(1, (B, 3)).transpose(0, 1)  # the paper's output bias of 0.5 on [0, 1] is 0 on [-1, 1]
+        frames = 2 * x.unflatten(1, (B, 3)).transpose(0, 1)  # the paper's output bias of 0.5 on [0, 1] is 0 on [-1, 1]
+        return frames + self.pictures(parts[-1], t, c.num_frames) if c.pictures else frames
 
     def num_weights(self):
         """Kernels and biases, of which one video's network has as many (Table 2, "INR size")."""
@@ -501,10 +382,14 @@ class Loader:
 
     @torch.no_grad()
     def batch(self, indices):
-        codes = torch.cat([self.codes(i) for i in indices])
-        with utils.autocast(self.device, self.bf16):
-            tiles = self.codec.decoder(codes, torch.arange(self.codec.config.num_frames, device=self.device))
-        return join(tiles.float().unflatten(0, (len(indices), -1)), self.height, self.width).clamp(-1, 1)
+        codes, c = torch.cat([self.codes(i) for i in indices]), self.codec.config
+        t, size = torch.arange(c.num_frames, device=self.device), c.resolution
+        tiles = torch.empty(len(codes), c.num_frames, 3, size, size, device=self.device)
+        together = len(codes) if self.device.type == "cuda" else 1  # each goes to its place while it is in the cache
+        for part, place in zip(codes.split(together), tiles.split(together)):
+            with utils.autocast(self.device, self.bf16):
+                place.copy_(self.codec.decoder(part, t))
+        return join(tiles.clamp_(-1, 1).unflatten(0, (len(indices), -1)), self.height, self.width)
 
     def __iter__(self):
         for indices in data.Stream(len(self), self.batch_size, self.seed, self.start):
@@ -533,6 +418,7 @@ class Config:
     resolution: int = option("model", 256, "height and width of a tile in pixels, a power of two")
     num_frames: int = option("model", 8, "frames of a clip, T")
     width: int = option("model", 16, "channels of the decoder; larger ones take no byte more (HyperNeRV, Table 3)")
+    pictures: int = option("model", 0, "learned ones that all videos share, for a codec of one scene; with --tokens")
     allocation: str = option(
         "model", "adaptive", "which layers have tokens (Table 4)", choices=["adaptive", "uniform", "specific"]
     )

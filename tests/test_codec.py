@@ -124,6 +124,39 @@ def test_a_layer_without_tokens_is_the_same_for_all_videos():
     assert (whole[0] - whole[1]).abs().max() > 1e-4
 
 
+def test_pictures_by_hand():
+    torch.manual_seed(0)
+    sizes = {"resolution": 16, "num_frames": 4, "width": 4}
+    c = CodecConfig(**sizes, tokens=(3, 4, 2), token_dims=(8, 6, 9), pictures=6)
+    decoder, plain = NeRVDec(c).double(), NeRVDec(CodecConfig(**sizes, tokens=(3, 4), token_dims=(8, 6))).double()
+    assert decoder.num_weights() == plain.num_weights() and decoder.pictures.shared.shape == (6, 3, 16, 16)
+    plain.load_state_dict({k: v for k, v in decoder.state_dict().items() if "layers" in k}, strict=False)
+    codes, t = torch.randn(2, c.num_codes, dtype=torch.float64), torch.tensor([0.0, 2.5])
+    torch.testing.assert_close(decoder(codes, t), plain(codes[:, :48], t))  # pictures begin black, in all codecs the same
+    own = decoder.pictures
+    own.shared.data.normal_(), own.mean.data.normal_(), own.strength.data.normal_()
+    waves = [own.strength[d] * math.cos(3 * d * math.pi / 4) for d in range(3)]  # 2.5 of 4 frames, and a half
+    factors = [sum(codes[1, 48 + 3 * k + d] * waves[d] for d in range(3)) for k in range(6)]
+    added = 4 * (own.mean + sum(factor * picture for factor, picture in zip(factors, own.shared)))
+    torch.testing.assert_close(decoder(codes, t)[1, 1], plain(codes[:, :48], t)[1, 1] + added)
+    with torch.no_grad():  # to the bit the same in any company
+        assert torch.equal(decoder(codes, t), torch.cat([decoder(part, t) for part in codes.split(1)]))
+
+
+def test_a_file_of_a_model_with_pictures(tmp_path):
+    torch.manual_seed(0)
+    sizes = CodecConfig(16, num_frames=4, width=4, tokens=(3, 4, 2), token_dims=(8, 6, 9), pictures=6)
+    model = codec.Codec(sizes, vae.EncoderConfig(width=24, depth=2, heads=2, patch=(2, 8, 8))).eval().requires_grad_(False)
+    model.decoder.pictures.shared.normal_(std=0.1)
+    frames = np.random.default_rng(0).integers(0, 255, (9, 20, 16, 3), np.uint8)
+    codec.write_video(tmp_path / "a.nerv", model, frames, 25.0, [4, 5, 6], 0.5, 0, 0.0, 16, quiet=True)
+    with torch.no_grad():
+        numbers = codec.encode_clips(model, cut(frames[:4], 4, 16), [4, 5, 6], 0.5)
+        codes = model.decoder.dequantize(numbers, [4, 5, 6])[:, model.decoder.sources(0.5)]
+        expected = video.to_frames(join(model.decoder(codes, torch.arange(4)), 20, 16))
+    assert np.array_equal(decoded(tmp_path / "a.nerv", model)[:4], expected)
+
+
 def test_tokens_left_out_are_read_from_those_that_are_kept():
     decoder = NeRVDec(CodecConfig(16, tokens=(4, 7), token_dims=(2, 3)))
     everything = torch.arange(29)
@@ -146,6 +179,8 @@ def test_tokens_left_out_are_read_from_those_that_are_kept():
         ({"resolution": 48}, "power of two"),
         ({"tokens": (4, 64, 16)}, "layer"),
         ({"tokens": (5000, 64, 16, 0)}, "fit"),
+        ({"pictures": 8}, "pictures'"),
+        ({"pictures": 8, "tokens": (4, 64, 16, 0, 1), "token_dims": (256, 288, 288, 0, 12)}, "8 pictures"),
         ({"tokens": (0, 0, 0, 0), "token_dims": (0, 0, 0, 0)}, "some layer"),
     ],
 )
