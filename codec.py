@@ -33,7 +33,7 @@ import losses
 import nerv
 import vae
 from common import container, degrade, progress, rd, rivals, utils, video
-from common.modulation import ALLOCATIONS, CodecConfig, Layer, Pictures, fallbacks
+from common.modulation import ALLOCATIONS, CodecConfig, Layer, fallbacks
 from common.optim import make_optimizer
 from common.utils import UserError, option
 from common.video import cut, join, printable, to_clip
@@ -82,7 +82,7 @@ class NeRVDec(nn.Module):
         layers = zip(c.shapes, c.strides, c.tokens, c.token_dims, last)
         self.layers = nn.ModuleList(Layer(*layer) for layer in layers)
         if c.pictures:
-            self.pictures = Pictures(c.pictures, c.resolution, c.codes[-1] // c.pictures)
+            self.pictures = nerv.Pictures(c.pictures, c.resolution, c.codes[-1] // c.pictures, gain=4.0)
         self.mean = nn.Parameter(torch.zeros(c.num_codes))
         self.log_scale = nn.Parameter(torch.full((c.num_codes,), math.log(0.3)))
 

@@ -1,4 +1,4 @@
-"""What codec.py's decoder is made of: its sizes, convolutions whose kernels are shared times the codes of a video, pictures.
+"""What codec.py's decoder is made of: its sizes, convolutions whose kernels are shared times the codes of a video.
 
 codes [B, P] are the numbers of all tokens of a clip, layer after layer, and those of the pictures at the end. Sections and
 figures are those of FastNeRV (Chen et al. 2024).
@@ -23,7 +23,7 @@ class CodecConfig:
     pos_dim: int = 16  # of the time embedding, which is all the input
     tokens: tuple[int, ...] = (4, 64, 16, 0)  # weight tokens of each layer
     token_dims: tuple[int, ...] = (256, 288, 288, 0)  # numbers of each token
-    pictures: int = 0  # K that all videos share (Pictures, below; not the papers'), whose tokens come after those of the layers
+    pictures: int = 0  # K that all videos share (nerv.Pictures; not the papers'), whose tokens come after those of the layers
 
     def __post_init__(self):
         self.tokens, self.token_dims = tuple(self.tokens), tuple(self.token_dims)
@@ -125,29 +125,6 @@ class Layer(nn.Module):
         T, x = len(x), x.reshape(-1, in_, *x.shape[2:])  # nothing is their own here, and frames are frames
         x = F.conv2d(x, self.shared.to(x.dtype), self.bias.to(x.dtype), padding=k // 2)
         return F.pixel_shuffle(x, self.stride).unflatten(0, (T, B)).flatten(1, 2)
-
-
-class Pictures(nn.Module):
-    """K learned pictures that all videos share: a frame is their sum, each of them times what the codes of a video say of it.
-
-    A kernel sees nothing of where it is but what came up from a single pixel. Where videos share a scene, a sum of pictures has
-    the scene's detail at once. The factor of a picture is a cosine series in time, of dim codes: the first one is constant.
-    """
-
-    GAIN = 4.0  # so much faster than the kernels they learn
-
-    def __init__(self, count, size, dim):
-        super().__init__()
-        self.shared = nn.Parameter(torch.zeros(count, 3, size, size))
-        self.mean = nn.Parameter(torch.zeros(3, size, size))
-        self.strength = nn.Parameter(1 / torch.arange(1.0, dim + 1))  # of the waves; slow ones first
-
-    def forward(self, codes, t, length):
-        """codes [B, K * dim], positions t [T'] of a clip of so many frames -> [B, T', 3, R, R]."""
-        waves = torch.arange(len(self.strength), device=t.device) * (math.pi / length)
-        waves = self.strength * torch.cos((t.float()[:, None] + 0.5) * waves)  # [T', dim]
-        factors = torch.einsum("bkd,td->btk", codes.unflatten(1, (len(self.shared), -1)), waves)
-        return self.GAIN * ((factors @ self.shared.flatten(1)).unflatten(2, self.mean.shape) + self.mean)
 
 
 @functools.lru_cache(1024)

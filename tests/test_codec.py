@@ -129,7 +129,7 @@ def test_pictures_by_hand():
     sizes = {"resolution": 16, "num_frames": 4, "width": 4}
     c = CodecConfig(**sizes, tokens=(3, 4, 2), token_dims=(8, 6, 9), pictures=6)
     decoder, plain = NeRVDec(c).double(), NeRVDec(CodecConfig(**sizes, tokens=(3, 4), token_dims=(8, 6))).double()
-    assert decoder.num_weights() == plain.num_weights() and decoder.pictures.shared.shape == (6, 3, 16, 16)
+    assert decoder.num_weights() == plain.num_weights() and decoder.pictures.shared.shape == (6, 3 * 16 * 16)
     plain.load_state_dict({k: v for k, v in decoder.state_dict().items() if "layers" in k}, strict=False)
     codes, t = torch.randn(2, c.num_codes, dtype=torch.float64), torch.tensor([0.0, 2.5])
     torch.testing.assert_close(decoder(codes, t), plain(codes[:, :48], t))  # pictures begin black, in all codecs the same
@@ -137,7 +137,7 @@ def test_pictures_by_hand():
     own.shared.data.normal_(), own.mean.data.normal_(), own.strength.data.normal_()
     waves = [own.strength[d] * math.cos(3 * d * math.pi / 4) for d in range(3)]  # 2.5 of 4 frames, and a half
     factors = [sum(codes[1, 48 + 3 * k + d] * waves[d] for d in range(3)) for k in range(6)]
-    added = 4 * (own.mean + sum(factor * picture for factor, picture in zip(factors, own.shared)))
+    added = 4 * (own.mean + sum(factor * picture for factor, picture in zip(factors, own.shared))).view(3, 16, 16)
     torch.testing.assert_close(decoder(codes, t)[1, 1], plain(codes[:, :48], t)[1, 1] + added)
     with torch.no_grad():  # to the bit the same in any company
         assert torch.equal(decoder(codes, t), torch.cat([decoder(part, t) for part in codes.split(1)]))
