@@ -219,7 +219,7 @@ class Pictures(nn.Module):
     """K learned pictures that all videos share: a frame is their mean and their sum, each times what a video says of it.
 
     Not the paper's. Convolutions that begin with an 8 × 8 code are slow to learn the detail of a scene, though the tokens tell
-    it: on a talking person, a linear map from tokens to pixels is 7 dB ahead of the decoder (docs/sharp.md). This is that map,
+    it: of a talking person, a linear map from tokens to pixels makes 10 dB more than they do (docs/sharp.md). This is that map,
     of low rank. The factor of a picture is a cosine series in time, so that t stays a real number. `gain` is how much faster
     the pictures learn than kernels do.
     """

@@ -47,7 +47,7 @@ ROWS = {
     "4 frames a step": "--decode-frames 4",
     "batch of 32, one frame": "--batch-size 32 --decode-frames 1",
     "pictures": "--pictures 256",  # for videos of one scene
-    "pictures at 3e-3, less KL": "--pictures 256 --lr 3e-3 --kl-weight 2e-7",
+    "pictures, less KL": "--pictures 256 --kl-weight 2e-7",
 }
 STEPS = (0, 3, 10, 80)  # of refinement
 COLUMNS = ["row", "seed", "settings", "revision", "seconds", *(f"psnr{k}" for k in STEPS), "linear", "fine", "mesh", "lpips"]
