@@ -10,21 +10,19 @@ a key frame at the start of each clip.
 import itertools
 import os
 import statistics
-import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 import torch
 
 import codec
 import data
 from bench.data import compare
-from common import utils, video
+from common import rivals, utils, video
 from common.tables import table
 from common.utils import option
 
@@ -55,7 +53,7 @@ def read(config, size):
         drawn = data.Shapes(resolution=size, num_frames=config.frames)
         return [np.asarray(drawn[i][0]) for i in range(config.videos)]
     paths = [path for path, _ in data.find_folder(Path(config.data_dir), "train", 0)[1]]
-    return [video.read_frames(path, size)[: config.frames] for path in paths[: config.videos]]
+    return [video.read_frames(path, size, 0, config.frames) for path in paths[: config.videos]]
 
 
 def pyav_is_there():
@@ -70,9 +68,9 @@ def pyav_is_there():
 def h264(frames, crf, path, more):
     """Frames, uint8 [F, H, W, 3], as an MP4 of x264's, by the preset that is common; returns its path."""
     _, height, width, _ = frames.shape
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
-    command += ["-r", "25", "-i", "pipe:0", "-c:v", "libx264", "-crf", str(crf), "-pix_fmt", "yuv420p", *more, path]
-    subprocess.run(command, input=np.ascontiguousarray(frames).tobytes(), check=True)
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", "25", "-i", "pipe:0"]
+    encoder = ["-c:v", "libx264", "-crf", str(crf), "-pix_fmt", "yuv420p", *more, path]
+    rivals.ffmpeg([*source, *encoder], "encode H.264", np.ascontiguousarray(frames).tobytes())
     return path
 
 
@@ -98,8 +96,8 @@ def pyav(path, length, first=None):
 
 
 def ffmpeg(path, length, size):
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-threads", "1", "-i", path]
-    out = subprocess.run([*command, "-f", "rawvideo", "-pix_fmt", "gbrp", "pipe:1"], stdout=subprocess.PIPE, check=True).stdout
+    planar = ["-f", "rawvideo", "-pix_fmt", "gbrp", "pipe:1"]
+    out = rivals.ffmpeg(["-threads", "1", "-i", path, *planar], "decode H.264")
     return to_clips(np.frombuffer(bytearray(out), np.uint8).reshape(-1, 3, size, size), length)[:, :, [2, 0, 1]]
 
 
