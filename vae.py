@@ -11,6 +11,7 @@ python vae.py --dataset folder --data-dir PATH --preset nano --resolution 64
 
 import copy
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,8 @@ class EncoderConfig:
     depth: int = 18
     heads: int = 14
     patch: tuple[int, int, int] = (1, 8, 8)
+    mixing: int = 0  # heads with which tokens read the patches by weights that are learned and fixed; 0 is the paper's
+    motion: float = 1.0  # how many times as large the ViT sees what differs from a clip's time average; 1 is the paper's
 
 
 # The paper's ViT whatever the decoder. Larger and longer clips have larger patches, so that there are 4,096 of them always.
@@ -121,11 +124,15 @@ class BatchNorm(nn.Module):
 
 
 class ViT(nn.Module):
-    """Patches and N learned queries go through a transformer, only the queries' outputs are kept (Fig. 2)."""
+    """Patches and N learned queries go through a transformer, only the queries' outputs are kept (Fig. 2).
+
+    Not the paper's: with `mixing` heads, each query also gets a sum of all patches whose weights are learned and the same for
+    all videos. Attention takes thousands of steps to find out which query is to look where; a matrix learns it in hundreds.
+    """
 
     def __init__(self, config, nerv_config):
         super().__init__()
-        self.patch, self.num_tokens = config.patch, nerv_config.num_tokens
+        self.patch, self.num_tokens, self.motion = config.patch, nerv_config.num_tokens, config.motion
         self.recompute = False  # True: keep the input of each block alone, and compute the rest again in the backward pass
         pt, ph, pw = config.patch
         size = nerv_config.resolution
@@ -139,6 +146,10 @@ class ViT(nn.Module):
         self.position = nn.Parameter(grid_position(grid, config.width))
         self.query = nn.Parameter(torch.randn(nerv_config.num_tokens, config.width) * 0.02)
         self.blocks = nn.ModuleList(EncoderBlock(config.width, config.heads) for _ in range(config.depth))
+        self.mix = None
+        if config.mixing:
+            rows, columns = nerv_config.num_tokens * config.mixing, math.prod(grid)
+            self.mix = nn.Parameter(torch.randn(rows, columns) / math.sqrt(columns))
         # "Batch normalized along the token embedding dimension" (§3.1), each token by itself: at the start most of the variance
         # is between tokens, and statistics pooled over them would leave little of it to what differs between videos.
         self.norm = BatchNorm(nerv_config.num_tokens * config.width)
@@ -146,18 +157,26 @@ class ViT(nn.Module):
     def forward(self, video):
         """video [B, T, 3, H, W] in [-1, 1] -> what the queries have found in it, batch normalized: [B, N, width]."""
         pt, ph, pw = self.patch
+        if self.motion != 1:
+            still = video.mean(1, keepdim=True)
+            video = still + self.motion * (video - still)
         x = video.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(1, (-1, pt))  # [B, t, pt, 3, h, ph, w, pw]
         x = x.permute(0, 1, 4, 6, 2, 3, 5, 7).flatten(4).flatten(1, 3)  # [B, t * h * w, pt * 3 * ph * pw]
         x = self.embed(x) + self.position
         x = torch.cat([x, self.query.expand(len(x), -1, -1)], 1)
         for block in self.blocks[:-1]:
             x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
-        x = self.blocks[-1](x, last=self.num_tokens)  # what the patches would become, nothing reads
-        return self.norm(x.flatten(1)).unflatten(1, (self.num_tokens, -1))
+        queries = self.blocks[-1](x, last=self.num_tokens)  # what the patches would become, nothing reads
+        if self.mix is not None:
+            mix = self.mix.to(x.dtype).unflatten(0, (self.num_tokens, -1))  # [N, heads, patches]
+            patches = x[:, : -self.num_tokens].unflatten(2, (mix.shape[1], -1))  # [B, patches, heads, width / heads]
+            queries = queries + torch.einsum("nhp,bphc->bnhc", mix, patches).flatten(2)
+        return self.norm(queries.flatten(1)).unflatten(1, (self.num_tokens, -1))
 
     def matrices(self):
         """The weights of the transformer and of the patches: what Muon is for."""
-        return [self.embed.weight, *(p for p in self.blocks.parameters() if p.ndim == 2)]
+        mix = [] if self.mix is None else [self.mix]
+        return [self.embed.weight, *mix, *(p for p in self.blocks.parameters() if p.ndim == 2)]
 
 
 class Encoder(ViT):
@@ -288,6 +307,7 @@ class Config:
     pos_size: int = option("model", 8, "h = w of the position code (Table 2c)")
     antialias: bool = option("model", False, "a filter after each upsampling, and edges repeated, not zero")
     pictures: int = option("model", 0, "learned pictures that all videos share, for videos of one scene; 0 is the paper's")
+    mixing: int = option("model", 0, "heads of the encoder with which tokens read patches by fixed weights; 0 is the paper's")
     steps: int = option("training", 2_000_000, "optimizer steps")
     batch_size: int = option("training", 32, "clips per step, of all processes together")
     accumulate: int = option("training", 1, "parts of the batch that go through one after another, to save memory")
@@ -303,6 +323,9 @@ class Config:
     ema: float = option("training", 0.9995, "decay of the averaged weights, which are the ones to use")
     seed: int = option("training", 0, "of weights, data order and noise")
     kl_weight: float = option("losses", 1e-5, "weight of the KL divergence, summed over tokens and widths")
+    motion_weight: float = option(
+        "losses", 0.0, "further weight of the squared error in what differs between frames, which the encoder sees larger too"
+    )
     lpips: str = option("losses", "vgg", "backbone of the perceptual loss", choices=["vgg", "alex", "none"])
     lpips_weight: float = option("losses", 1.0, "weight of the perceptual loss")
     gan_weight: float = option("losses", 1.0, "weight of the adversarial loss; 0 trains no discriminator")
@@ -389,7 +412,9 @@ def main(argv=None, decoder=nerv.NeRV):
     torch.manual_seed(config.seed)
     try:
         nerv_config = dataclasses.replace(nerv.CONFIGS[config.preset], **{k: getattr(config, k) for k in DECODER})
-        vae = VAE(nerv_config, ENCODERS[config.preset], decoder).to(device)
+        # What counts so many times as much in the loss, the encoder sees in that proportion.
+        seen = {"mixing": config.mixing, "motion": math.sqrt(1 + config.motion_weight)}
+        vae = VAE(nerv_config, dataclasses.replace(ENCODERS[config.preset], **seen), decoder).to(device)
     except ValueError as error:
         raise UserError(str(error)) from None
     train_set = data.open_dataset(config, "train")
@@ -493,9 +518,13 @@ def main(argv=None, decoder=nerv.NeRV):
                     tokens = mean + torch.exp(0.5 * logvar) * noise[place : place + rows]
                     frames, real = vae.decode(tokens, t), video[:, t]
                     # Eq. 1. The KL is summed over a video's N × d numbers.
-                    l2 = (frames.float() - real).square().mean()
+                    error = frames.float() - real
+                    l2 = error.square().mean()
                     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2)).mean()
                     loss, terms = l2 + config.kl_weight * kl, {"l2": l2, "kl": kl}
+                    if config.motion_weight:
+                        terms["motion"] = (error - error.mean(1, keepdim=True)).square().mean()
+                        loss = loss + config.motion_weight * terms["motion"]
                     if perceptual:
                         terms["lpips"] = perceptual(at_least_64(frames), at_least_64(real))
                         loss = loss + config.lpips_weight * terms["lpips"]
