@@ -147,6 +147,8 @@ class ViT(nn.Module):
         self.query = nn.Parameter(torch.randn(nerv_config.num_tokens, config.width) * 0.02)
         self.blocks = nn.ModuleList(EncoderBlock(config.width, config.heads) for _ in range(config.depth))
         self.mix = None
+        if config.mixing < 0 or config.mixing and config.width % config.mixing:
+            raise ValueError(f"mixing {config.mixing}: heads must divide the encoder's width of {config.width}")
         if config.mixing:
             rows, columns = nerv_config.num_tokens * config.mixing, math.prod(grid)
             self.mix = nn.Parameter(torch.randn(rows, columns) / math.sqrt(columns))
@@ -404,6 +406,8 @@ def main(argv=None, decoder=nerv.NeRV):
     utils.check_positive(config, "log_every", "save_every", "gan_every", "r1_every", "gan_width")
     if not 0.25 <= config.crop_scale <= 1:
         raise UserError(f"--crop-scale {config.crop_scale}: it is a share of the frame's side, 0.25 to 1")
+    if config.motion_weight < 0 or config.motion_weight and config.decode_frames == 1:
+        raise UserError(f"--motion-weight {config.motion_weight}: it is 0 or more, and motion takes two --decode-frames")
     device, rank, world = utils.start_processes(config.device)
     rows = utils.rows_per_process(config.batch_size, config.accumulate, world)  # clips that this process takes at a time
     if rows * world < 2:

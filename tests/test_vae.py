@@ -62,6 +62,43 @@ def test_the_last_block_computes_the_queries_only_and_they_are_as_ever():
     assert lengths == [2 * 4 * 8 + 6, 6]
 
 
+@torch.no_grad()
+def test_mixing_adds_a_fixed_sum_of_patches_to_each_query():
+    torch.manual_seed(0)
+    vit = vae.ViT(EncoderConfig(width=24, depth=2, heads=2, patch=(2, 8, 8), mixing=3), TINY).double().eval()
+    plain = vae.ViT(EncoderConfig(width=24, depth=2, heads=2, patch=(2, 8, 8)), TINY).double().eval()
+    assert vit.mix.shape == (6 * 3, 2 * 4 * 4) and any(p is vit.mix for p in vit.matrices())
+    plain.load_state_dict({name: value for name, value in vit.state_dict().items() if name != "mix"})
+    video, patches = torch.rand(2, 4, 3, 32, 32, dtype=torch.float64), []
+    plain.blocks[-1].register_forward_pre_hook(lambda layer, args: patches.append(args[0][:, :-6]))  # [2, 32, 24]
+    wanted = plain(video)
+    for n in range(6):
+        for head in range(3):
+            own = slice(8 * head, 8 * head + 8)
+            read = sum(vit.mix[3 * n + head, patch] * patches[0][:, patch, own] for patch in range(32))
+            wanted[:, n, own] += read / math.sqrt(1 + vit.norm.eps)  # what a fresh batch norm makes of it
+    torch.testing.assert_close(vit(video), wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", ["--mixing 3", "--mixing -1", "--motion-weight -1", "--motion-weight 1 --decode-frames 1"])
+def test_mixing_and_motion_that_cannot_be(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(utils.UserError, match=options.split()[0].strip("-")):
+        vae.main(options.split())
+
+
+@torch.no_grad()
+def test_motion_makes_what_differs_from_the_time_average_larger():
+    torch.manual_seed(0)
+    model, video = tiny((2, 8, 8)), torch.rand(2, 4, 3, 32, 32)
+    larger = VAE(TINY, dataclasses.replace(model.encoder_config, motion=3.0)).eval()
+    larger.load_state_dict(model.state_dict())
+    still = video.mean(1, keepdim=True)
+    torch.testing.assert_close(larger.encode(video)[0], model.encode(3 * video - 2 * still)[0], rtol=0, atol=1e-5)
+    still = still.expand_as(video)
+    torch.testing.assert_close(larger.encode(still)[0], model.encode(still)[0], rtol=0, atol=1e-5)
+
+
 def test_places_of_patches_are_distinct():
     code = grid_position((4, 8, 8), 128)
     assert code.shape == (256, 128) and torch.pdist(code).min() > 1e-2
@@ -154,7 +191,8 @@ def test_reconstruct_is_the_same_in_any_batches():
     torch.testing.assert_close(vae.reconstruct(model, clips, "cpu", batch_size=2), whole, rtol=1e-4, atol=1e-5)
 
 
-def test_training_minimizes_the_squared_error_and_the_kl_to_a_standard_normal(tmp_path, monkeypatch):
+@pytest.mark.parametrize("motion", [0, 2.5])
+def test_training_minimizes_the_squared_error_and_the_kl_to_a_standard_normal(tmp_path, monkeypatch, motion):
     # The losses of a real step of vae.py, against torch.distributions and a plain mean.
     posteriors, logged, decoded = [], [], []
     encode, decode = VAE.encode, VAE.decode
@@ -176,6 +214,7 @@ def test_training_minimizes_the_squared_error_and_the_kl_to_a_standard_normal(tm
     monkeypatch.setattr(utils.RunLog, "add", lambda self, **values: logged.append(values))
     monkeypatch.setattr(utils.RunLog, "step", lambda self, step: False)
     options = "--steps 2 --batch-size 4 --kl-weight 0.01 --decode-frames 4 --bf16 off --out vae.pt --run-dir run"
+    options += f" --motion-weight {motion} --mixing 4"
     monkeypatch.setattr("sys.argv", ["vae.py", *options.split()])
     monkeypatch.chdir(tmp_path)
     vae.main()
@@ -185,7 +224,9 @@ def test_training_minimizes_the_squared_error_and_the_kl_to_a_standard_normal(tm
         l2 = (frames - video[:, t]).square().mean()
         torch.testing.assert_close(values["kl"].detach(), kl, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(values["l2"].detach(), l2, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(values["loss"].detach(), l2 + 0.01 * kl, rtol=1e-4, atol=1e-5)
+        error = frames - video[:, t]
+        moving = sum((error[:, i] - error.sum(1) / 4).square().mean() for i in range(4)) / 4
+        torch.testing.assert_close(values["loss"].detach(), l2 + motion * moving + 0.01 * kl, rtol=1e-4, atol=1e-5)
         assert len(t) == 4 and len(set(t.tolist())) == 4 and 0 <= t.min() and t.max() < 16
 
 
