@@ -7,6 +7,7 @@ a method of your own is another row. Numbers are those of the published configur
 stem's map: so all widths follow from C0, and C0 follows from the number of parameters that is asked for (`plan`).
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -92,6 +93,9 @@ METHODS = {
         expansion=4, reduction=(1.2, 1.4), multiple=8, lr=1e-3,
     ),
 }  # fmt: skip
+# Two of them with one thing changed, for claims of HTD: what flow costs, and where parameters are best.
+METHODS["ffnerv-flowless"] = dataclasses.replace(METHODS["ffnerv"], flow=False)
+METHODS["rnerv-steep"] = dataclasses.replace(METHODS["rnerv"], reduction=(2.0, 2.0))
 
 
 class Network(nn.Module):

@@ -99,7 +99,9 @@ def formula(name, p):
         return T * (16 * h * w + 2 * 10 * 20) + conv(16, c0, 1) + shuffles(p, [1, 3, 5, 5, 5]) + unit + head
     if name == "ffnerv":
         return grid + grouped(p) + conv(p.channels[1], 12, 1) + conv(last, 2, 1) + head
-    if name in ("rnerv", "rnerv+"):
+    if name == "ffnerv-flowless":
+        return grid + grouped(p) + head
+    if name in ("rnerv", "rnerv+", "rnerv-steep"):
         return grid + grouped(p) + time_skips(p) + head
     assert name == "hinerv"
     total = h * w * (4 * round(0.3 * T) + 8 * round(0.15 * T)) + conv(12, c0, 3) + head
@@ -359,7 +361,9 @@ class Frames:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_overfits(name, tmp_path):
     frames = moving_frames()
-    size, steps = {"plain": ("100k", 60), "hinerv": ("60k", 130), "ffnerv": ("60k", 90)}.get(name, ("60k", 50))
+    size, steps = {"plain": ("100k", 60), "hinerv": ("60k", 130), "ffnerv": ("60k", 90), "ffnerv-flowless": ("60k", 90)}.get(
+        name, ("60k", 50)
+    )
     one = fit.Fit(name, Frames(frames), fit.Config(size=size, steps=steps, batch_size=4, lr=1e-2), torch.device("cpu"))
     assert fit.frame_psnr(np.repeat(frames.mean(0, keepdims=True), 4, 0), frames).mean() < 21
     while one.progress < 1:

@@ -1,0 +1,154 @@
+"""The NeRV family on one video in equal time, seed after seed, and what HTD claims of it: fit.py's report of many runs.
+
+python -m studies.fit --video bunny.mp4 --resize 160x320 --frames 0:132          ten minutes a method, three seeds
+python -m studies.fit --video bunny.mp4 --resize 160x320 --minutes 3 --seeds 1 --methods ffnerv rnerv
+
+A seed is one run of fit.py with all methods in turns, step by step. It is resumed where it stopped, and a seed that is done is
+not done again. "HTD" is the paper that fit.py is after.
+"""
+
+import csv
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import fit
+from common import plot, rivals, utils
+from common.methods import METHODS
+from common.tables import table
+from common.utils import UserError, option
+from studies.codec import rival_of
+
+TIMES = {"1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2, "end": 1.0}  # of the training, at which PSNR is in the table
+# What HTD says -> (method, those it is better than, when); "all" is every other method of the paper.
+CLAIMS = {
+    "RNeRV is best when time is short": ("rnerv", "all", "1/8"),
+    "RNeRV is best when time is medium": ("rnerv", "all", "1/2"),
+    "HiNeRV is best when time is long": ("hinerv", "all", "end"),
+    "HiNeRV is behind RNeRV before": ("rnerv", ["hinerv"], "1/8"),
+    "flow costs more than it gives": ("ffnerv-flowless", ["ffnerv"], "end"),
+    "parameters toward later layers help": ("rnerv", ["rnerv-steep"], "end"),
+}
+OURS = ("rnerv+", "ffnerv-flowless", "rnerv-steep")  # rows that are not a method of the paper
+
+
+@dataclass
+class Config:
+    video: str = option("what", "", "the video to fit")
+    resize: str = option("what", "", "fit it at this height and width, 160x320, cut to that shape")
+    frames: str = option("what", "", "first and last of its frames, the last one left out; default: all")
+    methods: list = option("what", list(METHODS), "rows of common/methods.py", nargs="+", choices=list(METHODS))
+    size: str = option("what", "1.5M", "parameters of each")
+    bits: int = option("what", 6, "of a stored parameter, 4 to 8")
+    minutes: float = option("training", 10.0, "of each method in each seed")
+    seeds: int = option("training", 3, "runs of each method")
+    out_dir: str = option("output", "out/fit", "a directory for each seed, curves.png and the files go here")
+
+
+def run(config, seed):
+    """Fit all methods with one seed, or take what is there -> ({method: report}, {method: [(seconds, PSNR), …]})."""
+    directory = Path(config.out_dir) / f"seed{seed}"
+    if not (directory / "report.csv").is_file():
+        command = [
+            sys.executable,
+            "fit.py",
+            Path(config.video).resolve(),
+            "--method",
+            ",".join(config.methods),
+            "--size",
+            config.size,
+        ]
+        command += ["--bits", config.bits, "--minutes", config.minutes, "--seed", seed, "--resume"]
+        command += ["--run-dir", directory.resolve(), "--out", directory.resolve() / "video.nerv"]
+        command += ["--resize", config.resize] if config.resize else []
+        command += ["--frames", config.frames] if config.frames else []
+        done = subprocess.run(list(map(str, command)), cwd=Path(__file__).parent.parent)
+        if done.returncode:
+            raise UserError(f"seed {seed}: fit.py ended with {done.returncode}")
+    with open(directory / "report.csv", newline="") as file:
+        reports = {row["method"]: row for row in csv.DictReader(file)}
+    curves = {name: [] for name in reports}
+    with open(directory / "curves.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            curves[row["method"]].append((float(row["seconds"]), float(row["PSNR"])))
+    if missing := [name for name in config.methods if name not in reports]:
+        raise UserError(f"{directory} is of other methods, without {missing[0]}: use another --out-dir")
+    return reports, curves
+
+
+def at(curve, seconds):
+    """The last PSNR of a curve [(seconds, PSNR), …] up to that time, NaN before its first point.
+
+    A point comes a step late, and so 2 % later counts.
+    """
+    return ([np.nan] + [quality for when, quality in curve if when <= 1.02 * seconds])[-1]
+
+
+def verdict(ours, others):
+    """Is a method better, by PSNR of each seed, ours [S] and {other: [S]}? (margin in dB, spread, "yes | no | not separated").
+
+    The margin is to the best other by its mean over seeds; the spread is the range of that difference over seeds. One seed has
+    none, and separates nothing.
+    """
+    best = max(others.values(), key=np.mean)
+    gap = np.subtract(ours, best)
+    margin, spread = gap.mean(), np.ptp(gap) if len(gap) > 1 else np.inf
+    return margin, spread, "not separated" if abs(margin) <= spread else "yes" if margin > 0 else "no"
+
+
+def main():
+    config = utils.parse_options(Config, __doc__)
+    utils.check_positive(config, "seeds", "minutes")
+    if not config.video:
+        raise UserError("name a video with --video")
+    runs = [run(config, seed) for seed in range(config.seeds)]
+    whole = 60 * config.minutes
+    found = {
+        name: {when: [at(curves[name], share * whole) for _, curves in runs] for when, share in TIMES.items()}
+        for name in config.methods
+    }
+
+    def spread(values):
+        return f"{np.mean(values):.2f}" + (f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else "")
+
+    rows = []
+    for name in config.methods:
+        sizes = [int(reports[name]["bytes"]) for reports, _ in runs]
+        steps = np.mean([int(reports[name]["steps"]) for reports, _ in runs])
+        written = [float(reports[name]["PSNR, dB"]) for reports, _ in runs]
+        shown = [spread(found[name][when]) for when in list(TIMES)[:-1]] + [spread(written)]
+        rows.append([name, runs[0][0][name]["parameters"], f"{np.mean(sizes):,.0f}", f"{steps:,.0f}", *shown])
+    print(f"PSNR in dB, mean of {config.seeds} seeds (least to most); at the end, of the files\n")
+    table(["method", "parameters", "bytes", "steps", *TIMES], rows)
+
+    v = fit.Video(config.video, fit.Config(resize=config.resize, frames=config.frames))
+    budget = int(np.mean([int(reports[name]["bytes"]) for reports, _ in runs for name in config.methods]))
+    print(f"\nOther codecs, at constant quality, within the mean of these files, {budget:,} bytes\n")
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        for name in rivals.available():
+            made, size = rival_of(name, np.array(v.frames), v.rate, budget, f"{directory}/a")
+            quality = np.mean(fit.frame_psnr(made, v.frames))
+            rows.append([name, f"{size:,}", f"{quality:.2f}"])
+    table(["codec", "bytes", "PSNR in dB"], rows)
+
+    rows = []
+    for claim, (name, others, when) in CLAIMS.items():
+        others = [m for m in config.methods if m not in (name, *OURS)] if others == "all" else others
+        if name in config.methods and others and set(others) <= set(config.methods):
+            margin, wide, said = verdict(found[name][when], {m: found[m][when] for m in others})
+            rows.append([claim, when, f"{margin:+.2f}", "one seed" if np.isinf(wide) else f"{wide:.2f}", said])
+    print()
+    table(["claim", "at", "margin in dB", "spread", "verdict"], rows)
+    marks = [whole * share for share in (*fit.MARKS, 1.0)]
+    lines = {name: [(s, np.mean([at(curves[name], s) for _, curves in runs])) for s in marks] for name in config.methods}
+    lines = {name: [point for point in points if np.isfinite(point[1])] for name, points in lines.items()}
+    plot.families(f"{config.out_dir}/curves.png", [("seconds of training", "PSNR after quantization, dB", lines)])
+
+
+if __name__ == "__main__":
+    utils.run(main)
