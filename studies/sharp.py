@@ -46,11 +46,15 @@ ROWS = {
     "LPIPS, twice the weight": "--lpips alex --lpips-weight 0.1",
     "4 frames a step": "--decode-frames 4",
     "batch of 32, one frame": "--batch-size 32 --decode-frames 1",
+    "mixing": "--mixing 8",
+    "motion": "--motion-weight 10",
+    "mixing, motion": "--mixing 8 --motion-weight 10",
     "pictures": "--pictures 256",  # for videos of one scene
-    "pictures, less KL": "--pictures 256 --kl-weight 2e-7",
+    "pictures, mixing": "--pictures 256 --mixing 8",
+    "pictures, mixing, motion": "--pictures 256 --mixing 8 --motion-weight 10",
 }
 STEPS = (0, 3, 10, 80)  # of refinement
-COLUMNS = ["row", "seed", "settings", "revision", "seconds", *(f"psnr{k}" for k in STEPS), "linear", "fine", "mesh", "lpips"]
+COLUMNS = ["row", "seed", "settings", "revision", "seconds", *(f"psnr{k}" for k in STEPS), "linear", "motion", "fine", "mesh", "lpips"]
 
 
 @dataclass
@@ -80,6 +84,15 @@ def mesh(real, made):
         flat = (alternating(a).abs().amax(2, keepdim=True) < 0.01).expand(-1, -1, 3, -1, -1)
         power.append(alternating(b)[flat].square().mean())
     return (sum(power) / 2).sqrt().item() * 127.5
+
+
+def motion(real, made):
+    """How much of what moves is there, in percent: what differs from each clip's time average, [B, T, 3, H, W] both.
+
+    100 is all of it, 0 is as wrong as a still picture, and less is worse than that.
+    """
+    moves, error = (x - x.mean(1, keepdim=True) for x in (real, real - made))
+    return 100 * (1 - error.square().mean() / moves.square().mean()).item()
 
 
 @torch.no_grad()
@@ -123,6 +136,7 @@ def run(config, row, seed):
     found = {f"psnr{k}": round(psnr(clips, made[k]), 2) for k in STEPS}
     found |= {
         "linear": round(linear(network, train_set, clips), 2),
+        "motion": round(motion(clips, made[0]), 1),
         "fine": round(100 * (fine_power(made[0]).mean() / fine_power(clips).mean()).item(), 1),
         "mesh": round(mesh(clips, made[0]), 2),
     }

@@ -208,6 +208,16 @@ def test_mesh_is_what_alternates_on_flat_places_only():
     assert sharp.mesh(real, edge) < everywhere
 
 
+def test_motion_is_what_differs_from_the_time_average():
+    torch.manual_seed(0)
+    real = torch.randn(2, 5, 3, 4, 4)
+    still = real.mean(1, keepdim=True)
+    assert sharp.motion(real, real + 7) == pytest.approx(100, abs=1e-3)  # another colour is no motion
+    assert sharp.motion(real, still.expand_as(real)) == pytest.approx(0, abs=1e-3)
+    assert sharp.motion(real, still + 0.9 * (real - still)) == pytest.approx(99, abs=1e-3)
+    assert sharp.motion(real, 2 * still - real) == pytest.approx(-300, abs=1e-3)
+
+
 def test_linear_finds_what_the_tokens_tell_and_no_more():
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(6, 3 * 8 * 8, generator=generator) / 20
