@@ -54,7 +54,8 @@ ROWS = {
     "pictures, mixing, motion": "--pictures 256 --mixing 8 --motion-weight 10",
 }
 STEPS = (0, 3, 10, 80)  # of refinement
-COLUMNS = ["row", "seed", "settings", "revision", "seconds", *(f"psnr{k}" for k in STEPS), "linear", "motion", "fine", "mesh", "lpips"]
+COLUMNS = ["row", "seed", "settings", "revision", "seconds", *(f"psnr{k}" for k in STEPS)]
+COLUMNS += ["linear", "motion", "fine", "mesh", "lpips"]
 
 
 @dataclass
