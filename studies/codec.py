@@ -24,6 +24,9 @@ from common.videofile import VideoFile, decode_frames
 @dataclass
 class Config:
     points: list = option("curves and dial", ["out/rd/points.csv"], "points.csv of one or more comparisons", nargs="+")
+    fits: list = option(
+        "dial", [], "report.csv of fit.py runs, one for each of the same videos: a full fit, as one more point", nargs="+"
+    )
     below: float = option("curves and dial", 0.0, "bits per pixel of x264 up to which BD-rates count; 0: where curves overlap")
     ckpt: str = option("frames", "codec.pt", "checkpoint of `codec.py train`")
     data_dir: str = option("frames", "", "folder of videos, of which those held out are shown")
@@ -62,14 +65,31 @@ def curves(config):
     rd.report(config.out_dir, rows, config.below)
 
 
+def fitted(paths):
+    """(method, seconds a video, PSNR in dB of all frames together, bytes a video) of fit.py's reports, one a video."""
+    rows = []
+    for path in paths:
+        try:
+            with open(path, newline="") as file:
+                rows.append(next(csv.DictReader(file)))
+        except (OSError, StopIteration):
+            raise UserError(f"cannot read {path}: it is to be a report.csv of fit.py") from None
+    error = np.mean([255**2 * 10 ** (-float(row["of all frames"]) / 10) for row in rows])
+    seconds, size = (float(np.mean([float(row[name]) for row in rows])) for name in ("seconds", "bytes"))
+    return rows[0]["method"], seconds, rd.psnr(error), size
+
+
 def dial(config):
-    """Each setting of ours is a line, its points are numbers of steps; each other codec is one too."""
+    """Each setting of ours is a line, its points are numbers of steps; each other codec is one too, and so is a full fit."""
     lines = {}
     for row in read_points(config.points):
         name = f"ours, {row['setting']}" if row["codec"].startswith("ours") else row["codec"]
         lines.setdefault(name, []).append(
             (row["seconds"] / row["videos"], row["psnr"], row["bytes"] / row["videos"], row["codec"])
         )
+    if config.fits:
+        method, *point = fitted(config.fits)
+        lines[f"fit.py, {method}"] = [(*point, "a network of its own")]
     plot.families(
         f"{config.out_dir}/dial.png",
         [("seconds of encoding a video", "PSNR in dB", {name: [p[:2] for p in points] for name, points in lines.items()})],

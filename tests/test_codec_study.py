@@ -36,6 +36,15 @@ def test_points_of_two_models_are_one_curve(tmp_path, capsys):
     assert f"{100 * share:+.1f} %" in capsys.readouterr().out
     study.dial(study.Config(points=[first, second], out_dir=str(tmp_path)))
     assert "ours, a" in (said := capsys.readouterr().out) and "1.50" in said  # seconds a video
+    for name, quality, size in (("fit a", 30.0, 100), ("fit b", 20.0, 300)):
+        row = {"method": "rnerv", "of all frames": quality, "seconds": 60, "bytes": size}
+        (tmp_path / f"{name}.csv").write_text(",".join(row) + "\n" + ",".join(map(str, row.values())) + "\n")
+    fits = [str(tmp_path / "fit a.csv"), str(tmp_path / "fit b.csv")]
+    study.dial(study.Config(points=[second], fits=fits, out_dir=str(tmp_path)))
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("fit.py, rnerv", "60.00", "22.60", "200"))  # a mean of errors, not of dB
+    with pytest.raises(UserError, match="report.csv of fit.py"):
+        study.fitted([str(tmp_path / "none.csv")])
     with pytest.raises(UserError, match="same videos"):
         study.curves(study.Config(points=[first, points(tmp_path / "d.csv", "x265", x264, videos=3)], out_dir=str(tmp_path)))
 
