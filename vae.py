@@ -48,7 +48,7 @@ class EncoderConfig:
 ENCODERS = {
     name: EncoderConfig(patch=(c.num_frames // 16, c.resolution // 16, c.resolution // 16)) for name, c in nerv.CONFIGS.items()
 }
-ENCODERS["nano"] = EncoderConfig(width=128, depth=3, heads=4, patch=(4, 8, 8))
+ENCODERS["nano"] = EncoderConfig(width=128, depth=3, heads=4, patch=(4, 8, 8), mixing=8)
 
 
 class Attention(nn.Module):
@@ -357,7 +357,8 @@ class Config:
 def preset_defaults(args):
     """The defaults that --preset and --dataset imply."""
     name = args.preset or ("nano" if args.dataset in data.DRAWN else "S")
-    defaults = {k: getattr(nerv.CONFIGS[name], k) for k in DECODER} | {"preset": name} | data.DEFAULTS.get(args.dataset, {})
+    defaults = {k: getattr(nerv.CONFIGS[name], k) for k in DECODER} | {"mixing": ENCODERS[name].mixing}
+    defaults |= {"preset": name} | data.DEFAULTS.get(args.dataset, {})
     if name == "nano":  # small enough for two CPU cores, and nothing to download
         defaults.update(steps=2000, batch_size=16, decode_frames=2, lr=1.5e-3, warmup=50, kl_weight=1e-6, ema=0.99)
         defaults.update(optimizer="muon", renorm=0.3)  # see docs/sharp.md

@@ -32,7 +32,7 @@ from vae import at_least_64, fine_power, load_vae, psnr, reconstruct
 
 # Name -> options of vae.py. "before" is nano as it was; each of the others is nano with one thing as it was, or one thing more.
 ROWS = {
-    "before": "--optimizer adamw --lr 1e-3 --renorm 1 --no-antialias",
+    "before": "--optimizer adamw --lr 1e-3 --renorm 1 --no-antialias --mixing 0",
     "nano": "",
     "adamw": "--optimizer adamw --lr 1e-3",
     "muon at 1e-3": "--lr 1e-3",
@@ -46,12 +46,11 @@ ROWS = {
     "LPIPS, twice the weight": "--lpips alex --lpips-weight 0.1",
     "4 frames a step": "--decode-frames 4",
     "batch of 32, one frame": "--batch-size 32 --decode-frames 1",
-    "mixing": "--mixing 8",
+    "no mixing": "--mixing 0",
     "motion": "--motion-weight 10",
-    "mixing, motion": "--mixing 8 --motion-weight 10",
     "pictures": "--pictures 256",  # for videos of one scene
-    "pictures, mixing": "--pictures 256 --mixing 8",
-    "pictures, mixing, motion": "--pictures 256 --mixing 8 --motion-weight 10",
+    "pictures, no mixing": "--pictures 256 --mixing 0",
+    "pictures, motion": "--pictures 256 --motion-weight 10",
 }
 STEPS = (0, 3, 10, 80)  # of refinement
 COLUMNS = ["row", "seed", "settings", "revision", "seconds", *(f"psnr{k}" for k in STEPS)]

@@ -145,7 +145,7 @@ def test_muon_skips_what_is_not_finite_and_resumes():
 def test_every_matrix_of_the_transformer_is_muons(stage1):
     names = {name for name, p in stage1.encoder.named_parameters() if any(p is m for m in stage1.encoder.matrices())}
     blocks = [f"blocks.{i}.{part}.weight" for i in range(3) for part in ("attention.qkv", "attention.out", "mlp.0", "mlp.2")]
-    assert names == {"embed.weight", *blocks}
+    assert names == {"embed.weight", "mix", *blocks}
     assert isinstance(adamw([torch.nn.Parameter(torch.zeros(1))], 0.1), torch.optim.AdamW)
 
 
