@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import nerv
 import vae
 from common import utils
-from common.optim import Muon, adamw
+from common.optim import Muon, adamw, orthogonalize
 from common.video import to_clip, to_frames
 from data import Shapes
 from studies import sharp
@@ -97,6 +97,19 @@ def test_muon_steps_along_the_nearest_orthogonal_matrix_and_adamw_beside_it():
     cosine = F.cosine_similarity(moved.flatten(), (u @ v).flatten(), dim=0)
     assert cosine > 0.97  # Newton-Schulz steps are no exact polar decomposition
     assert 0.5 < moved.square().mean().sqrt() / (0.1 * 0.2) < 1.5  # the size of AdamW's updates (Liu et al. 2025)
+
+
+@pytest.mark.parametrize("shape", [(12, 90), (90, 12), (12, 12)])
+def test_steps_on_the_gram_matrix_are_those_on_the_matrix(shape):
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    x = u @ torch.diag(torch.logspace(0, -6, 12, dtype=torch.float64)) @ v  # singular values of 1 to a millionth
+    wanted = x / x.norm()
+    for _ in range(5):
+        square = wanted @ wanted.T
+        wanted = 3.4445 * wanted - 4.7750 * square @ wanted + 2.0315 * square @ square @ wanted
+    torch.testing.assert_close(orthogonalize(x), wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(orthogonalize(x.float()), wanted.float(), rtol=0, atol=1e-3)
 
 
 def test_muon_is_torchs():
