@@ -44,6 +44,7 @@ ROWS = {
     "LPIPS": "--lpips alex",
     "LPIPS, no filter, zero edges": "--lpips alex --no-antialias",
     "LPIPS, twice the weight": "--lpips alex --lpips-weight 0.1",
+    "LPIPS, the paper's weight": "--lpips alex --lpips-weight 1",
     "4 frames a step": "--decode-frames 4",
     "batch of 32, one frame": "--batch-size 32 --decode-frames 1",
     "no mixing": "--mixing 0",
