@@ -113,6 +113,11 @@ class DiT(nn.Module):
         step = self.step_mlp(torch.cat([angle.cos(), angle.sin()], -1))
         return self.embed(tokens) + self.position, step, self.label(label)
 
+    def matrices(self):
+        """The weights of attention and MLPs: what Muon is for. Modulations begin at zero, and are AdamW's."""
+        layers = [layer for block in self.blocks for layer in (block.attention.qkv, block.attention.out, *block.mlp[::2])]
+        return [layer.weight for layer in layers]
+
     def read_out(self, x, condition):
         """What comes out: tokens [B, N, width] after the last block, condition [B, width] -> ε [B, N, d]."""
         shift, scale = self.adaln(condition).chunk(2, -1)
@@ -240,9 +245,12 @@ class Config:
     steps: int = option("training", 1_000_000, "optimizer steps")
     batch_size: int = option("training", 64, "clips per step, of all processes together")
     accumulate: int = option("training", 1, "parts of the batch that go through one after another, to save memory")
-    lr: float = option("training", 1e-4, "peak learning rate of AdamW, reached after the warm-up, then cosine decay")
+    optimizer: str = option(
+        "training", "adamw", "muon: for the matrices of attention and MLPs, AdamW for the rest", choices=["adamw", "muon"]
+    )
+    lr: float = option("training", 1e-4, "peak learning rate, reached after the warm-up, then cosine decay")
     warmup: int = option("training", 10_000, "steps of linear warm-up")
-    weight_decay: float = option("training", 0.01, "of AdamW")
+    weight_decay: float = option("training", 0.01, "of the optimizer")
     grad_clip: float = option("training", 1.0, "largest norm of the gradient")
     min_snr_gamma: float = option("training", 5.0, "γ of the Min-SNR loss weight; 0 weights all steps alike")
     scheduled_sampling: float = option("training", 0.25, "share of steps that train on the model's own prediction too")
@@ -383,7 +391,7 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
     dit_config = DiTConfig(c.num_tokens, c.token_dim, len(classes), cond_frames, **SIZES[config.preset])
     model = denoiser(dit_config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = make_optimizer(model, [], config.weight_decay)
+    optimizer = make_optimizer(model, model.matrices() if config.optimizer == "muon" else [], config.weight_decay)
     parts = {"model": model, "step": utils.FiniteStep(model, optimizer, config.grad_clip)}  # what goes on, beside ema
     start, latent_scale = 0, None
     if ckpt := utils.resume(config, "dit", denoiser=denoiser):
