@@ -50,6 +50,13 @@ def test_every_input_matters_once_trained():
         assert (other - out).abs().max() > 1e-4
 
 
+def test_the_matrices_of_attention_and_mlps_are_muons():
+    model = DiT(TINY)
+    names = {name for name, p in model.named_parameters() if any(p is matrix for matrix in model.matrices())}
+    parts = ("attention.qkv", "attention.out", "mlp.0", "mlp.2")
+    assert names == {f"blocks.{i}.{part}.weight" for i in range(2) for part in parts}
+
+
 def test_gradient_reaches_all_parameters_after_a_step():
     model = trained_like().train()
     model(torch.randn(4, 6, 5), torch.arange(4), torch.arange(4)).square().sum().backward()

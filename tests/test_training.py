@@ -99,6 +99,7 @@ RESUMES = {  # what docs/training.md promises, beside the two kills above
     "stage 1, blocks computed again": "vae.py --batch-size 4 --save-every 3 --recompute on",
     "stage 2, bfloat16": "dit.py --batch-size 4 --save-every 3 --num-latents 32 --bf16 on",
     "stage 2, clips encoded anew": "dit.py --batch-size 4 --save-every 3 --no-cache-latents",
+    "stage 2, Muon": "dit.py --batch-size 4 --save-every 3 --num-latents 32 --optimizer muon",
 }
 
 
