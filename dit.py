@@ -24,6 +24,7 @@ import data
 import nerv
 from common import progress, utils
 from common.optim import make_optimizer
+from common.principal import Principal
 from common.utils import UserError, option
 from common.video import tile, to_clip, to_frames, write_sheet
 from vae import Attention, load_vae
@@ -236,6 +237,9 @@ class Config:
     dataset: str = option("data", "", "default: the one the checkpoint was trained on", choices=["", *data.DATASETS])
     data_dir: str = option("data", "", "default: the one the checkpoint was trained on")
     cache_latents: bool = option("data", False, "encode clips once, into a cache on disk beside --out, not anew at every step")
+    principal: int = option(
+        "data", 0, "diffuse so many principal components of the cached latents, at unit deviation each; 0: tokens, by one scale"
+    )
     refine: int = option("data", 0, "gradient steps on the tokens of a clip after the encoder's guess")
     num_latents: int = option("data", 0, "clips in the cache; 0: ten of every video")
     cache_dir: str = option("data", "data/cache", "directory of the caches of decoded frames")
@@ -388,7 +392,13 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
     if list(train_set.classes) != classes:
         raise UserError(f"{config.ckpt} was trained on the classes {classes}, and {config.dataset} has {train_set.classes}")
     torch.manual_seed(config.seed)
-    dit_config = DiTConfig(c.num_tokens, c.token_dim, len(classes), cond_frames, **SIZES[config.preset])
+    if config.principal < 0 or config.principal % c.num_tokens or config.principal > c.num_tokens * c.token_dim:
+        most = c.num_tokens * c.token_dim
+        raise UserError(f"--principal {config.principal}: it is a multiple of the {c.num_tokens} tokens, up to {most}")
+    if config.principal and (not config.cache_latents or config.num_latents < config.principal):
+        raise UserError(f"--principal {config.principal} takes --cache-latents, and as many --num-latents or more")
+    width = config.principal // c.num_tokens or c.token_dim  # of a token that is diffused
+    dit_config = DiTConfig(c.num_tokens, width, len(classes), cond_frames, **SIZES[config.preset])
     model = denoiser(dit_config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model, model.matrices() if config.optimizer == "muon" else [], config.weight_decay)
@@ -398,7 +408,7 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
         ema.load_state_dict(ckpt["ema"])
         for name, part in parts.items():
             part.load_state_dict(ckpt["training"][name])
-        start, latent_scale = ckpt["step"], ckpt["latent_scale"]
+        start, latent_scale, vae_ckpt = ckpt["step"], ckpt["latent_scale"], ckpt["vae"]  # with its components
     alpha, sigma = noise_schedule(device)
 
     # Latents: encoded once, or anew at every step. The first ones set the scale that brings them to unit deviation.
@@ -412,6 +422,16 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
         latents, labels = cached_latents(
             directory, key, vae, train_set, count, cond_frames, device, rank, world, refine=config.refine
         )
+        if config.principal:
+            principal = Principal(config.principal, c.num_tokens, c.token_dim)
+            kept = principal.fit(latents[:, 0])
+            if start:
+                principal = load_vae(vae_ckpt).principal
+            latents = torch.stack(
+                [(principal.spread if i == 1 else principal)(x.float()) for i, x in enumerate(latents.unbind(1))], 1
+            )
+            vae.principal = principal.to(device)
+            vae_ckpt["ema"] = vae.state_dict()
         first = latents[:1024].float()
     else:
         batches = data.endless(train_set, stream, config.workers, device)
@@ -421,7 +441,9 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
     log = utils.RunLog(config.run_dir, config.steps, config.log_every, start, rank)
     log.print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(classes)} classes, "
-        f"latent scale {latent_scale:.4f}" + (f"; going on after step {start}" if start else "")
+        f"latent scale {latent_scale:.4f}"
+        + (f", {config.principal} components with {100 * kept:.2f} % of the variance" if config.principal else "")
+        + (f"; going on after step {start}" if start else "")
     )
     if utils.wants_compile(device, config.compile):
         model.compile()
@@ -465,7 +487,7 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
             coin = torch.rand((), generator=utils.step_generator("cpu", config.seed - 1, step)).item()  # no wait for a GPU
             scheduled = coin < config.scheduled_sampling
             random = utils.step_generator(device, config.seed, step)
-            size = (config.batch_size, c.num_tokens, c.token_dim)
+            size = (config.batch_size, c.num_tokens, width)
             posterior_noise = torch.randn(size, generator=random, device=device)
             noise = torch.randn(size, generator=random, device=device)
             t = torch.randint(1 if scheduled else 0, NUM_STEPS, size[:1], generator=random, device=device)

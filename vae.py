@@ -26,6 +26,7 @@ import losses
 import nerv
 from common import memory, utils
 from common.optim import make_optimizer
+from common.principal import Principal
 from common.utils import UserError, option
 from common.video import tile, to_clip, to_frames, write_sheet
 
@@ -213,18 +214,24 @@ class VAE(nn.Module):
         self.nerv_config, self.encoder_config = nerv_config, encoder_config
         self.encoder = Encoder(encoder_config, nerv_config)
         self.nerv = decoder(nerv_config)
+        self.principal = None  # stage 2 may put one in: then tokens are components, going in and coming out
 
     def encode(self, video):
         """video [B, T, 3, H, W] in [-1, 1] -> mean, logvar of the tokens' posterior, each [B, N, d]."""
-        return self.encoder(video)
+        mean, logvar = self.encoder(video)
+        if self.principal is None:
+            return mean, logvar
+        return self.principal(mean), 2 * self.principal.spread(torch.exp(0.5 * logvar)).log()
 
     def decode(self, tokens, t):
         """tokens [B, N, d], frame positions t [T] -> frames [B, T, 3, H, W] in [-1, 1]."""
-        return self.nerv(tokens, t)
+        return self.nerv(tokens if self.principal is None else self.principal.tokens(tokens), t)
 
     def refine(self, tokens, video, steps):
         """Tokens [B, N, d] that decode to a video better than those given (refine, below)."""
-        return refine(self.decode, tokens, video, steps)
+        if self.principal is None:
+            return refine(self.nerv, tokens, video, steps)
+        return self.principal(refine(self.nerv, self.principal.tokens(tokens), video, steps))
 
 
 def refine(decode, tokens, video, steps, lr=0.01, few=4, price=None):
@@ -253,6 +260,9 @@ def load_vae(ckpt, decoder=nerv.NeRV):
     """The VAE of a stage-1 checkpoint (also carried inside stage-2 checkpoints under "vae"), in evaluation mode."""
     with utils.fitting_checkpoint(ckpt, decoder=decoder):
         vae = VAE(nerv.NeRVConfig(**ckpt["nerv_config"]), EncoderConfig(**ckpt["encoder_config"]), decoder)
+        if "principal.deviation" in ckpt["ema"]:
+            c = vae.nerv_config
+            vae.principal = Principal(len(ckpt["ema"]["principal.deviation"]), c.num_tokens, c.token_dim)
         vae.load_state_dict(ckpt["ema"])
     return vae.eval().requires_grad_(False)
 

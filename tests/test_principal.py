@@ -1,0 +1,83 @@
+"""Principal components of tokens: the map and back, what fit finds, and a stage 2 that diffuses them."""
+
+import pytest
+import torch
+
+import dit
+from common import utils
+from common.principal import Principal
+from vae import load_vae
+
+
+def correlated(count=400):
+    """Tokens [count, 4, 3] around a mean, of three directions of deviations 5, 1 and 0.2 and nothing else."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(12, 3, generator=generator))[0].T
+    numbers = torch.randn(count, 3, generator=generator)
+    return (2 + (numbers * torch.tensor([5.0, 1.0, 0.2])) @ directions).view(-1, 4, 3)
+
+
+def test_components_have_unit_deviation_and_lead_back():
+    tokens = correlated()
+    principal = Principal(4, 4, 3)
+    assert principal.fit(tokens) == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(principal.deviation[:3], torch.tensor([5.0, 1.0, 0.2]), rtol=0.1, atol=0)
+    found = principal(tokens)
+    assert found.shape == (400, 4, 1)
+    flat = found.flatten(1)[:, :3].double()
+    torch.testing.assert_close(flat.T @ flat / 400, torch.eye(3).double(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(principal.tokens(found), tokens, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        principal.tokens(principal(tokens[:, None])), tokens[:, None], rtol=0, atol=1e-4
+    )  # any axes before
+
+
+def test_what_is_outside_is_left_out_and_the_share_says_how_much():
+    tokens = correlated()
+    principal = Principal(4, 4, 3)
+    principal.fit(tokens + 0.05 * torch.randn(400, 4, 3, generator=torch.Generator().manual_seed(1)))
+    one = Principal(4, 4, 3)
+    noisy = tokens + torch.randn(400, 4, 3, generator=torch.Generator().manual_seed(1))
+    share = one.fit(noisy)
+    error = (one.tokens(one(noisy)) - noisy).square().sum() / (noisy - noisy.mean(0)).square().sum()
+    assert share == pytest.approx(1 - error.item(), abs=1e-4) and share < 0.9
+
+
+def test_components_are_spread_over_the_tokens():
+    principal = Principal(8, 4, 3)
+    assert principal.arrange(torch.arange(8.0)).tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]]
+
+
+def test_spread_is_the_deviation_of_noise_on_the_tokens():
+    torch.manual_seed(0)
+    principal = Principal(8, 4, 3)
+    principal.fit(torch.randn(100, 4, 3) * torch.linspace(0.1, 3, 12).view(4, 3))
+    deviation = torch.rand(4, 3)
+    made = principal(deviation * torch.randn(20000, 4, 3))
+    torch.testing.assert_close(principal.spread(deviation), made.std(0), rtol=0.03, atol=0)
+
+
+def test_stage_2_of_components_decodes_encodes_and_refines_tokens(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plain = load_vae(utils.load_checkpoint(trained / "vae.pt", "vae", ""))
+    c = plain.nerv_config
+    options = f"--ckpt {trained / 'vae.pt'} --batch-size 4 --num-latents 80 --refine 0 --bf16 off --run-dir run --steps"
+    dit.main([*options.split(), "2", "--principal", f"{2 * c.num_tokens}"])
+    model, vae, scale = dit.load_dit(utils.load_checkpoint("dit.pt", "dit", ""))
+    assert model.config.token_dim == 2 and scale == pytest.approx(1, abs=0.1)
+    clips, t = torch.rand(3, c.num_frames, 3, c.resolution, c.resolution) * 2 - 1, torch.arange(c.num_frames)
+    (mean, logvar), (ours, spread) = plain.encode(clips), vae.encode(clips)
+    own = vae.principal
+    torch.testing.assert_close(ours, own(mean))
+    torch.testing.assert_close(torch.exp(0.5 * spread), own.spread(torch.exp(0.5 * logvar)))
+    torch.testing.assert_close(vae.decode(ours, t), plain.decode(own.tokens(ours), t))
+    torch.testing.assert_close(vae.refine(ours, clips, 2), own(plain.refine(own.tokens(ours), clips, 2)))
+    dit.main([*options.split(), "3", "--principal", f"{2 * c.num_tokens}", "--resume"])
+    again = dit.load_dit(utils.load_checkpoint("dit.pt", "dit", ""))[1]
+    assert torch.equal(again.principal.directions, own.directions)
+    for wrong in (c.num_tokens + 1, -c.num_tokens, 2 * c.num_tokens * c.token_dim):
+        with pytest.raises(utils.UserError, match="multiple"):
+            dit.main([*options.split(), "2", "--principal", str(wrong)])
+    for wrong in ("--no-cache-latents", "--num-latents 40"):
+        with pytest.raises(utils.UserError, match="cache-latents"):
+            dit.main([*options.split(), "2", "--principal", f"{2 * c.num_tokens}", *wrong.split()])
