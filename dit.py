@@ -238,7 +238,7 @@ class Config:
     data_dir: str = option("data", "", "default: the one the checkpoint was trained on")
     cache_latents: bool = option("data", False, "encode clips once, into a cache on disk beside --out, not anew at every step")
     principal: int = option(
-        "data", 0, "diffuse so many principal components of the cached latents, at unit deviation each; 0: tokens, by one scale"
+        "data", 0, "diffuse so many principal components of the cached latents, nearer in size; 0: tokens as they are"
     )
     refine: int = option("data", 0, "gradient steps on the tokens of a clip after the encoder's guess")
     num_latents: int = option("data", 0, "clips in the cache; 0: ten of every video")

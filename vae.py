@@ -260,9 +260,9 @@ def load_vae(ckpt, decoder=nerv.NeRV):
     """The VAE of a stage-1 checkpoint (also carried inside stage-2 checkpoints under "vae"), in evaluation mode."""
     with utils.fitting_checkpoint(ckpt, decoder=decoder):
         vae = VAE(nerv.NeRVConfig(**ckpt["nerv_config"]), EncoderConfig(**ckpt["encoder_config"]), decoder)
-        if "principal.deviation" in ckpt["ema"]:
+        if "principal.scale" in ckpt["ema"]:
             c = vae.nerv_config
-            vae.principal = Principal(len(ckpt["ema"]["principal.deviation"]), c.num_tokens, c.token_dim)
+            vae.principal = Principal(len(ckpt["ema"]["principal.scale"]), c.num_tokens, c.token_dim)
         vae.load_state_dict(ckpt["ema"])
     return vae.eval().requires_grad_(False)
 
