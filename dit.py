@@ -321,7 +321,7 @@ def cached_latents(directory, key, vae, train_set, count, cond_frames, device, r
             directory.mkdir(parents=True, exist_ok=True)
             key_file.unlink(missing_ok=True)
             np.lib.format.open_memmap(
-                latents_file, "w+", np.float16, (count, 3 if cond_frames else 2, c.num_tokens, c.token_dim)
+                latents_file, "w+", np.float16, (count, 3 if cond_frames else 2, c.num_tokens, vae.token_dim)
             )
             np.lib.format.open_memmap(labels_file, "w+", np.int64, (count,))
         utils.wait_for_all()

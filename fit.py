@@ -494,9 +494,10 @@ def explain(config):
         tokens = dit.generate(
             model.to(device), torch.tensor([config.seed % len(ckpt["classes"])], device=device), seed=config.seed
         )
-        tokens, head, count = tokens / scale, vae.to(device).nerv.to_rgb, vae.nerv_config.num_frames
+        tokens = vae.to(device).weight_tokens(tokens / scale)
+        head, count = vae.nerv.to_rgb, vae.nerv_config.num_frames
         kernel, edges = head.kernel(tokens)[0], "replicate" if head.antialias else "constant"
-        run = functools.partial(vae.decode, tokens)
+        run = functools.partial(vae.nerv, tokens)
         title += " (its shared pictures are no kernels, and not in the maps)" if vae.nerv.pictures else ""
     elif container.Reader(path).header.get("kind") == "codec":
         title = f"the first tile of {path.name}, a file of codec.py"

@@ -225,13 +225,23 @@ class VAE(nn.Module):
 
     def decode(self, tokens, t):
         """tokens [B, N, d], frame positions t [T] -> frames [B, T, 3, H, W] in [-1, 1]."""
-        return self.nerv(tokens if self.principal is None else self.principal.tokens(tokens), t)
+        return self.nerv(self.weight_tokens(tokens), t)
+
+    def weight_tokens(self, tokens):
+        """What the decoder's heads take: the tokens, or those that components stand for, [B, N, K / N] -> [B, N, d]."""
+        return tokens if self.principal is None else self.principal.tokens(tokens)
+
+    @property
+    def token_dim(self):
+        """Numbers of a token, going in and coming out."""
+        return (
+            self.nerv_config.token_dim if self.principal is None else len(self.principal.scale) // self.nerv_config.num_tokens
+        )
 
     def refine(self, tokens, video, steps):
         """Tokens [B, N, d] that decode to a video better than those given (refine, below)."""
-        if self.principal is None:
-            return refine(self.nerv, tokens, video, steps)
-        return self.principal(refine(self.nerv, self.principal.tokens(tokens), video, steps))
+        refined = refine(self.nerv, self.weight_tokens(tokens), video, steps)
+        return refined if self.principal is None else self.principal(refined)
 
 
 def refine(decode, tokens, video, steps, lr=0.01, few=4, price=None):

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 import dit
+import fit
+import sample
+import vin
 from common import utils
 from common.principal import Principal
 from vae import load_vae
@@ -76,6 +79,14 @@ def test_stage_2_of_components_decodes_encodes_and_refines_tokens(trained, tmp_p
     dit.main([*options.split(), "3", "--principal", f"{2 * c.num_tokens}", "--resume"])
     again = dit.load_dit(utils.load_checkpoint("dit.pt", "dit", ""))[1]
     assert torch.equal(again.principal.directions, own.directions)
+    # What else takes a dit.pt: long videos, contribution maps, samples, an export.
+    vin.main("--ckpt dit.pt --chunks 2 --steps 1 --batch-size 2 --num-latents 4 --run-dir run --bf16 off".split())
+    assert vin.load_vin(utils.load_checkpoint("vin.pt", "vin", ""))[0].dit.config.token_dim == 2
+    for program, words in ((fit.main, "--explain dit.pt --out maps.png"), (sample.main, "--export small.pt")):
+        monkeypatch.setattr("sys.argv", ["x", *words.split()])
+        program()
+    monkeypatch.setattr("sys.argv", ["x", *"--ckpt small.pt --interp --interp-steps 2 --steps 2 --out-dir out".split()])
+    sample.main()
     for wrong in (c.num_tokens + 1, -c.num_tokens, 2 * c.num_tokens * c.token_dim):
         with pytest.raises(utils.UserError, match="multiple"):
             dit.main([*options.split(), "2", "--principal", str(wrong)])
