@@ -137,7 +137,7 @@ def hanging(tmp_path, monkeypatch):
     """A decoder that hangs on files called stuck, after some bytes, with a child that holds its pipes open."""
     real = imageio_ffmpeg.get_ffmpeg_exe()
     fake = tmp_path / "decoder"
-    fake.write_text(f'#!/bin/sh\ncase "$*" in *stuck*) head -c 5000 /dev/zero; sleep 100 & wait;; esac\nexec "{real}" "$@"\n')
+    fake.write_text(f'#!/bin/sh\ncase "$*" in *stuck*) head -c 5000 /dev/zero; sleep 98765 & wait;; esac\nexec "{real}" "$@"\n')
     fake.chmod(0o755)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(fake))
     monkeypatch.setattr(video.imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(fake))
@@ -154,7 +154,7 @@ def test_a_decoder_that_hangs_is_killed(hanging, tmp_path, mode, monkeypatch, ca
     assert all(dataset[i][0].std() > 1 for i in range(4))
     assert time.monotonic() - start < 20
     assert "stuck.mp4: the decoder hangs: nothing for 1 s" in capsys.readouterr().out
-    sleeping = subprocess.run(["pgrep", "-f", "sleep 100"], capture_output=True, text=True).stdout.split()
+    sleeping = subprocess.run(["pgrep", "-f", "sleep 98765"], capture_output=True, text=True).stdout.split()
     assert not sleeping, "the whole group of processes is killed"
 
 
