@@ -114,15 +114,15 @@ class DiT(nn.Module):
         step = self.step_mlp(torch.cat([angle.cos(), angle.sin()], -1))
         return self.embed(tokens) + self.position, step, self.label(label)
 
-    def matrices(self):
-        """The weights of attention and MLPs: what Muon is for. Modulations begin at zero, and are AdamW's."""
-        layers = [layer for block in self.blocks for layer in (block.attention.qkv, block.attention.out, *block.mlp[::2])]
-        return [layer.weight for layer in layers]
-
     def read_out(self, x, condition):
         """What comes out: tokens [B, N, width] after the last block, condition [B, width] -> ε [B, N, d]."""
         shift, scale = self.adaln(condition).chunk(2, -1)
         return self.out(modulate(self.norm(x), shift, scale))
+
+    def matrices(self):
+        """The weights of attention and MLPs: what Muon is for. Modulations begin at zero, and are AdamW's."""
+        layers = [layer for block in self.blocks for layer in (block.attention.qkv, block.attention.out, *block.mlp[::2])]
+        return [layer.weight for layer in layers]
 
 
 # -------------------------------------------------------------------------------------------------------------- diffusion
@@ -408,7 +408,7 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
         ema.load_state_dict(ckpt["ema"])
         for name, part in parts.items():
             part.load_state_dict(ckpt["training"][name])
-        start, latent_scale, vae_ckpt = ckpt["step"], ckpt["latent_scale"], ckpt["vae"]  # with its components
+        start, latent_scale = ckpt["step"], ckpt["latent_scale"]
     alpha, sigma = noise_schedule(device)
 
     # Latents: encoded once, or anew at every step. The first ones set the scale that brings them to unit deviation.
@@ -423,13 +423,10 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
             directory, key, vae, train_set, count, cond_frames, device, rank, world, refine=config.refine
         )
         if config.principal:
-            principal = Principal(config.principal, c.num_tokens, c.token_dim)
-            kept = principal.fit(latents[:, 0])
-            if start:
-                principal = load_vae(vae_ckpt).principal
-            latents = torch.stack(
-                [(principal.spread if i == 1 else principal)(x.float()) for i, x in enumerate(latents.unbind(1))], 1
-            )
+            principal = load_vae(ckpt["vae"]).principal if start else Principal(config.principal, c.num_tokens, c.token_dim)
+            kept = None if start else principal.fit(latents[:, 0])
+            mean, deviation, *given = latents.float().unbind(1)
+            latents = torch.stack([principal(mean), principal.spread(deviation), *map(principal, given)], 1)
             vae.principal = principal.to(device)
             vae_ckpt["ema"] = vae.state_dict()
         first = latents[:1024].float()
@@ -442,7 +439,7 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
     log.print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(classes)} classes, "
         f"latent scale {latent_scale:.4f}"
-        + (f", {config.principal} components with {100 * kept:.2f} % of the variance" if config.principal else "")
+        + (f", {config.principal} components with {100 * kept:.2f} % of the variance" if config.principal and not start else "")
         + (f"; going on after step {start}" if start else "")
     )
     if utils.wants_compile(device, config.compile):

@@ -128,7 +128,7 @@ class ViT(nn.Module):
     """Patches and N learned queries go through a transformer, only the queries' outputs are kept (Fig. 2).
 
     Not the paper's: with `mixing` heads, each query also gets a sum of all patches whose weights are learned and the same for
-    all videos. Attention takes thousands of steps to find out which query is to look where; a matrix learns it in hundreds.
+    all videos. Attention is slow to find out which query is to look where, and a matrix finds it sooner (docs/sharp.md).
     """
 
     def __init__(self, config, nerv_config):
@@ -234,9 +234,8 @@ class VAE(nn.Module):
     @property
     def token_dim(self):
         """Numbers of a token, going in and coming out."""
-        return (
-            self.nerv_config.token_dim if self.principal is None else len(self.principal.scale) // self.nerv_config.num_tokens
-        )
+        c = self.nerv_config
+        return c.token_dim if self.principal is None else len(self.principal.scale) // c.num_tokens
 
     def refine(self, tokens, video, steps):
         """Tokens [B, N, d] that decode to a video better than those given (refine, below)."""

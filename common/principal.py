@@ -1,7 +1,7 @@
 """Principal components of weight tokens: what stage 2 diffuses where it is asked to (dit.py --principal).
 
-Tokens of videos are far from independent numbers of one size: of Sprites, 16 directions of 2,048 hold three quarters of the
-variance, and the last thousand next to nothing. Under one scale for all, as the paper has it, noise hides small directions
+Tokens of videos are far from independent numbers of one size: of Sprites, 64 directions of 2,048 hold 94 % of the variance
+(docs/sharp.md). Under one scale for all, as the paper has it, noise hides small directions
 until the last steps, and what the network gets wrong is as large in them as in the others: it shows as specks.
 """
 

@@ -53,16 +53,8 @@ def run(config, seed):
     """Fit all methods with one seed, or take what is there -> ({method: report}, {method: [(seconds, PSNR), …]})."""
     directory = Path(config.out_dir) / f"seed{seed}"
     if not (directory / "report.csv").is_file():
-        command = [
-            sys.executable,
-            "fit.py",
-            Path(config.video).resolve(),
-            "--method",
-            ",".join(config.methods),
-            "--size",
-            config.size,
-        ]
-        command += ["--bits", config.bits, "--minutes", config.minutes, "--seed", seed, "--resume"]
+        command = [sys.executable, "fit.py", Path(config.video).resolve(), "--method", ",".join(config.methods)]
+        command += ["--size", config.size, "--bits", config.bits, "--minutes", config.minutes, "--seed", seed, "--resume"]
         command += ["--run-dir", directory.resolve(), "--out", directory.resolve() / "video.nerv"]
         command += ["--resize", config.resize] if config.resize else []
         command += ["--frames", config.frames] if config.frames else []

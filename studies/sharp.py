@@ -54,6 +54,7 @@ ROWS = {
     "pictures, motion": "--pictures 256 --motion-weight 10",
 }
 STEPS = (0, 3, 10, 80)  # of refinement
+EVERY = 2  # of the frames, those that `linear` makes
 COLUMNS = ["row", "seed", "settings", "revision", "seconds", *(f"psnr{k}" for k in STEPS)]
 COLUMNS += ["linear", "linear motion", "motion", "fine", "mesh", "lpips"]
 
@@ -97,8 +98,8 @@ def motion(real, made):
 
 
 @torch.no_grad()
-def linear(network, train_set, clips, count=1024, every=2):
-    """Held-out clips [B, T, 3, H, W], every other frame, as the best linear map from tokens to pixels makes them.
+def linear(network, train_set, clips, count=1024):
+    """Held-out clips [B, T, 3, H, W], every EVERY-th frame, as the best linear map from tokens to pixels makes them.
 
     It is fitted on so many training clips (ridge regression on standardized tokens), and tells what the tokens know: a decoder
     below it has learned too little of them, and what it does not find, the encoder has not told.
@@ -108,11 +109,11 @@ def linear(network, train_set, clips, count=1024, every=2):
         return torch.cat([network.encode(batch)[0].flatten(1) for batch in clips.split(16)])
 
     known = torch.cat([to_clip(train_set[i][0])[None] for i in range(count)])
-    x, y, pixels = tokens(known), tokens(clips), known[:, ::every].flatten(1)
+    x, y, pixels = tokens(known), tokens(clips), known[:, ::EVERY].flatten(1)
     mean, deviation, average = x.mean(0), x.std(0) + 1e-6, pixels.mean(0)
     x, y = (x - mean) / deviation, (y - mean) / deviation
     inverse = torch.linalg.inv(x @ x.T + 10 * torch.eye(count))  # of the training clips
-    return (average + y @ x.T @ inverse @ (pixels - average)).view_as(clips[:, ::every])
+    return (average + y @ x.T @ inverse @ (pixels - average)).view_as(clips[:, ::EVERY])
 
 
 def run(config, row, seed):
@@ -135,8 +136,8 @@ def run(config, row, seed):
     found = {f"psnr{k}": round(psnr(clips, made[k]), 2) for k in STEPS}
     regressed = linear(network, train_set, clips)
     found |= {
-        "linear": round(psnr(clips[:, ::2], regressed), 2),
-        "linear motion": round(motion(clips[:, ::2], regressed), 1),
+        "linear": round(psnr(clips[:, ::EVERY], regressed), 2),
+        "linear motion": round(motion(clips[:, ::EVERY], regressed), 1),
         "motion": round(motion(clips, made[0]), 1),
         "fine": round(100 * (fine_power(made[0]).mean() / fine_power(clips).mean()).item(), 1),
         "mesh": round(mesh(clips, made[0]), 2),
