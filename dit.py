@@ -41,6 +41,7 @@ class DiTConfig:
     token_dim: int = 128
     num_classes: int = 101
     cond_frames: int = 0  # of frame prediction: given frames, as tokens beside the noised ones; 0 is generation from noise
+    precondition: bool = False  # the transformer is told how large each number of θ_0 is; False is the paper's
     width: int = 1024
     depth: int = 24
     heads: int = 16
@@ -74,7 +75,16 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """The denoiser. One weight token is one transformer token; no patches, no temporal attention."""
+    """The denoiser. One weight token is one transformer token; no patches, no temporal attention.
+
+    Not the paper's: with `precondition`, EDM's preconditioning (Karras et al. 2022, §5), for each number of the tokens by
+    itself. Where v is its mean square, that of θ_t is D² = α² v + σ². The transformer F gets θ_t / D, and its output means
+
+        ε = σ / D² θ_t - α √v / D F        or, which is the same,        θ_0 = α v / D² θ_t + σ √v / D F
+
+    F = 0 is the best guess number by number, and what F adds is in each number's own size. They differ a hundredfold, and
+    without this the network does worse than such a guess wherever there is little noise (docs/sharp.md).
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -93,31 +103,48 @@ class DiT(nn.Module):
         for layer in (self.adaln[1], self.out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        if config.precondition:
+            self.register_buffer("square", torch.ones(config.num_tokens, config.token_dim))  # v, which training measures
 
     def forward(self, tokens, step, label, given=None):
         """Noised tokens [B, N, d], diffusion steps [B] in 0 … 999, labels [B] (num_classes: none) -> ε [B, N, d].
 
         given: in frame prediction, the tokens [B, N, d] of the given frames (`encode_given`); zeros are no frames.
         """
-        x, step, label = self.embed_all(tokens, step, label, given)
-        condition = step + label
+        x, step_code, label = self.embed_all(tokens, step, label, given)
+        condition = step_code + label
         for block in self.blocks:
             x = block(x, condition)
-        return self.read_out(x, condition)
+        return self.noise(self.read_out(x, condition), tokens, step)
 
     def embed_all(self, tokens, step, label, given):
         """What goes in, at the transformer's width: tokens [B, N, width], diffusion step and label [B, width]."""
         freq = torch.exp(-math.log(10000) * torch.arange(128, device=tokens.device) / 128)
         angle = step[:, None].float() * freq
+        if self.config.precondition:
+            tokens = tokens / self.size(step)[2]
+            given = None if given is None else given / self.square.sqrt()
         if self.config.cond_frames:
             tokens = torch.cat([tokens, torch.zeros_like(tokens) if given is None else given], -1)  # [B, N, 2d]
         step = self.step_mlp(torch.cat([angle.cos(), angle.sin()], -1))
         return self.embed(tokens) + self.position, step, self.label(label)
 
     def read_out(self, x, condition):
-        """What comes out: tokens [B, N, width] after the last block, condition [B, width] -> ε [B, N, d]."""
+        """What comes out: x [B, N, width] after the last block, condition [B, width] -> [B, N, d]."""
         shift, scale = self.adaln(condition).chunk(2, -1)
         return self.out(modulate(self.norm(x), shift, scale))
+
+    def noise(self, out, tokens, step):
+        """What came out [B, N, d] of noised tokens [B, N, d] at diffusion steps [B] -> ε [B, N, d]."""
+        if not self.config.precondition:
+            return out
+        alpha, sigma, size = self.size(step)
+        return sigma / size.square() * tokens - alpha * self.square.sqrt() / size * out.float()
+
+    def size(self, step):
+        """For diffusion steps [B]: α and σ [B, 1, 1], and D [B, N, d], the root mean square of each number of θ_t."""
+        alpha, sigma = (schedule[step][:, None, None] for schedule in noise_schedule(step.device))
+        return alpha, sigma, (alpha.square() * self.square + sigma.square()).sqrt()
 
     def matrices(self):
         """The weights of attention and MLPs: what Muon is for. Modulations begin at zero, and are AdamW's."""
@@ -238,7 +265,7 @@ class Config:
     data_dir: str = option("data", "", "default: the one the checkpoint was trained on")
     cache_latents: bool = option("data", False, "encode clips once, into a cache on disk beside --out, not anew at every step")
     principal: int = option(
-        "data", 0, "diffuse so many principal components of the cached latents, nearer in size; 0: tokens as they are"
+        "data", 0, "diffuse so many principal components of the cached latents, large ones first; 0: tokens as they are"
     )
     refine: int = option("data", 0, "gradient steps on the tokens of a clip after the encoder's guess")
     num_latents: int = option("data", 0, "clips in the cache; 0: ten of every video")
@@ -249,6 +276,7 @@ class Config:
     steps: int = option("training", 1_000_000, "optimizer steps")
     batch_size: int = option("training", 64, "clips per step, of all processes together")
     accumulate: int = option("training", 1, "parts of the batch that go through one after another, to save memory")
+    precondition: bool = option("training", False, "let the network predict what a linear filter cannot, as EDM does")
     optimizer: str = option(
         "training", "adamw", "muon: for the matrices of attention and MLPs, AdamW for the rest", choices=["adamw", "muon"]
     )
@@ -395,10 +423,11 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
     if config.principal < 0 or config.principal % c.num_tokens or config.principal > c.num_tokens * c.token_dim:
         most = c.num_tokens * c.token_dim
         raise UserError(f"--principal {config.principal}: it is a multiple of the {c.num_tokens} tokens, up to {most}")
-    if config.principal and (not config.cache_latents or config.num_latents < config.principal):
+    count = (config.num_latents or 10 * len(train_set)) if config.cache_latents else len(train_set)
+    if config.principal and (not config.cache_latents or count < config.principal):
         raise UserError(f"--principal {config.principal} takes --cache-latents, and as many --num-latents or more")
     width = config.principal // c.num_tokens or c.token_dim  # of a token that is diffused
-    dit_config = DiTConfig(c.num_tokens, width, len(classes), cond_frames, **SIZES[config.preset])
+    dit_config = DiTConfig(c.num_tokens, width, len(classes), cond_frames, config.precondition, **SIZES[config.preset])
     model = denoiser(dit_config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model, model.matrices() if config.optimizer == "muon" else [], config.weight_decay)
@@ -412,7 +441,6 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
     alpha, sigma = noise_schedule(device)
 
     # Latents: encoded once, or anew at every step. The first ones set the scale that brings them to unit deviation.
-    count = (config.num_latents or 10 * len(train_set)) if config.cache_latents else len(train_set)
     stream = data.Stream(count, config.batch_size, config.seed, start, config.accumulate, rank, world)
     if config.cache_latents:
         names = ("dataset", "data_dir", "split", "stride", "fps", "flip", "crop_scale")
@@ -435,6 +463,9 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
         first = torch.cat([encode_batch(vae, to_clip(train_set[i][0])[None].to(device), 0) for i in range(256)])
     if latent_scale is None:
         latent_scale = 1 / (first[:, 0].var() + first[:, 1].square().mean()).sqrt().item()
+        if config.precondition:
+            for network in (model, ema):
+                network.square.copy_(latent_scale**2 * first[:, :2].square().sum(1).mean(0).clamp_min(1e-12))
     log = utils.RunLog(config.run_dir, config.steps, config.log_every, start, rank)
     log.print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(classes)} classes, "

@@ -235,7 +235,7 @@ class VAE(nn.Module):
     def token_dim(self):
         """Numbers of a token, going in and coming out."""
         c = self.nerv_config
-        return c.token_dim if self.principal is None else len(self.principal.scale) // c.num_tokens
+        return c.token_dim if self.principal is None else len(self.principal.directions) // c.num_tokens
 
     def refine(self, tokens, video, steps):
         """Tokens [B, N, d] that decode to a video better than those given (refine, below)."""
@@ -269,9 +269,9 @@ def load_vae(ckpt, decoder=nerv.NeRV):
     """The VAE of a stage-1 checkpoint (also carried inside stage-2 checkpoints under "vae"), in evaluation mode."""
     with utils.fitting_checkpoint(ckpt, decoder=decoder):
         vae = VAE(nerv.NeRVConfig(**ckpt["nerv_config"]), EncoderConfig(**ckpt["encoder_config"]), decoder)
-        if "principal.scale" in ckpt["ema"]:
+        if "principal.directions" in ckpt["ema"]:
             c = vae.nerv_config
-            vae.principal = Principal(len(ckpt["ema"]["principal.scale"]), c.num_tokens, c.token_dim)
+            vae.principal = Principal(len(ckpt["ema"]["principal.directions"]), c.num_tokens, c.token_dim)
         vae.load_state_dict(ckpt["ema"])
     return vae.eval().requires_grad_(False)
 

@@ -104,11 +104,12 @@ class VIN(nn.Module):
             known = given.flatten(2).any(2)[..., None, None]  # [B, C, 1, 1]
             seen, seen_step = torch.where(known, given, tokens), torch.where(known[..., 0, 0], 0, step)
         place = torch.arange(C, device=tokens.device).expand(B, C) if place is None else place
-        x, seen_step, label = self.dit.embed_all(seen.flatten(0, 1), seen_step.flatten(), label.flatten(), None)
-        condition = seen_step + label  # [B * C, width]
+        seen, seen_step = seen.flatten(0, 1), seen_step.flatten()
+        x, step_code, label = self.dit.embed_all(seen, seen_step, label.flatten(), None)
+        condition = step_code + label  # [B * C, width]
         code = nerv.sinusoid(place.float(), x.shape[-1], self.config.places).flatten(0, 1)[:, None]  # [B * C, 1, width]
 
-        memory = normalize(x) + code + seen_step[:, None]
+        memory = normalize(x) + code + step_code[:, None]
         memory = memory.unflatten(0, (B, C)).flatten(1, 2)  # [B, C * N, width]
         g = self.query.expand(B, -1, -1)
         g = g + self.read(normalize(g), self.read.kv(memory))  # [B, M, width]
@@ -125,7 +126,7 @@ class VIN(nn.Module):
                 rows = torch.arange(B, device=x.device)[:, None]
                 kv = torch.cat([kv, *(kv_side[rows, index] for kv_side, index in zip(sides, near))], 2)  # [B, C, M + 2N, …]
             x = block(x + write(h + code, kv.flatten(0, 1), mask), condition)
-        eps = self.dit.read_out(x, condition).unflatten(0, (B, C))
+        eps = self.dit.noise(self.dit.read_out(x, condition), seen, seen_step).unflatten(0, (B, C))
         if given is not None:
             alpha, sigma = (schedule[step][..., None, None] for schedule in dit.noise_schedule(x.device))
             eps = torch.where(known, (tokens - alpha * given) / sigma, eps)

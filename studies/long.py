@@ -77,12 +77,14 @@ class FullAttention(nn.Module):
     def forward(self, tokens, step, label, given=None, place=None):
         B, C, N, _ = tokens.shape
         place = torch.arange(C, device=tokens.device).expand(B, C) if place is None else place
-        x, step, label = self.dit.embed_all(tokens.flatten(0, 1), step.flatten(), label.flatten(), None)
+        tokens, step = tokens.flatten(0, 1), step.flatten()
+        x, step_code, label = self.dit.embed_all(tokens, step, label.flatten(), None)
         x = x + nerv.sinusoid(place.float(), x.shape[-1], self.config.places).flatten(0, 1)[:, None]
-        x, condition = x.unflatten(0, (B, C)).flatten(1, 2), (step + label).unflatten(0, (B, C))[:, 0]
+        x, condition = x.unflatten(0, (B, C)).flatten(1, 2), (step_code + label).unflatten(0, (B, C))[:, 0]
         for block in self.dit.blocks:
             x = block(x, condition)
-        return self.dit.read_out(x, condition).unflatten(1, (C, N))
+        out = self.dit.read_out(x, condition).unflatten(1, (C, N)).flatten(0, 1)  # [B * C, N, d]
+        return self.dit.noise(out, tokens, step).unflatten(0, (B, C))
 
 
 # --------------------------------------------------------------------------------------------------------------- measures

@@ -227,9 +227,9 @@ class GPT(dit.DiT):
         self.norm, self.adaln = nn.LayerNorm(config.width), None
 
     def forward(self, tokens, step, label, given=None):
-        x, step, label = self.embed_all(tokens, step, label, given)
-        x = self.blocks(torch.cat([step[:, None], label[:, None], x], 1))[:, 2:]
-        return self.out(self.norm(x))
+        x, step_code, label = self.embed_all(tokens, step, label, given)
+        x = self.blocks(torch.cat([step_code[:, None], label[:, None], x], 1))[:, 2:]
+        return self.noise(self.out(self.norm(x)), tokens, step)
 
 
 class LatteBlock(dit.DiTBlock):
