@@ -353,7 +353,7 @@ def diversity_result(real, made, labels, config):
     return {"value": float(draws[0]), **quantiles(draws[1:]), "clips": len(labels), "unit": "%"}
 
 
-def main(config=None):
+def main(config=None, load_dit=dit.load_dit):
     config = config or utils.parse_options(Config, __doc__)
     utils.check_positive(config, "videos", "batch_size", "judge_clips")
     dit.check_steps(config.steps)
@@ -362,7 +362,7 @@ def main(config=None):
     device, rank, world = utils.start_processes(config.device)
     model, stage1 = None, ckpt
     if ckpt["stage"] == "dit":
-        model, vae, scale = dit.load_dit(ckpt)
+        model, vae, scale = load_dit(ckpt)
         model, stage1 = model.to(device), ckpt["vae"]
         if model.config.cond_frames:
             raise UserError(f"{config.ckpt} predicts frames: `python sample.py --predict` scores it, and this one generates")

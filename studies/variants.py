@@ -233,12 +233,12 @@ class GPT(dit.DiT):
 
 
 class LatteBlock(dit.DiTBlock):
-    """A DiT block within each row of tokens, or within each column."""
+    """A DiT block within each row of tokens, or within each column; rows is how many there are, or 0 for a near square."""
 
-    def __init__(self, config, columns):
+    def __init__(self, config, columns, rows=0):
         super().__init__(config.width, config.heads)
         N, self.columns = config.num_tokens, columns
-        self.rows = max(n for n in range(1, math.isqrt(N) + 1) if N % n == 0)
+        self.rows = rows or max(n for n in range(1, math.isqrt(N) + 1) if N % n == 0)
 
     def forward(self, x, condition):
         x = x.unflatten(1, (self.rows, -1))  # [B, rows, N / rows, width]

@@ -1,0 +1,84 @@
+"""The study of what one would use instead: its rivals, and one small run of each."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+import dit
+from studies import compare
+
+
+def test_pixels_lead_back_and_are_patches_in_order_of_time_and_place():
+    rival = compare.Pixels(4, 16)
+    c = rival.nerv_config
+    assert (c.num_tokens, c.token_dim) == (2 * 2 * 2, 2 * 3 * 8 * 8)
+    video = torch.rand(3, 4, 3, 16, 16) * 2 - 1
+    tokens, logvar = rival.encode(video)
+    assert tokens.shape == (3, 8, 384) and logvar.exp().max() < 1e-6
+    assert torch.equal(rival.decode(tokens, torch.arange(4)), video)
+    other = video.clone()
+    other[:, 3, 1, 2, 11] += 1  # the second pair of frames, upper right
+    changed = (rival.encode(other)[0] != tokens).any(2).any(0)
+    assert changed.tolist() == [False] * 5 + [True] + [False] * 2
+
+
+def test_latte_looks_within_a_frame_and_across_frames_in_turns():
+    torch.manual_seed(0)
+    model = compare.latte(2)(dit.DiTConfig(num_tokens=8, token_dim=4, num_classes=2, width=24, depth=2, heads=2)).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    x, condition = torch.randn(1, 8, 24), torch.randn(1, 24)
+    other = x.clone()
+    other[:, 5] += 1  # token 1 of frame 1
+    within, across = ((block(x, condition) != block(other, condition)).any(2)[0].tolist() for block in model.blocks)
+    assert within == [False] * 4 + [True] * 4
+    assert across == [i in (1, 5) for i in range(8)]
+
+
+def test_frames_go_through_the_autoencoder_one_by_one():
+    pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    rival = compare.Frames(4, 16).eval()
+    c = rival.nerv_config
+    assert (c.num_tokens, c.token_dim) == (4 * 2 * 2, 4)
+    video = torch.rand(2, 4, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        tokens, logvar = rival.encode(video)
+        made = rival.decode(tokens, torch.arange(4))
+        alone, _ = compare.Frames.encode(rival, video[:, 2:3])
+    assert tokens.shape == logvar.shape == (2, 16, 4) and made.shape == video.shape
+    torch.testing.assert_close(alone, tokens[:, 8:12], rtol=1e-4, atol=1e-5)
+
+
+def coarse(frames, names=None):
+    """Frames [B, T, H, W, 3] as features [B, 12]: a frame of 2 × 2."""
+    return np.asarray(frames, np.float32).reshape(len(frames), -1, 2, 16, 2, 16, 3).mean((1, 3, 5)).reshape(len(frames), 12)
+
+
+coarse.meta = {"features": "random frames"}
+
+
+@pytest.mark.parametrize("method", compare.METHODS)
+def test_a_method_is_trained_judged_and_not_trained_again(method, tmp_path, monkeypatch, capsys):
+    if method == "frames":
+        pytest.importorskip("diffusers")
+    monkeypatch.chdir(tmp_path)
+    small = "--batch-size 4 --num-latents 16 --log-every 10"
+    argv = f"--dataset shapes --resolution 32 --num-frames 4 --minutes 0.05 --seeds 1 --lrs 1 --bf16 off --methods {method}"
+    argv = [*argv.split(), *"--features random --lpips none --videos 4 --judge-clips 32".split()]
+    argv += ["--vae-options", "--num-tokens 8 --token-dim 4 --batch-size 4 --lpips none", "--dit-options", small]
+    argv += ["--rival-options", small]
+    monkeypatch.setattr(compare, "nearest_clips", lambda clips, train_set: (clips * 0, None))
+    monkeypatch.setattr("fvd.load_detector", lambda *args: coarse)  # I3D would take most of the time
+    compare.main(argv)
+    with open("out/compare/runs.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["method"] == method and float(row["gFVD"]) > 0
+    assert row["numbers"] == {"ours": "32", "frames": "256", "pixels": "12288"}[method]
+    assert (tmp_path / "out/compare/sheet.png").is_file()
+    monkeypatch.setattr(compare, "train", lambda *args: pytest.fail("trained again"))
+    capsys.readouterr()
+    compare.main(argv)
+    assert method in capsys.readouterr().out
