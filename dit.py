@@ -264,9 +264,10 @@ class Config:
     dataset: str = option("data", "", "default: the one the checkpoint was trained on", choices=["", *data.DATASETS])
     data_dir: str = option("data", "", "default: the one the checkpoint was trained on")
     cache_latents: bool = option("data", False, "encode clips once, into a cache on disk beside --out, not anew at every step")
-    principal: int = option(
-        "data", 0, "diffuse so many principal components of the cached latents, large ones first; 0: tokens as they are"
-    )
+    principal: list = option(
+        "data", [], "diffuse principal components of the cached latents instead, large ones first: so many tokens, of so many",
+        nargs=2, type=int, metavar=("TOKENS", "WIDTH"),
+    )  # fmt: skip
     refine: int = option("data", 0, "gradient steps on the tokens of a clip after the encoder's guess")
     num_latents: int = option("data", 0, "clips in the cache; 0: ten of every video")
     cache_dir: str = option("data", "data/cache", "directory of the caches of decoded frames")
@@ -341,16 +342,14 @@ def cached_latents(directory, key, vae, train_set, count, cond_frames, device, r
     Returns memory-mapped (latents [count, 2 or 3, N, d] in half precision, labels [count]). The files are plain .npy, without
     pickles. Each process encodes its share. `key` says what is in the cache; one with another key is written anew.
     """
-    directory, c = Path(directory), vae.nerv_config
+    directory = Path(directory)
     latents_file, labels_file, key_file = (directory / name for name in ("latents.npy", "labels.npy", "key.json"))
     key = json.dumps(key, indent=1)
     if not (key_file.is_file() and key_file.read_text() == key):
         if rank == 0:
             directory.mkdir(parents=True, exist_ok=True)
             key_file.unlink(missing_ok=True)
-            np.lib.format.open_memmap(
-                latents_file, "w+", np.float16, (count, 3 if cond_frames else 2, c.num_tokens, vae.token_dim)
-            )
+            np.lib.format.open_memmap(latents_file, "w+", np.float16, (count, 3 if cond_frames else 2, *vae.token_shape))
             np.lib.format.open_memmap(labels_file, "w+", np.int64, (count,))
         utils.wait_for_all()
         latents, labels = np.load(latents_file, mmap_mode="r+"), np.load(labels_file, mmap_mode="r+")
@@ -420,14 +419,15 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
     if list(train_set.classes) != classes:
         raise UserError(f"{config.ckpt} was trained on the classes {classes}, and {config.dataset} has {train_set.classes}")
     torch.manual_seed(config.seed)
-    if config.principal < 0 or config.principal % c.num_tokens or config.principal > c.num_tokens * c.token_dim:
-        most = c.num_tokens * c.token_dim
-        raise UserError(f"--principal {config.principal}: it is a multiple of the {c.num_tokens} tokens, up to {most}")
     count = (config.num_latents or 10 * len(train_set)) if config.cache_latents else len(train_set)
-    if config.principal and (not config.cache_latents or count < config.principal):
-        raise UserError(f"--principal {config.principal} takes --cache-latents, and as many --num-latents or more")
-    width = config.principal // c.num_tokens or c.token_dim  # of a token that is diffused
-    dit_config = DiTConfig(c.num_tokens, width, len(classes), cond_frames, config.precondition, **SIZES[config.preset])
+    size = tuple(config.principal) or vae.token_shape  # N and d of what is diffused
+    if config.principal:
+        asked = f"--principal {size[0]} {size[1]}"
+        if min(size) < 1 or math.prod(size) > math.prod(vae.token_shape):
+            raise UserError(f"{asked}: videos have {math.prod(vae.token_shape)} components, and it takes one or more")
+        if not config.cache_latents or count < math.prod(size):
+            raise UserError(f"{asked} takes --cache-latents, and {math.prod(size)} --num-latents or more")
+    dit_config = DiTConfig(*size, len(classes), cond_frames, config.precondition, **SIZES[config.preset])
     model = denoiser(dit_config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model, model.matrices() if config.optimizer == "muon" else [], config.weight_decay)
@@ -451,7 +451,7 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
             directory, key, vae, train_set, count, cond_frames, device, rank, world, refine=config.refine
         )
         if config.principal:
-            principal = load_vae(ckpt["vae"]).principal if start else Principal(config.principal, c.num_tokens, c.token_dim)
+            principal = load_vae(ckpt["vae"]).principal if start else Principal(size, vae.token_shape)
             kept = None if start else principal.fit(latents[:, 0])
             mean, deviation, *given = latents.float().unbind(1)
             latents = torch.stack([principal(mean), principal.spread(deviation), *map(principal, given)], 1)
@@ -470,7 +470,7 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
     log.print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(classes)} classes, "
         f"latent scale {latent_scale:.4f}"
-        + (f", {config.principal} components with {100 * kept:.2f} % of the variance" if config.principal and not start else "")
+        + (f", {math.prod(size)} components with {100 * kept:.2f} % of the variance" if config.principal and not start else "")
         + (f"; going on after step {start}" if start else "")
     )
     if utils.wants_compile(device, config.compile):
@@ -515,11 +515,10 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
             coin = torch.rand((), generator=utils.step_generator("cpu", config.seed - 1, step)).item()  # no wait for a GPU
             scheduled = coin < config.scheduled_sampling
             random = utils.step_generator(device, config.seed, step)
-            size = (config.batch_size, c.num_tokens, width)
-            posterior_noise = torch.randn(size, generator=random, device=device)
-            noise = torch.randn(size, generator=random, device=device)
-            t = torch.randint(1 if scheduled else 0, NUM_STEPS, size[:1], generator=random, device=device)
-            drop = torch.rand(size[:1], generator=random, device=device)
+            posterior_noise = torch.randn(config.batch_size, *size, generator=random, device=device)
+            noise = torch.randn(config.batch_size, *size, generator=random, device=device)
+            t = torch.randint(1 if scheduled else 0, NUM_STEPS, (config.batch_size,), generator=random, device=device)
+            drop = torch.rand(config.batch_size, generator=random, device=device)
             if config.cache_latents:
                 chosen = torch.tensor(stream.batch(step)) % len(latents)
 

@@ -228,14 +228,14 @@ class VAE(nn.Module):
         return self.nerv(self.weight_tokens(tokens), t)
 
     def weight_tokens(self, tokens):
-        """What the decoder's heads take: the tokens, or those that components stand for, [B, N, K / N] -> [B, N, d]."""
+        """What the decoder's heads take: the tokens, or those that components stand for, [B, M, k] -> [B, N, d]."""
         return tokens if self.principal is None else self.principal.tokens(tokens)
 
     @property
-    def token_dim(self):
-        """Numbers of a token, going in and coming out."""
+    def token_shape(self):
+        """N and d of tokens, going in and coming out."""
         c = self.nerv_config
-        return c.token_dim if self.principal is None else len(self.principal.directions) // c.num_tokens
+        return (c.num_tokens, c.token_dim) if self.principal is None else self.principal.shape
 
     def refine(self, tokens, video, steps):
         """Tokens [B, N, d] that decode to a video better than those given (refine, below)."""
@@ -269,9 +269,8 @@ def load_vae(ckpt, decoder=nerv.NeRV):
     """The VAE of a stage-1 checkpoint (also carried inside stage-2 checkpoints under "vae"), in evaluation mode."""
     with utils.fitting_checkpoint(ckpt, decoder=decoder):
         vae = VAE(nerv.NeRVConfig(**ckpt["nerv_config"]), EncoderConfig(**ckpt["encoder_config"]), decoder)
-        if "principal.directions" in ckpt["ema"]:
-            c = vae.nerv_config
-            vae.principal = Principal(len(ckpt["ema"]["principal.directions"]), c.num_tokens, c.token_dim)
+        if (directions := ckpt["ema"].get("principal.directions")) is not None:
+            vae.principal = Principal(directions.shape[:2], vae.token_shape)
         vae.load_state_dict(ckpt["ema"])
     return vae.eval().requires_grad_(False)
 

@@ -337,7 +337,7 @@ def main(argv=None, denoiser=VIN):
         raise UserError(f"{config.ckpt} predicts frames: start from a denoiser that generates, --known learns prediction here")
     vae.to(device)
     c, classes = vae.nerv_config, ckpt["classes"]
-    C, T, N, d = config.chunks, c.num_frames, c.num_tokens, vae.token_dim
+    C, T, (N, d) = config.chunks, c.num_frames, vae.token_shape
     if not 0 <= config.overlap <= (T - 1) // 2:
         raise UserError(f"--overlap {config.overlap}: chunks of {T} frames can share 0 to {(T - 1) // 2}")
     F_all = video_frames(C, T, config.overlap)  # frames of a video

@@ -1,7 +1,8 @@
 """Principal components of weight tokens: what stage 2 diffuses where it is asked to (dit.py --principal).
 
 Numbers of a video's tokens are far from independent: of Sprites, 64 directions of 2,048 hold 94 % of the variance
-(docs/sharp.md). Along these directions they are uncorrelated, and each can be told by itself how large it is (dit.DiT).
+(docs/sharp.md). Along these directions they are uncorrelated, so that each can be told by itself how large it is (dit.DiT),
+and a few of them, in few tokens, do for all.
 """
 
 import torch
@@ -9,40 +10,39 @@ import torch.nn as nn
 
 
 class Principal(nn.Module):
-    """Tokens [..., N, d] <-> K principal components of zero mean, large ones first, as N tokens [..., N, K / N].
+    """Tokens [..., N, d] <-> the largest principal components, of zero mean, as other tokens [..., M, k].
 
     Not the paper's. The map is linear and keeps distances: a walk between components is a walk between tokens and between
-    kernels, and with all K = N d components nothing is lost. Component i is in token i mod N, so that every token has a share
-    of the large ones.
+    kernels, and with M k = N d nothing is lost. Component i is in token i mod M: every token has a share of the large ones.
     """
 
-    def __init__(self, count, num_tokens, token_dim):
+    def __init__(self, shape, token_shape):
+        """shape: (M, k) of the components; token_shape: (N, d)."""
         super().__init__()
-        self.num_tokens, self.token_dim = num_tokens, token_dim
-        self.register_buffer("mean", torch.zeros(num_tokens * token_dim))
-        self.register_buffer("directions", torch.zeros(count, num_tokens * token_dim))  # rows of length 1
+        self.token_shape, size = token_shape, token_shape[0] * token_shape[1]
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("directions", torch.zeros(*shape, size))  # [M, k, N * d], each of length 1
+
+    @property
+    def shape(self):
+        return self.directions.shape[:2]
 
     def fit(self, tokens):
         """Take the components of tokens [B, N, d]; returns the share of their variance that is kept."""
         flat = tokens.float().flatten(1)
-        mean = flat.mean(0)
+        mean, (M, k) = flat.mean(0), self.shape
         values, vectors = torch.linalg.eigh((flat - mean).T @ (flat - mean) / len(flat))  # ascending
-        count = len(self.directions)
-        self.mean.copy_(mean), self.directions.copy_(vectors.T.flip(0)[:count])
-        return (values.flip(0)[:count].sum() / values.sum()).item()
+        self.mean.copy_(mean), self.directions.copy_(vectors.T.flip(0)[: M * k].unflatten(0, (k, M)).transpose(0, 1))
+        return (values.flip(0)[: M * k].sum() / values.sum()).item()
 
     def forward(self, tokens):
-        """Tokens [..., N, d] -> components [..., N, K / N]."""
-        return self.arrange((tokens.flatten(-2) - self.mean) @ self.directions.T)
+        """Tokens [..., N, d] -> components [..., M, k]."""
+        return torch.einsum("...i,mki->...mk", tokens.flatten(-2) - self.mean, self.directions)
 
     def spread(self, deviation):
-        """Deviations of independent noise on tokens [..., N, d] -> those of the components [..., N, K / N]."""
-        return self.arrange((deviation.square().flatten(-2) @ self.directions.T.square()).sqrt())
-
-    def arrange(self, components):
-        return components.unflatten(-1, (-1, self.num_tokens)).transpose(-1, -2)
+        """Deviations of independent noise on tokens [..., N, d] -> those of the components [..., M, k]."""
+        return torch.einsum("...i,mki->...mk", deviation.square().flatten(-2), self.directions.square()).sqrt()
 
     def tokens(self, components):
-        """Components [..., N, K / N] -> tokens [..., N, d]; of tokens outside the K directions, the nearest."""
-        flat = components.transpose(-1, -2).flatten(-2)
-        return (flat @ self.directions + self.mean).unflatten(-1, (self.num_tokens, self.token_dim))
+        """Components [..., M, k] -> tokens [..., N, d]; of tokens outside these directions, the nearest."""
+        return (torch.einsum("...mk,mki->...i", components, self.directions) + self.mean).unflatten(-1, self.token_shape)

@@ -81,12 +81,10 @@ class Config:
 
 @dataclass
 class Shape:
-    """Of clips and of their tokens: what dit.py asks a first stage."""
+    """Of clips, as dit.py asks a first stage for it."""
 
     num_frames: int
     resolution: int
-    num_tokens: int
-    token_dim: int
 
 
 class Pixels(nn.Module):
@@ -100,7 +98,8 @@ class Pixels(nn.Module):
         if num_frames % t or resolution % h:
             raise UserError(f"patches are of {t} frames and {h} x {w} pixels, and clips of {num_frames} and {resolution}")
         self.grid = (num_frames // t, resolution // h, resolution // w)
-        self.nerv_config, self.token_dim = Shape(num_frames, resolution, math.prod(self.grid), 3 * t * h * w), 3 * t * h * w
+        self.nerv_config = Shape(num_frames, resolution)
+        self.token_shape = (math.prod(self.grid), 3 * t * h * w)
 
     def encode(self, video):
         """video [B, T, 3, H, W] in [-1, 1] -> mean, logvar, each [B, N, d]; of next to no deviation."""
@@ -136,7 +135,7 @@ class Frames(nn.Module):
             norm_num_groups=16,
         )
         self.side = resolution // 8
-        self.nerv_config, self.token_dim = Shape(num_frames, resolution, num_frames * self.side**2, 4), 4
+        self.nerv_config, self.token_shape = Shape(num_frames, resolution), (num_frames * self.side**2, 4)
 
     def encode(self, video):
         """video [B, T, 3, H, W] in [-1, 1] -> mean, logvar, each [B, T * H/8 * W/8, 4]."""

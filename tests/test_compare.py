@@ -12,8 +12,7 @@ from studies import compare
 
 def test_pixels_lead_back_and_are_patches_in_order_of_time_and_place():
     rival = compare.Pixels(4, 16)
-    c = rival.nerv_config
-    assert (c.num_tokens, c.token_dim) == (2 * 2 * 2, 2 * 3 * 8 * 8)
+    assert rival.token_shape == (2 * 2 * 2, 2 * 3 * 8 * 8)
     video = torch.rand(3, 4, 3, 16, 16) * 2 - 1
     tokens, logvar = rival.encode(video)
     assert tokens.shape == (3, 8, 384) and logvar.exp().max() < 1e-6
@@ -41,8 +40,7 @@ def test_frames_go_through_the_autoencoder_one_by_one():
     pytest.importorskip("diffusers")
     torch.manual_seed(0)
     rival = compare.Frames(4, 16).eval()
-    c = rival.nerv_config
-    assert (c.num_tokens, c.token_dim) == (4 * 2 * 2, 4)
+    assert rival.token_shape == (4 * 2 * 2, 4)
     video = torch.rand(2, 4, 3, 16, 16) * 2 - 1
     with torch.no_grad():
         tokens, logvar = rival.encode(video)

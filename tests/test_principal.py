@@ -23,7 +23,7 @@ def correlated(count=400):
 
 def test_components_are_uncorrelated_large_ones_first_and_lead_back():
     tokens = correlated()
-    principal = Principal(4, 4, 3)
+    principal = Principal((4, 1), (4, 3))
     assert principal.fit(tokens) == pytest.approx(1, abs=1e-5)
     found = principal(tokens)
     assert found.shape == (400, 4, 1)
@@ -39,23 +39,27 @@ def test_components_are_uncorrelated_large_ones_first_and_lead_back():
 
 def test_what_is_outside_is_left_out_and_the_share_says_how_much():
     tokens = correlated()
-    principal = Principal(4, 4, 3)
+    principal = Principal((4, 1), (4, 3))
     principal.fit(tokens + 0.05 * torch.randn(400, 4, 3, generator=torch.Generator().manual_seed(1)))
-    one = Principal(4, 4, 3)
+    one = Principal((2, 2), (4, 3))
     noisy = tokens + torch.randn(400, 4, 3, generator=torch.Generator().manual_seed(1))
     share = one.fit(noisy)
     error = (one.tokens(one(noisy)) - noisy).square().sum() / (noisy - noisy.mean(0)).square().sum()
     assert share == pytest.approx(1 - error.item(), abs=1e-4) and share < 0.9
 
 
-def test_components_are_spread_over_the_tokens():
-    principal = Principal(8, 4, 3)
-    assert principal.arrange(torch.arange(8.0)).tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]]
+def test_components_are_spread_over_the_tokens_asked_for():
+    torch.manual_seed(0)
+    tokens = (torch.linspace(12, 1, 12) * torch.randn(20_000, 12)).view(-1, 4, 3)
+    principal = Principal((2, 4), (4, 3))
+    principal.fit(tokens)
+    expected = torch.tensor([[12.0, 10, 8, 6], [11, 9, 7, 5]])
+    torch.testing.assert_close(principal(tokens).std(0), expected, rtol=0.03, atol=0)
 
 
 def test_spread_is_the_deviation_of_noise_on_the_tokens():
     torch.manual_seed(0)
-    principal = Principal(8, 4, 3)
+    principal = Principal((2, 4), (4, 3))
     principal.fit(torch.randn(100, 4, 3) * torch.linspace(0.1, 3, 12).view(4, 3))
     deviation = torch.rand(4, 3)
     made = principal(deviation * torch.randn(20000, 4, 3))
@@ -67,9 +71,9 @@ def test_stage_2_of_components_decodes_encodes_and_refines_tokens(trained, tmp_p
     plain = load_vae(utils.load_checkpoint(trained / "vae.pt", "vae", ""))
     c = plain.nerv_config
     options = f"--ckpt {trained / 'vae.pt'} --batch-size 4 --num-latents 80 --refine 0 --bf16 off --run-dir run --steps"
-    dit.main([*options.split(), "2", "--principal", f"{2 * c.num_tokens}", "--precondition"])
+    dit.main([*options.split(), "2", "--principal", "5", "3", "--precondition"])
     model, vae, scale = dit.load_dit(utils.load_checkpoint("dit.pt", "dit", ""))
-    assert model.config.token_dim == 2 and scale > 0
+    assert (model.config.num_tokens, model.config.token_dim) == vae.token_shape == (5, 3)
     clips, t = torch.rand(3, c.num_frames, 3, c.resolution, c.resolution) * 2 - 1, torch.arange(c.num_frames)
     (mean, logvar), (ours, spread) = plain.encode(clips), vae.encode(clips)
     own = vae.principal
@@ -77,7 +81,7 @@ def test_stage_2_of_components_decodes_encodes_and_refines_tokens(trained, tmp_p
     torch.testing.assert_close(torch.exp(0.5 * spread), own.spread(torch.exp(0.5 * logvar)))
     torch.testing.assert_close(vae.decode(ours, t), plain.decode(own.tokens(ours), t))
     torch.testing.assert_close(vae.refine(ours, clips, 2), own(plain.refine(own.tokens(ours), clips, 2)))
-    dit.main([*options.split(), "3", "--principal", f"{2 * c.num_tokens}", "--precondition", "--resume"])
+    dit.main([*options.split(), "3", "--principal", "5", "3", "--precondition", "--resume"])
     further, again, _ = dit.load_dit(utils.load_checkpoint("dit.pt", "dit", ""))
     assert torch.equal(again.principal.directions, own.directions) and torch.equal(further.square, model.square)
     latents = torch.from_numpy(np.load("dit.latents/latents.npy")).float()  # what the denoiser is told of their size
@@ -85,15 +89,15 @@ def test_stage_2_of_components_decodes_encodes_and_refines_tokens(trained, tmp_p
     torch.testing.assert_close(model.square, square, rtol=1e-4, atol=1e-6)
     # What else takes a dit.pt: long videos, contribution maps, samples, an export.
     vin.main("--ckpt dit.pt --chunks 2 --steps 1 --batch-size 2 --num-latents 4 --run-dir run --bf16 off".split())
-    assert vin.load_vin(utils.load_checkpoint("vin.pt", "vin", ""))[0].dit.config.token_dim == 2
+    assert vin.load_vin(utils.load_checkpoint("vin.pt", "vin", ""))[0].dit.config.num_tokens == 5
     for program, words in ((fit.main, "--explain dit.pt --out maps.png"), (sample.main, "--export small.pt")):
         monkeypatch.setattr("sys.argv", ["x", *words.split()])
         program()
     monkeypatch.setattr("sys.argv", ["x", *"--ckpt small.pt --interp --interp-steps 2 --steps 2 --out-dir out".split()])
     sample.main()
-    for wrong in (c.num_tokens + 1, -c.num_tokens, 2 * c.num_tokens * c.token_dim):
-        with pytest.raises(utils.UserError, match="multiple"):
-            dit.main([*options.split(), "2", "--principal", str(wrong)])
-    for wrong in ("--no-cache-latents", "--num-latents 40"):
+    for wrong in (("0", "3"), ("5", "-3"), (str(c.num_tokens), str(c.token_dim + 1))):
+        with pytest.raises(utils.UserError, match="components"):
+            dit.main([*options.split(), "2", "--principal", *wrong])
+    for wrong in ("--no-cache-latents", "--num-latents 14"):
         with pytest.raises(utils.UserError, match="cache-latents"):
-            dit.main([*options.split(), "2", "--principal", f"{2 * c.num_tokens}", *wrong.split()])
+            dit.main([*options.split(), "2", "--principal", "5", "3", *wrong.split()])

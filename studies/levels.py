@@ -1,0 +1,86 @@
+"""What the denoiser knows at each level of noise, beside what a linear filter knows: python -m studies.levels --ckpt dit.pt …
+
+Held-out clips are encoded, noised and denoised in one step. *linear* is the best linear guess of θ_0, of the mean and the
+covariance of the cached latents (the Wiener filter). A network above it wastes what two moments of the data say; how far
+below it comes is what it has learned. Errors are shares of the variance of θ_0.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import dit
+from common import utils
+from common.tables import table
+from common.utils import UserError, option
+from common.video import to_clip
+from vae import Config as Stage1
+
+
+@dataclass
+class Config:
+    ckpt: list = option("input", ["dit.pt"], "checkpoints of dit.py, each with its .latents beside it", nargs="+")
+    clips: int = option("input", 128, "held-out clips, spread over their set")
+    levels: list = option("input", [0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0], "σ / α", nargs="+", type=float)
+    seed: int = option("input", 0, "of the noise")
+
+
+def linear(tokens):
+    """The best linear guess of θ_0 for clips like tokens [B, N, d]: (θ_t [..., N, d], α, σ) -> θ_0."""
+    flat = tokens.double().flatten(1)
+    mean = flat.mean(0)
+    values, vectors = torch.linalg.eigh((flat - mean).T @ (flat - mean) / len(flat))
+
+    def guess(noised, alpha, sigma):
+        along = (noised.double().flatten(1) - alpha * mean) @ vectors  # uncorrelated, of variances α² values + σ²
+        return (mean + (along * alpha * values / (alpha**2 * values + sigma**2)) @ vectors.T).view_as(noised)
+
+    return guess
+
+
+@torch.no_grad()
+def errors(model, theta0, labels, known, levels, seed=0):
+    """Mean squared errors of θ_0 as shares of its variance: rows (σ / α, linear, model), for held-out theta0 [B, N, d].
+
+    known [n, N, d] are the latents that the linear filter is of.
+    """
+    (alpha, sigma), generator = dit.noise_schedule(), torch.Generator().manual_seed(seed)
+    guess, rows = linear(known), []
+    variance = (theta0 - known.mean(0)).square().mean()
+    for level in levels:
+        t = (sigma / alpha - level).abs().argmin()
+        noised = alpha[t] * theta0 + sigma[t] * torch.randn(theta0.shape, generator=generator)
+        eps = torch.cat([model(x, t.expand(len(x)), y) for x, y in zip(noised.split(64), labels.split(64))]).float()
+        found = guess(noised, alpha[t].double(), sigma[t].double()), (noised - sigma[t] * eps) / alpha[t]
+        rows.append((level, *((x - theta0).square().mean().div(variance).item() for x in found)))
+    return rows
+
+
+def main(argv=None):
+    config = utils.parse_options(Config, __doc__, argv=argv)
+    utils.check_positive(config, "clips")
+    for path in config.ckpt:
+        ckpt = utils.load_checkpoint(path, "dit", "python dit.py")
+        model, vae, scale = dit.load_dit(ckpt)
+        if model.config.cond_frames:
+            raise UserError(f"{path} predicts frames: this is about generation from noise")
+        cache = Path(path).with_suffix(".latents") / "latents.npy"
+        if not cache.is_file():
+            raise UserError(f"there are no cached latents {cache}: dit.py writes them with --cache-latents")
+        known = torch.from_numpy(np.array(np.load(cache, mmap_mode="r")[:, 0])).float()
+        known = scale * (known if vae.principal is None else vae.principal(known))
+        held_out = data.open_dataset(Stage1(**ckpt["vae"]["config"]), "test", ckpt["classes"])
+        chosen = [held_out[i * len(held_out) // config.clips] for i in range(min(config.clips, len(held_out)))]
+        labels = torch.tensor([label for _, label in chosen])
+        clips = torch.stack([to_clip(frames) for frames, _ in chosen]).split(32)
+        theta0 = torch.cat([dit.encode_batch(vae, part, 0, dit.refine_steps(ckpt))[:, 0] for part in clips])
+        print(f"\n{path}, {len(labels)} held-out clips, {len(known)} latents\n")
+        rows = errors(model, scale * theta0, labels, known, config.levels, config.seed)
+        table(["σ / α", "linear", "model"], [[f"{level:g}", *(f"{error:.5f}" for error in found)] for level, *found in rows])
+
+
+if __name__ == "__main__":
+    utils.run(main)

@@ -1,0 +1,47 @@
+"""The study of what the denoiser knows at each level of noise."""
+
+import shutil
+
+import pytest
+import torch
+
+import dit
+from common import utils
+from studies import levels
+
+
+def test_the_linear_guess_is_the_posterior_mean_of_a_gaussian():
+    torch.manual_seed(0)
+    mix = torch.randn(6, 6, dtype=torch.float64)
+    mean, covariance = torch.arange(6.0, dtype=torch.float64), mix @ mix.T
+    known = mean + torch.randn(20_000, 6, dtype=torch.float64) @ mix.T
+    alpha, sigma = torch.tensor([0.8, 0.6], dtype=torch.float64)
+    noised = torch.randn(5, 6, dtype=torch.float64)
+    gain = alpha * covariance @ torch.linalg.inv(alpha**2 * covariance + sigma**2 * torch.eye(6))
+    expected = mean + (noised - alpha * mean) @ gain.T
+    found = levels.linear(known.view(-1, 2, 3))(noised.view(-1, 2, 3), alpha, sigma)
+    torch.testing.assert_close(found.flatten(1), expected, rtol=0.05, atol=0.1)
+
+
+def test_a_fresh_preconditioned_denoiser_of_uncorrelated_numbers_is_the_linear_one():
+    torch.manual_seed(0)
+    deviation = torch.tensor([[3.0, 1.0, 0.1], [0.5, 2.0, 0.01]])
+    known, theta0 = deviation * torch.randn(20_000, 2, 3), deviation * torch.randn(4000, 2, 3)
+    model = dit.DiT(dit.DiTConfig(2, 3, 2, precondition=True, width=24, depth=1, heads=2)).eval()
+    model.square.copy_(deviation.square())
+    rows = levels.errors(model, theta0, torch.zeros(4000, dtype=torch.long), known, [0.1, 1.0, 10.0])
+    for level, linear, ours in rows:
+        assert ours == pytest.approx(linear, rel=0.02), level
+    assert rows[0][1] < 0.01 < rows[1][1] < rows[2][1] < 1
+
+
+def test_the_study_reads_a_checkpoint_and_its_latents(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = f"--ckpt {trained / 'vae.pt'} --batch-size 4 --num-latents 80 --refine 0 --bf16 off --run-dir run --steps 2"
+    dit.main([*options.split(), "--precondition"])
+    capsys.readouterr()
+    levels.main("--ckpt dit.pt --clips 8 --levels 0.1 10".split())
+    lines = capsys.readouterr().out.splitlines()
+    assert "8 held-out clips, 80 latents" in lines[1] and lines[-2].startswith("| 0.1") and lines[-1].startswith("| 10")
+    with pytest.raises(utils.UserError, match="no cached latents"):
+        levels.main(["--ckpt", shutil.copy("dit.pt", "alone.pt")])
