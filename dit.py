@@ -105,6 +105,8 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.bias)
         if config.precondition:
             self.register_buffer("square", torch.ones(config.num_tokens, config.token_dim))  # v, which training measures
+            for name, schedule in zip(("alpha", "sigma"), noise_schedule()):
+                self.register_buffer(name, schedule, persistent=False)
 
     def forward(self, tokens, step, label, given=None):
         """Noised tokens [B, N, d], diffusion steps [B] in 0 … 999, labels [B] (num_classes: none) -> ε [B, N, d].
@@ -143,7 +145,7 @@ class DiT(nn.Module):
 
     def size(self, step):
         """For diffusion steps [B]: α and σ [B, 1, 1], and D [B, N, d], the root mean square of each number of θ_t."""
-        alpha, sigma = (schedule[step][:, None, None] for schedule in noise_schedule(step.device))
+        alpha, sigma = (schedule[step][:, None, None] for schedule in (self.alpha, self.sigma))
         return alpha, sigma, (alpha.square() * self.square + sigma.square()).sqrt()
 
     def matrices(self):
