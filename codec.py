@@ -308,7 +308,7 @@ def perceptual():
         return None
 
     def lpips(x, y):
-        return network(vae.at_least_64(x[None]), vae.at_least_64(y[None])).item() if min(x.shape[2:]) >= 32 else math.nan
+        return network(losses.at_least_64(x[None]), losses.at_least_64(y[None])).item() if min(x.shape[2:]) >= 32 else math.nan
 
     return lpips
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import nerv
 from common.weights import weights
 
 # ------------------------------------------------------------------------------------------------------------- perceptual
@@ -65,6 +66,14 @@ class LPIPS(nn.Module):
         """frames, real [B, T, 3, H, W] in [-1, 1], 32 pixels wide or more -> the mean distance, 0-d."""
         pairs = zip(self.heads, self.features(frames.flatten(0, 1)), self.features(real.flatten(0, 1)))
         return sum(((a - b).square() * head.view(-1, 1, 1)).sum(1).mean() for head, a, b in pairs)
+
+
+def at_least_64(clips):
+    """Clips [B, T, 3, H, W] as LPIPS is to see them: doubled below 64 pixels, [1, B * T, 3, 2H, 2W].
+
+    AlexNet begins with strides of 4, and would see too little of an edge.
+    """
+    return nerv.double(clips.flatten(0, 1))[None] if clips.shape[-1] < 64 else clips
 
 
 # ------------------------------------------------------------------------------------------------------------ adversarial

@@ -281,14 +281,6 @@ def psnr(clips, reconstructions):
     return (10 * torch.log10(4 / mse.clamp_min(1e-10))).mean().item()
 
 
-def at_least_64(clips):
-    """Clips [B, T, 3, H, W] as LPIPS is to see them: doubled below 64 pixels, [1, B * T, 3, 2H, 2W].
-
-    AlexNet begins with strides of 4, and would see too little of an edge.
-    """
-    return nerv.double(clips.flatten(0, 1))[None] if clips.shape[-1] < 64 else clips
-
-
 def fine_power(frames):
     """Power at spatial frequencies above a quarter cycle per pixel, which blur takes away: mean of each frame,
     [..., 3, H, W] -> [...]."""
@@ -549,7 +541,7 @@ def main(argv=None, decoder=nerv.NeRV):
                         terms["motion"] = (error - error.mean(1, keepdim=True)).square().mean()
                         loss = loss + config.motion_weight * terms["motion"]
                     if perceptual:
-                        terms["lpips"] = perceptual(at_least_64(frames), at_least_64(real))
+                        terms["lpips"] = perceptual(losses.at_least_64(frames), losses.at_least_64(real))
                         loss = loss + config.lpips_weight * terms["lpips"]
                     if adversarial and step >= config.gan_start + config.gan_warmup:
                         discriminator.requires_grad_(False)

@@ -207,7 +207,7 @@ def train_frames(network, train_set, config, lr, seed, seconds, run_dir, batch_s
                 kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2)).mean()
                 loss = (made - video).square().mean() + 1e-6 * kl
                 if perceptual:
-                    loss = loss + 0.05 * perceptual(made, video)
+                    loss = loss + 0.05 * perceptual(losses.at_least_64(made), losses.at_least_64(video))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -26,9 +26,9 @@ from common import utils
 from common.tables import table
 from common.utils import option
 from common.video import to_clip
-from losses import LPIPS
+from losses import LPIPS, at_least_64
 from vae import Config as Stage1
-from vae import at_least_64, fine_power, load_vae, psnr, reconstruct
+from vae import fine_power, load_vae, psnr, reconstruct
 
 # Name -> options of vae.py. "before" is nano as it was; each of the others is nano with one thing as it was, or one thing more.
 ROWS = {
