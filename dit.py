@@ -267,7 +267,7 @@ class Config:
     data_dir: str = option("data", "", "default: the one the checkpoint was trained on")
     cache_latents: bool = option("data", False, "encode clips once, into a cache on disk beside --out, not anew at every step")
     principal: list = option(
-        "data", [], "diffuse principal components of the cached latents instead, large ones first: so many tokens, of so many",
+        "data", [0, 0], "diffuse principal components of the cached latents, as so many tokens; 0 0: tokens as they are",
         nargs=2, type=int, metavar=("TOKENS", "WIDTH"),
     )  # fmt: skip
     refine: int = option("data", 0, "gradient steps on the tokens of a clip after the encoder's guess")
@@ -305,22 +305,17 @@ class Config:
 def preset_defaults(args):
     """The defaults that the stage-1 checkpoint implies; without one, those of the paper's sizes."""
     try:
-        preset = args.preset or utils.load_checkpoint(args.ckpt, "vae", "python vae.py")["config"]["preset"]
+        stage1 = utils.load_checkpoint(args.ckpt, "vae", "python vae.py")["config"]
     except UserError:
-        preset = "S"
-    if preset == "nano":
-        return dict(
-            preset=preset,
-            steps=800,
-            batch_size=32,
-            lr=1e-3,
-            warmup=50,
-            ema=0.995,
-            cache_latents=True,
-            num_latents=4096,
-            refine=3,
-        )
-    return dict(preset=preset)
+        stage1 = {"preset": "S"}
+    if (preset := args.preset or stage1["preset"]) != "nano":
+        return {"preset": preset}
+    defaults = dict(preset=preset, steps=1400, batch_size=64, lr=2e-3, warmup=50, ema=0.995, cache_latents=True, refine=3)
+    defaults.update(num_latents=4096, precondition=True, optimizer="muon")  # see docs/sharp.md
+    numbers = stage1.get("num_tokens", 0) * stage1.get("token_dim", 0)
+    if numbers >= 256 and not 0 < args.num_latents < 256:  # videos enough to know so many components by
+        defaults.update(principal=[8, 32])
+    return defaults
 
 
 def encode_given(vae, video, cond_frames, refine=0):
@@ -422,13 +417,14 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
         raise UserError(f"{config.ckpt} was trained on the classes {classes}, and {config.dataset} has {train_set.classes}")
     torch.manual_seed(config.seed)
     count = (config.num_latents or 10 * len(train_set)) if config.cache_latents else len(train_set)
-    size = tuple(config.principal) or vae.token_shape  # N and d of what is diffused
-    if config.principal:
+    components = any(config.principal)
+    size = tuple(config.principal) if components else vae.token_shape  # N and d of what is diffused
+    if components:
         asked = f"--principal {size[0]} {size[1]}"
         if min(size) < 1 or math.prod(size) > math.prod(vae.token_shape):
             raise UserError(f"{asked}: videos have {math.prod(vae.token_shape)} components, and it takes one or more")
         if not config.cache_latents or count < math.prod(size):
-            raise UserError(f"{asked} takes --cache-latents, and {math.prod(size)} --num-latents or more")
+            raise UserError(f"{asked} takes --cache-latents, and {math.prod(size)} --num-latents or more; or --principal 0 0")
     dit_config = DiTConfig(*size, len(classes), cond_frames, config.precondition, **SIZES[config.preset])
     model = denoiser(dit_config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -452,7 +448,7 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
         latents, labels = cached_latents(
             directory, key, vae, train_set, count, cond_frames, device, rank, world, refine=config.refine
         )
-        if config.principal:
+        if components:
             principal = load_vae(ckpt["vae"]).principal if start else Principal(size, vae.token_shape)
             kept = None if start else principal.fit(latents[:, 0])
             mean, deviation, *given = latents.float().unbind(1)
@@ -472,7 +468,7 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
     log.print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(classes)} classes, "
         f"latent scale {latent_scale:.4f}"
-        + (f", {math.prod(size)} components with {100 * kept:.2f} % of the variance" if config.principal and not start else "")
+        + (f", {math.prod(size)} components with {100 * kept:.2f} % of the variance" if components and not start else "")
         + (f"; going on after step {start}" if start else "")
     )
     if utils.wants_compile(device, config.compile):

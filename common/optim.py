@@ -67,6 +67,8 @@ class Muon:
         self.adamw.step()
         lr, keep = self.own["lr"], self.found_inf > 0  # a tensor, so that no GPU is waited for
         for matrix, average in zip(self.matrices, self.averages):
+            if matrix.grad is None:
+                continue
             new = average.lerp(matrix.grad, 1 - self.momentum)
             update = 0.2 * max(matrix.shape) ** 0.5 * orthogonalize(matrix.grad.lerp(new, self.momentum))  # Nesterov's
             average.copy_(torch.where(keep, average, new))

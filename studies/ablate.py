@@ -85,7 +85,11 @@ class Config:
     seeds: int = option("what", 3, "runs of each row")
     report: bool = option("what", False, "run nothing, print and draw what is done")
     vae_options: str = option("training", "--steps 600", "further options of vae.py for every run, in quotes")
-    dit_options: str = option("training", "--num-latents 2048", "further options of dit.py for every run, in quotes")
+    dit_options: str = option(
+        "training",
+        "--num-latents 2048 --principal 0 0 --no-precondition --optimizer adamw --lr 1e-3 --batch-size 32 --steps 800",
+        "further options of dit.py for every run, in quotes",
+    )
     clips: int = option("judging", 90, "generated clips of each run of stage 2, and as many real ones")
     judge_clips: int = option("judging", 4096, "clips that the judge of class agreement is trained on")
     jobs: int = option("machine", 0, "runs at the same time; 0 is one for each GPU, or for each core of a CPU")

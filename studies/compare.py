@@ -38,7 +38,7 @@ from common.video import to_clip, write_sheet
 from demo import nearest_clips
 from studies.variants import LatteBlock
 
-METHODS = ("ours", "frames", "pixels")
+METHODS = {"ours": (1.5e-3, 2e-3), "frames": (1e-3, 1e-3), "pixels": (0, 1e-3)}  # learning rates of both stages
 COLUMNS = ["method", "lr", "seed", "settings", "revision", "seconds", "steps", "numbers", "rFVD", "PSNR", "LPIPS", "gFVD"]
 COLUMNS += ["agreement", "diversity", "nearest", "seconds a clip"]
 
@@ -63,11 +63,11 @@ class Config:
     )
     dit_options: str = option(
         "training",
-        "--num-latents 4500 --principal 256 --precondition --optimizer muon",
+        "--num-latents 4500",
         "further options of dit.py for ours, in quotes",
     )
     rival_options: str = option(
-        "training", "--num-latents 4500 --precondition --optimizer muon", "those of dit.py for the others, in quotes"
+        "training", "--num-latents 4500 --principal 0 0 --batch-size 32", "those of dit.py for the others, in quotes"
     )
     videos: int = option("judging", 256, "clips of each kind, or all held-out ones")
     features: str = option("judging", "i3d", "of FVD; random takes no weights", choices=["i3d", "random"])
@@ -240,7 +240,17 @@ def train(method, lr, seed, config, out):
     where = ["--dataset", config.dataset, *(["--data-dir", config.data_dir] if config.data_dir else []), *shape]
     common = ["--cache-dir", config.cache_dir, "--seed", seed, "--bf16", config.bf16]
     if method == "ours":
-        argv = [*where, "--preset", "nano", *common, *shlex.split(config.vae_options), "--lr", 1.5e-3 * lr, "--out", vae_pt]
+        argv = [
+            *where,
+            "--preset",
+            "nano",
+            *common,
+            *shlex.split(config.vae_options),
+            "--lr",
+            METHODS[method][0] * lr,
+            "--out",
+            vae_pt,
+        ]
         argv = list(map(str, argv))
         steps[0] = steps_within(config.first * seconds, vae.main, argv, out / "trial")
         vae.main([*argv, "--steps", str(steps[0]), "--run-dir", str(out / "vae")])
@@ -251,13 +261,15 @@ def train(method, lr, seed, config, out):
         train_set = data.open_dataset(source, "train")
         network = {"frames": Frames, "pixels": Pixels}[method](config.num_frames, config.resolution)
         if method == "frames":
-            network, steps[0] = train_frames(network, train_set, config, 1e-3 * lr, seed, config.first * seconds, out)
+            network, steps[0] = train_frames(
+                network, train_set, config, METHODS[method][0] * lr, seed, config.first * seconds, out
+            )
         utils.save_checkpoint(
             vae_pt, True, stage="vae", step=steps[0], config=dataclasses.asdict(source), classes=list(train_set.classes),
             decoder=type(network).__name__, ema=network.state_dict(), training={},
         )  # fmt: skip
     options = config.dit_options if method == "ours" else config.rival_options
-    argv = ["--ckpt", vae_pt, *common, *shlex.split(options), "--lr", 1e-3 * lr, "--out", dit_pt]
+    argv = ["--ckpt", vae_pt, *common, *shlex.split(options), "--lr", METHODS[method][1] * lr, "--out", dit_pt]
     argv += [] if method == "ours" else ["--refine", 0, "--compile", "off"]
     argv += ["--no-cache-latents"] if method == "pixels" else []  # latents would be larger than the videos
     argv = list(map(str, argv))

@@ -231,6 +231,9 @@ class GPT(dit.DiT):
         x = self.blocks(torch.cat([step_code[:, None], label[:, None], x], 1))[:, 2:]
         return self.noise(self.out(self.norm(x)), tokens, step)
 
+    def matrices(self):
+        return [p for p in self.blocks.parameters() if p.ndim == 2]
+
 
 class LatteBlock(dit.DiTBlock):
     """A DiT block within each row of tokens, or within each column; rows is how many there are, or 0 for a near square."""

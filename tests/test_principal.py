@@ -95,6 +95,14 @@ def test_stage_2_of_components_decodes_encodes_and_refines_tokens(trained, tmp_p
         program()
     monkeypatch.setattr("sys.argv", ["x", *"--ckpt small.pt --interp --interp-steps 2 --steps 2 --out-dir out".split()])
     sample.main()
+    # Frame prediction takes the components of what the given frames say.
+    known = ["--principal", "5", "3", "--precondition", "--cond-frames", "2", "--out", "predict.pt"]
+    dit.main([*options.split(), "2", *known])
+    model, vae, _ = dit.load_dit(utils.load_checkpoint("predict.pt", "dit", ""))
+    given = dit.encode_given(vae, clips, 2)
+    first, _ = plain.encode(clips * (t < 2)[:, None, None, None])
+    assert model.config.cond_frames == 2 and given.shape == (3, 5, 3)
+    torch.testing.assert_close(given, vae.principal(first))
     for wrong in (("0", "3"), ("5", "-3"), (str(c.num_tokens), str(c.token_dim + 1))):
         with pytest.raises(utils.UserError, match="components"):
             dit.main([*options.split(), "2", "--principal", *wrong])
