@@ -41,10 +41,10 @@ class DiTConfig:
     token_dim: int = 128
     num_classes: int = 101
     cond_frames: int = 0  # of frame prediction: given frames, as tokens beside the noised ones; 0 is generation from noise
-    precondition: bool = False  # the transformer is told how large each number of θ_0 is; False is the paper's
     width: int = 1024
     depth: int = 24
     heads: int = 16
+    precondition: bool = False  # the transformer is told how large each number of θ_0 is; False is the paper's
 
 
 SIZES = {name: {} for name in nerv.CONFIGS}  # the paper's denoiser is always DiT-L
@@ -267,7 +267,8 @@ class Config:
     data_dir: str = option("data", "", "default: the one the checkpoint was trained on")
     cache_latents: bool = option("data", False, "encode clips once, into a cache on disk beside --out, not anew at every step")
     principal: list = option(
-        "data", [0, 0], "diffuse principal components of the cached latents, as so many tokens; 0 0: tokens as they are",
+        "data", [-1, -1], "diffuse principal components of the cached latents, as so many tokens; 0 0: tokens as they are; "
+        "-1 -1: in preset nano 8 32, where there are as many cached latents",
         nargs=2, type=int, metavar=("TOKENS", "WIDTH"),
     )  # fmt: skip
     refine: int = option("data", 0, "gradient steps on the tokens of a clip after the encoder's guess")
@@ -305,17 +306,24 @@ class Config:
 def preset_defaults(args):
     """The defaults that the stage-1 checkpoint implies; without one, those of the paper's sizes."""
     try:
-        stage1 = utils.load_checkpoint(args.ckpt, "vae", "python vae.py")["config"]
+        preset = args.preset or utils.load_checkpoint(args.ckpt, "vae", "python vae.py")["config"]["preset"]
     except UserError:
-        stage1 = {"preset": "S"}
-    if (preset := args.preset or stage1["preset"]) != "nano":
+        preset = "S"
+    if preset != "nano":
         return {"preset": preset}
-    defaults = dict(preset=preset, steps=1400, batch_size=64, lr=2e-3, warmup=50, ema=0.995, cache_latents=True, refine=3)
-    defaults.update(num_latents=4096, precondition=True, optimizer="muon")  # see docs/sharp.md
-    numbers = stage1.get("num_tokens", 0) * stage1.get("token_dim", 0)
-    if numbers >= 256 and not 0 < args.num_latents < 256:  # videos enough to know so many components by
-        defaults.update(principal=[8, 32])
-    return defaults
+    return dict(
+        preset=preset,
+        steps=1400,
+        batch_size=64,
+        optimizer="muon",  # see docs/sharp.md for this, the components and what is preconditioned
+        precondition=True,
+        lr=2e-3,
+        warmup=50,
+        ema=0.995,
+        cache_latents=True,
+        num_latents=4096,
+        refine=3,
+    )
 
 
 def encode_given(vae, video, cond_frames, refine=0):
@@ -417,6 +425,9 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
         raise UserError(f"{config.ckpt} was trained on the classes {classes}, and {config.dataset} has {train_set.classes}")
     torch.manual_seed(config.seed)
     count = (config.num_latents or 10 * len(train_set)) if config.cache_latents else len(train_set)
+    if min(config.principal) < 0:
+        enough = config.cache_latents and min(count, math.prod(vae.token_shape)) >= 8 * 32
+        config.principal = [8, 32] if enough and config.preset == "nano" else [0, 0]
     components = any(config.principal)
     size = tuple(config.principal) if components else vae.token_shape  # N and d of what is diffused
     if components:
@@ -424,8 +435,8 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
         if min(size) < 1 or math.prod(size) > math.prod(vae.token_shape):
             raise UserError(f"{asked}: videos have {math.prod(vae.token_shape)} components, and it takes one or more")
         if not config.cache_latents or count < math.prod(size):
-            raise UserError(f"{asked} takes --cache-latents, and {math.prod(size)} --num-latents or more; or --principal 0 0")
-    dit_config = DiTConfig(*size, len(classes), cond_frames, config.precondition, **SIZES[config.preset])
+            raise UserError(f"{asked} takes --cache-latents, and {math.prod(size)} --num-latents or more")
+    dit_config = DiTConfig(*size, len(classes), cond_frames, precondition=config.precondition, **SIZES[config.preset])
     model = denoiser(dit_config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model, model.matrices() if config.optimizer == "muon" else [], config.weight_decay)

@@ -103,7 +103,7 @@ def test_stage_2_of_components_decodes_encodes_and_refines_tokens(trained, tmp_p
     first, _ = plain.encode(clips * (t < 2)[:, None, None, None])
     assert model.config.cond_frames == 2 and given.shape == (3, 5, 3)
     torch.testing.assert_close(given, vae.principal(first))
-    for wrong in (("0", "3"), ("5", "-3"), (str(c.num_tokens), str(c.token_dim + 1))):
+    for wrong in (("0", "3"), ("5", "0"), (str(c.num_tokens), str(c.token_dim + 1))):
         with pytest.raises(utils.UserError, match="components"):
             dit.main([*options.split(), "2", "--principal", *wrong])
     for wrong in ("--no-cache-latents", "--num-latents 14"):
