@@ -14,6 +14,7 @@ All denoisers are of one size, trained by dit.py's loop, and all are sampled and
 row of runs.csv, and is not done again. The learning rates are shares of each method's own; all rows are reported.
 """
 
+import copy
 import csv
 import dataclasses
 import json
@@ -32,6 +33,7 @@ import evaluate
 import losses
 import vae
 from common import progress, utils
+from common.optim import adamw
 from common.tables import table
 from common.utils import UserError, option
 from common.video import to_clip, write_sheet
@@ -71,7 +73,7 @@ class Config:
     )
     videos: int = option("judging", 256, "clips of each kind, or all held-out ones")
     features: str = option("judging", "i3d", "of FVD; random takes no weights", choices=["i3d", "random"])
-    lpips: str = option("judging", "alex", "backbone of LPIPS", choices=["vgg", "alex", "none"])
+    lpips: str = option("judging", "alex", "backbone of LPIPS, in the loss of frames too", choices=["vgg", "alex", "none"])
     judge_clips: int = option("judging", 8192, "clips that the judge of class agreement is trained on")
     out_dir: str = option("output", "out/compare", "runs.csv, checkpoints and sheet.png go here")
 
@@ -185,13 +187,12 @@ def load_dit(ckpt):
 # ----------------------------------------------------------------------------------------------------------- the trainings
 
 
-def train_frames(network, train_set, config, lr, seed, seconds, run_dir, batch_size=8, few=2):
+def train_frames(network, train_set, config, lr, seed, seconds, batch_size=8, few=2):
     """Train a Frames for so many seconds on L2 + LPIPS + KL, as vae.py's nano has them -> (its averaged weights, steps)."""
-    device = next(network.parameters()).device
-    ema = type(network)(config.num_frames, config.resolution).to(device)
-    ema.load_state_dict(network.state_dict())
-    ema.eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
+    device = utils.pick_device("auto")
+    network.to(device)
+    ema = copy.deepcopy(network).eval().requires_grad_(False)
+    optimizer = adamw(network.parameters(), weight_decay=0.01)
     batches = data.endless(train_set, data.Stream(len(train_set), batch_size, seed))
     perceptual = losses.LPIPS(config.lpips).to(device) if config.lpips != "none" else None
     began, step = time.time(), 0
@@ -232,25 +233,12 @@ def train(method, lr, seed, config, out):
     """Both stages of a method in the time that there is -> (the checkpoint of dit.py, steps of both stages)."""
     began, seconds, steps = time.time(), 60 * config.minutes, [0, 0]
     torch.manual_seed(seed)
-    vae_pt, dit_pt, shape = (
-        out / "vae.pt",
-        out / "dit.pt",
-        ["--resolution", config.resolution, "--num-frames", config.num_frames],
-    )
-    where = ["--dataset", config.dataset, *(["--data-dir", config.data_dir] if config.data_dir else []), *shape]
+    vae_pt, dit_pt = out / "vae.pt", out / "dit.pt"
     common = ["--cache-dir", config.cache_dir, "--seed", seed, "--bf16", config.bf16]
     if method == "ours":
-        argv = [
-            *where,
-            "--preset",
-            "nano",
-            *common,
-            *shlex.split(config.vae_options),
-            "--lr",
-            METHODS[method][0] * lr,
-            "--out",
-            vae_pt,
-        ]
+        argv = ["--dataset", config.dataset, *(["--data-dir", config.data_dir] if config.data_dir else []), "--preset", "nano"]
+        argv += ["--resolution", config.resolution, "--num-frames", config.num_frames, *common]
+        argv += [*shlex.split(config.vae_options), "--lr", METHODS[method][0] * lr, "--out", vae_pt]
         argv = list(map(str, argv))
         steps[0] = steps_within(config.first * seconds, vae.main, argv, out / "trial")
         vae.main([*argv, "--steps", str(steps[0]), "--run-dir", str(out / "vae")])
@@ -261,9 +249,7 @@ def train(method, lr, seed, config, out):
         train_set = data.open_dataset(source, "train")
         network = {"frames": Frames, "pixels": Pixels}[method](config.num_frames, config.resolution)
         if method == "frames":
-            network, steps[0] = train_frames(
-                network, train_set, config, METHODS[method][0] * lr, seed, config.first * seconds, out
-            )
+            network, steps[0] = train_frames(network, train_set, config, METHODS[method][0] * lr, seed, config.first * seconds)
         utils.save_checkpoint(
             vae_pt, True, stage="vae", step=steps[0], config=dataclasses.asdict(source), classes=list(train_set.classes),
             decoder=type(network).__name__, ema=network.state_dict(), training={},
@@ -286,9 +272,9 @@ def train(method, lr, seed, config, out):
 
 
 @torch.no_grad()
-def shown_clips(ckpt, device, count=8):
+def shown_clips(ckpt, count=8):
     """Generated clips [count, T, 3, H, W] of classes in turn, and the seconds that one takes."""
-    model, first, scale = load_dit(ckpt)
+    device, (model, first, scale) = utils.pick_device("auto"), load_dit(ckpt)
     model, first = model.to(device), first.to(device)
     labels, began = torch.arange(count, device=device) % len(ckpt["classes"]), time.time()
     tokens = dit.generate(model, labels, guidance=1, seed=0) / scale
@@ -309,7 +295,7 @@ def run(method, lr, seed, config):
     with open(out / "eval" / "results.json") as file:
         results = {name: result["value"] for name, result in json.load(file)["results"].items()}
     ckpt = utils.load_checkpoint(path, "dit", "python dit.py")
-    clips, each = shown_clips(ckpt, torch.device("cpu"))
+    clips, each = shown_clips(ckpt)
     torch.save(clips, out / "shown.pt")
     train_set = data.open_dataset(vae.Config(**ckpt["vae"]["config"]), "train", ckpt["classes"])
     nearest, _ = nearest_clips(clips, train_set)
@@ -332,7 +318,7 @@ def run(method, lr, seed, config):
 
 def settings(config, method):
     """All that a run of a method depends on, as runs.csv has it."""
-    own = f"{config.vae_options} | {config.dit_options}" if method == "ours" else config.rival_options
+    own = f"{config.vae_options} | {config.dit_options}" if method == "ours" else f"{config.rival_options} | {config.lpips}"
     size = f"{config.num_frames} x {config.resolution}"
     return f"{config.dataset} {config.data_dir} {size} | {config.minutes:g} min, {config.first:g} | {own} | {config.videos}"
 
