@@ -78,12 +78,14 @@ class DiT(nn.Module):
     """The denoiser. One weight token is one transformer token; no patches, no temporal attention.
 
     Not the paper's: with `precondition`, EDM's preconditioning (Karras et al. 2022, §5), for each number of the tokens by
-    itself. Where v is its mean square, that of θ_t is D² = α² v + σ². The transformer F gets θ_t / D, and its output means
+    itself. Where v is its mean square, that of θ_t is D² = α² v + σ², and the best linear guess of θ_0 is α v / D² θ_t. The
+    transformer F gets these guesses, all by one factor, and its output means
 
         ε = σ / D² θ_t - α √v / D F        or, which is the same,        θ_0 = α v / D² θ_t + σ √v / D F
 
-    F = 0 is the best guess number by number, and what F adds is in each number's own size. They differ a hundredfold, and
-    without this the network does worse than such a guess wherever there is little noise (docs/sharp.md).
+    F = 0 is the best guess number by number, and what F adds is in each number's own size. They differ a hundredfold: without
+    the latter, small numbers come out worse than by such a guess, and without the former, noise on the many small ones drowns
+    the few large ones that tell what the others should be (docs/sharp.md).
     """
 
     def __init__(self, config):
@@ -104,7 +106,7 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         if config.precondition:
-            self.register_buffer("square", torch.ones(config.num_tokens, config.token_dim))  # v, which training measures
+            self.register_buffer("mean_square", torch.ones(config.num_tokens, config.token_dim))  # v, which training measures
             for name, schedule in zip(("alpha", "sigma"), noise_schedule()):
                 self.register_buffer(name, schedule, persistent=False)
 
@@ -124,8 +126,9 @@ class DiT(nn.Module):
         freq = torch.exp(-math.log(10000) * torch.arange(128, device=tokens.device) / 128)
         angle = step[:, None].float() * freq
         if self.config.precondition:
-            tokens = tokens / self.size(step)[2]
-            given = None if given is None else given / self.square.sqrt()
+            alpha, _, size = self.size(step)
+            share = alpha * self.mean_square / size  # the guess is this times θ_t / D, whose mean square is 1
+            tokens = share / share.square().mean((1, 2), keepdim=True).sqrt() * tokens / size
         if self.config.cond_frames:
             tokens = torch.cat([tokens, torch.zeros_like(tokens) if given is None else given], -1)  # [B, N, 2d]
         step = self.step_mlp(torch.cat([angle.cos(), angle.sin()], -1))
@@ -141,12 +144,12 @@ class DiT(nn.Module):
         if not self.config.precondition:
             return out
         alpha, sigma, size = self.size(step)
-        return sigma / size.square() * tokens - alpha * self.square.sqrt() / size * out.float()
+        return sigma / size.square() * tokens - alpha * self.mean_square.sqrt() / size * out.float()
 
     def size(self, step):
         """For diffusion steps [B]: α and σ [B, 1, 1], and D [B, N, d], the root mean square of each number of θ_t."""
         alpha, sigma = (schedule[step][:, None, None] for schedule in (self.alpha, self.sigma))
-        return alpha, sigma, (alpha.square() * self.square + sigma.square()).sqrt()
+        return alpha, sigma, (alpha.square() * self.mean_square + sigma.square()).sqrt()
 
     def matrices(self):
         """The weights of attention and MLPs: what Muon is for. Modulations begin at zero, and are AdamW's."""
@@ -268,7 +271,7 @@ class Config:
     cache_latents: bool = option("data", False, "encode clips once, into a cache on disk beside --out, not anew at every step")
     principal: list = option(
         "data", [-1, -1], "diffuse principal components of the cached latents, as so many tokens; 0 0: tokens as they are; "
-        "-1 -1: in preset nano 8 32, where there are as many cached latents",
+        "-1 -1: in preset nano 4 64, where there are as many cached latents",
         nargs=2, type=int, metavar=("TOKENS", "WIDTH"),
     )  # fmt: skip
     refine: int = option("data", 0, "gradient steps on the tokens of a clip after the encoder's guess")
@@ -313,13 +316,13 @@ def preset_defaults(args):
         return {"preset": preset}
     return dict(
         preset=preset,
-        steps=1400,
-        batch_size=64,
+        steps=400,
+        batch_size=256,
         optimizer="muon",  # see docs/sharp.md for this, the components and what is preconditioned
         precondition=True,
-        lr=2e-3,
+        lr=4e-3,
         warmup=50,
-        ema=0.995,
+        ema=0.99,
         cache_latents=True,
         num_latents=4096,
         refine=3,
@@ -426,8 +429,8 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
     torch.manual_seed(config.seed)
     count = (config.num_latents or 10 * len(train_set)) if config.cache_latents else len(train_set)
     if min(config.principal) < 0:
-        enough = config.cache_latents and min(count, math.prod(vae.token_shape)) >= 8 * 32
-        config.principal = [8, 32] if enough and config.preset == "nano" else [0, 0]
+        enough = config.cache_latents and min(count, math.prod(vae.token_shape)) >= 4 * 64
+        config.principal = [4, 64] if enough and config.preset == "nano" else [0, 0]
     components = any(config.principal)
     size = tuple(config.principal) if components else vae.token_shape  # N and d of what is diffused
     if components:
@@ -474,7 +477,7 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
         latent_scale = 1 / (first[:, 0].var() + first[:, 1].square().mean()).sqrt().item()
         if config.precondition:
             for network in (model, ema):
-                network.square.copy_(latent_scale**2 * first[:, :2].square().sum(1).mean(0).clamp_min(1e-12))
+                network.mean_square.copy_(latent_scale**2 * first[:, :2].square().sum(1).mean(0).clamp_min(1e-12))
     log = utils.RunLog(config.run_dir, config.steps, config.log_every, start, rank)
     log.print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(classes)} classes, "

@@ -13,7 +13,7 @@ class Principal(nn.Module):
     """Tokens [..., N, d] <-> the largest principal components, of zero mean, as other tokens [..., M, k].
 
     Not the paper's. The map is linear and keeps distances: a walk between components is a walk between tokens and between
-    kernels, and with M k = N d nothing is lost. Component i is in token i mod M: every token has a share of the large ones.
+    kernels, and with M k = N d nothing is lost. The first token has the k largest, which the others can read by attention.
     """
 
     def __init__(self, shape, token_shape):
@@ -32,7 +32,7 @@ class Principal(nn.Module):
         flat = tokens.float().flatten(1)
         mean, (M, k) = flat.mean(0), self.shape
         values, vectors = torch.linalg.eigh((flat - mean).T @ (flat - mean) / len(flat))  # ascending
-        self.mean.copy_(mean), self.directions.copy_(vectors.T.flip(0)[: M * k].unflatten(0, (k, M)).transpose(0, 1))
+        self.mean.copy_(mean), self.directions.copy_(vectors.T.flip(0)[: M * k].unflatten(0, (M, k)))
         return (values.flip(0)[: M * k].sum() / values.sum()).item()
 
     def forward(self, tokens):

@@ -52,7 +52,7 @@ def test_every_input_matters_once_trained():
 
 def preconditioned(square):
     model = DiT(DiTConfig(num_tokens=6, token_dim=5, num_classes=3, precondition=True, width=24, depth=2, heads=2))
-    model.square.copy_(square)
+    model.mean_square.copy_(square)
     return model
 
 
@@ -70,7 +70,7 @@ def test_a_fresh_preconditioned_denoiser_is_the_best_linear_one():
 
 
 def test_what_a_preconditioned_denoiser_says_of_a_number_is_in_its_own_size(monkeypatch):
-    """θ_0 = α v / D² θ_t + σ √v / D F for any F, and F sees θ_t / D."""
+    """θ_0 = α v / D² θ_t + σ √v / D F for any F, and F sees the first of the two, of the mean square 1 at each step."""
     torch.manual_seed(0)
     square, step = torch.logspace(-4, 2, 30).view(6, 5), torch.tensor([3, 400, 900])
     model, seen = preconditioned(square), []
@@ -83,7 +83,8 @@ def test_what_a_preconditioned_denoiser_says_of_a_number_is_in_its_own_size(monk
     size = (alpha**2 * square + sigma**2).sqrt()
     expected = alpha * square / size**2 * x + sigma * square.sqrt() / size * out
     torch.testing.assert_close(theta0, expected, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(seen[0], x / size)
+    guess = alpha * square / size**2
+    torch.testing.assert_close(seen[0], guess / (guess * size).square().mean((1, 2), keepdim=True).sqrt() * x)
 
 
 def test_the_matrices_of_attention_and_mlps_are_muons():

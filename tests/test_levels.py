@@ -28,7 +28,7 @@ def test_a_fresh_preconditioned_denoiser_of_uncorrelated_numbers_is_the_linear_o
     deviation = torch.tensor([[3.0, 1.0, 0.1], [0.5, 2.0, 0.01]])
     known, theta0 = deviation * torch.randn(20_000, 2, 3), deviation * torch.randn(4000, 2, 3)
     model = dit.DiT(dit.DiTConfig(2, 3, 2, precondition=True, width=24, depth=1, heads=2)).eval()
-    model.square.copy_(deviation.square())
+    model.mean_square.copy_(deviation.square())
     rows = levels.errors(model, theta0, torch.zeros(4000, dtype=torch.long), known, [0.1, 1.0, 10.0])
     for level, linear, ours in rows:
         assert ours == pytest.approx(linear, rel=0.02), level
