@@ -3,6 +3,9 @@
 Held-out clips are encoded, noised and denoised in one step. *linear* is the best linear guess of θ_0, of the mean and the
 covariance of the cached latents (the Wiener filter). A network above it wastes what two moments of the data say; how far
 below it comes is what it has learned. Errors are shares of the variance of θ_0.
+
+Then samples are drawn, and the nearest of the cached latents is searched for each. Where samples are further from them than
+held-out clips are, they are not yet like the data; where they are much nearer, they are copies.
 """
 
 from dataclasses import dataclass
@@ -25,6 +28,7 @@ class Config:
     ckpt: list = option("input", ["dit.pt"], "checkpoints of dit.py, each with its .latents beside it", nargs="+")
     clips: int = option("input", 128, "held-out clips, spread over their set")
     levels: list = option("input", [0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0], "σ / α", nargs="+", type=float)
+    samples: int = option("input", 256, "samples that are compared with the cached latents, spread over the classes")
     seed: int = option("input", 0, "of the noise")
 
 
@@ -59,9 +63,16 @@ def errors(model, theta0, labels, known, levels, seed=0):
     return rows
 
 
+def nearest(tokens, known):
+    """Median squared distance of tokens [B, N, d] to the nearest of known [n, N, d], a share of the variance of known."""
+    flat = known.flatten(1)
+    distance = torch.cdist(tokens.flatten(1), flat).square().min(1).values
+    return (distance.median() / (flat - flat.mean(0)).square().sum(1).mean()).item()
+
+
 def main(argv=None):
     config = utils.parse_options(Config, __doc__, argv=argv)
-    utils.check_positive(config, "clips")
+    utils.check_positive(config, "clips", "samples")
     for path in config.ckpt:
         ckpt = utils.load_checkpoint(path, "dit", "python dit.py")
         model, vae, scale = dit.load_dit(ckpt)
@@ -79,7 +90,13 @@ def main(argv=None):
         theta0 = torch.cat([dit.encode_batch(vae, part, 0, dit.refine_steps(ckpt))[:, 0] for part in clips])
         print(f"\n{path}, {len(labels)} held-out clips, {len(known)} latents\n")
         rows = errors(model, scale * theta0, labels, known, config.levels, config.seed)
+        wanted = torch.arange(config.samples) % len(ckpt["classes"])
+        drawn = torch.cat([dit.generate(model, y, guidance=1, seed=config.seed + i) for i, y in enumerate(wanted.split(64))])
         table(["σ / α", "linear", "model"], [[f"{level:g}", *(f"{error:.5f}" for error in found)] for level, *found in rows])
+        distances = (
+            f"{nearest(drawn, known):.3f} from {len(drawn)} samples, {nearest(scale * theta0, known):.3f} from held-out clips"
+        )
+        print(f"to the nearest cached latent: {distances}")
 
 
 if __name__ == "__main__":

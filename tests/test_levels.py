@@ -35,13 +35,22 @@ def test_a_fresh_preconditioned_denoiser_of_uncorrelated_numbers_is_the_linear_o
     assert rows[0][1] < 0.01 < rows[1][1] < rows[2][1] < 1
 
 
+def test_the_nearest_latent_of_a_copy_is_itself_and_of_others_a_share_of_the_variance():
+    known = torch.randn(1000, 2, 3, generator=torch.Generator().manual_seed(0)) + 5
+    assert levels.nearest(known[:9], known) < 1e-3
+    middle, variance = known.mean(0, keepdim=True), (known - known.mean(0)).square().sum((1, 2)).mean()
+    far = middle + torch.tensor([100.0, 0, 0, 0, 0, 0]).view(1, 2, 3)
+    assert levels.nearest(far, known) == pytest.approx(100**2 / variance.item(), rel=0.1)
+
+
 def test_the_study_reads_a_checkpoint_and_its_latents(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = f"--ckpt {trained / 'vae.pt'} --batch-size 4 --num-latents 80 --refine 0 --bf16 off --run-dir run --steps 2"
     dit.main([*options.split(), "--precondition"])
     capsys.readouterr()
-    levels.main("--ckpt dit.pt --clips 8 --levels 0.1 10".split())
+    levels.main("--ckpt dit.pt --clips 8 --levels 0.1 10 --samples 6".split())
     lines = capsys.readouterr().out.splitlines()
-    assert "8 held-out clips, 80 latents" in lines[1] and lines[-2].startswith("| 0.1") and lines[-1].startswith("| 10")
+    assert "8 held-out clips, 80 latents" in lines[1] and lines[-3].startswith("| 0.1") and lines[-2].startswith("| 10")
+    assert "from 6 samples" in lines[-1]
     with pytest.raises(utils.UserError, match="no cached latents"):
         levels.main(["--ckpt", shutil.copy("dit.pt", "alone.pt")])
