@@ -40,7 +40,7 @@ from common.video import to_clip, write_sheet
 from demo import nearest_clips
 from studies.variants import LatteBlock
 
-METHODS = {"ours": (1.5e-3, 2e-3), "frames": (1e-3, 1e-3), "pixels": (0, 1e-3)}  # learning rates of both stages
+METHODS = {"ours": (1.5e-3, 4e-3), "frames": (1e-3, 1e-3), "pixels": (0, 1e-3)}  # learning rates of both stages
 COLUMNS = ["method", "lr", "seed", "settings", "revision", "seconds", "steps", "numbers", "rFVD", "PSNR", "LPIPS", "gFVD"]
 COLUMNS += ["agreement", "diversity", "nearest", "seconds a clip"]
 
