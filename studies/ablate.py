@@ -11,7 +11,6 @@ mostly what stage 1 blurs, whatever the denoiser; their distance to reconstructi
 A run that is done is a row of runs.csv, and is not done again.
 """
 
-import csv
 import os
 import queue
 import shlex
@@ -31,7 +30,7 @@ import torch
 
 import data
 from common import plot, utils
-from common.tables import table
+from common.tables import add_row, read_rows, table
 from common.utils import option
 from evaluate import Scorer
 from studies.variants import load_dit
@@ -120,13 +119,7 @@ class Study:
         self.settings = {1: first, 2: second}  # of a stage: runs with others are other runs
         self.path = self.out / "runs.csv"
         utils.make_parent(self.path)
-        self.done = {}
-        if self.path.is_file():
-            with open(self.path, newline="") as f:
-                reader = csv.DictReader(f)
-                if reader.fieldnames != COLUMNS:
-                    raise utils.UserError(f"{self.path} is not of this version: it has other columns than {', '.join(COLUMNS)}")
-                self.done = {self.key(row): row for row in reader}
+        self.done = {self.key(row): row for row in read_rows(self.path, COLUMNS)}
 
     @staticmethod
     def key(row):
@@ -146,12 +139,7 @@ class Study:
         row = {"stage": stage, **row, "settings": self.settings[stage]}
         row |= {"revision": utils.git_revision() or "unknown", "seconds": round(time.time() - start)}
         with self.lock:
-            new = not self.path.is_file()
-            with open(self.path, "a", newline="") as f:
-                writer = csv.DictWriter(f, COLUMNS)
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
+            add_row(self.path, COLUMNS, row)
             self.done[self.key(row)] = {name: str(row.get(name, "")) for name in COLUMNS}
         print(f"{time.strftime('%H:%M')} {', '.join(f'{name} {value}' for name, value in row.items() if value)}", flush=True)
 

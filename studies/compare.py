@@ -34,7 +34,7 @@ import losses
 import vae
 from common import progress, utils
 from common.optim import adamw
-from common.tables import table
+from common.tables import add_row, read_rows, table
 from common.utils import UserError, option
 from common.video import to_clip, write_sheet
 from demo import nearest_clips
@@ -328,11 +328,9 @@ def main(argv=None):
     utils.check_positive(config, "seeds", "minutes", "videos")
     if not 0 < config.first < 1:
         raise UserError(f"--first {config.first}: it is a share of the time, between 0 and 1")
-    path, rows = Path(config.out_dir) / "runs.csv", []
+    path = Path(config.out_dir) / "runs.csv"
     utils.make_parent(path)
-    if path.is_file():
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
+    rows = read_rows(path, COLUMNS)
     # In turns, so that a machine that gets slower is the same to all.
     wanted = [(method, f"{lr:g}", str(seed)) for seed in range(config.seeds) for lr in config.lrs for method in config.methods]
 
@@ -344,11 +342,7 @@ def main(argv=None):
     for method, lr, seed in wanted:
         if (method, lr, seed) not in done():
             rows.append(run(method, float(lr), int(seed), config))
-            new = not path.is_file()
-            with open(path, "a", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader() if new else None
-                writer.writerow(rows[-1])
+            add_row(path, COLUMNS, rows[-1])
     report([done()[key] for key in wanted], config)
 
 

@@ -8,7 +8,6 @@ denoiser of as long a training; all others train for both at once. A row's steps
 steps of its own. A row that is done is a line of runs.csv.
 """
 
-import csv
 import math
 import shlex
 import time
@@ -27,7 +26,7 @@ import vae
 import vin
 from common import progress, utils, video
 from common.drawn import MOTIONS
-from common.tables import table
+from common.tables import add_row, read_rows, table
 from common.utils import UserError, option
 from evaluate import classify, train_classifier
 from vae import Config as Stage1
@@ -283,22 +282,16 @@ def main():
     if config.chunks < 2:
         raise UserError("--chunks 1 has no seam: compare two or more")
     dit.check_steps(config.steps)
-    path, rows = Path(config.out_dir) / "runs.csv", []
+    path = Path(config.out_dir) / "runs.csv"
     utils.make_parent(path)
-    if path.is_file():
-        with open(path, newline="") as f:
-            rows = [row for row in csv.DictReader(f) if row["settings"] == settings(config)]
+    rows = [row for row in read_rows(path, COLUMNS) if row["settings"] == settings(config)]
     todo = [row for row in config.only or ROWS if row not in {done["row"] for done in rows}]
     study = Study(config)
     if todo:
         study.prepare()
     for row in todo:
         rows.append(study.run(row))
-        new = not path.is_file()
-        with open(path, "a", newline="") as f:
-            writer = csv.DictWriter(f, COLUMNS)
-            writer.writeheader() if new else None
-            writer.writerow(rows[-1])
+        add_row(path, COLUMNS, rows[-1])
         print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     columns = [name for name in COLUMNS if name not in ("settings", "revision")]
     table(columns, [[row[name] for name in columns] for row in rows])

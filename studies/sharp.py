@@ -9,7 +9,6 @@ is the encoder's. Every run has a thread of its own, as many at a time as there 
 runs.csv, and is not done again.
 """
 
-import csv
 import os
 import shlex
 import subprocess
@@ -23,7 +22,7 @@ import torch
 
 import data
 from common import utils
-from common.tables import table
+from common.tables import add_row, read_rows, table
 from common.utils import option
 from common.video import to_clip
 from losses import LPIPS, at_least_64
@@ -160,20 +159,14 @@ def settings(config):
 def main():
     config = utils.parse_options(Config, __doc__)
     utils.check_positive(config, "seeds", "clips")
-    path, rows = Path(config.out_dir) / "runs.csv", []
+    path = Path(config.out_dir) / "runs.csv"
     utils.make_parent(path)
-    if path.is_file():
-        with open(path, newline="") as f:
-            rows = [row for row in csv.DictReader(f) if row["settings"] == settings(config)]
+    rows = [row for row in read_rows(path, COLUMNS) if row["settings"] == settings(config)]
     done = {(row["row"], int(row["seed"])) for row in rows}
     wanted = [(row, seed) for seed in range(config.seeds) for row in config.only or ROWS]
     with ThreadPoolExecutor(config.jobs or os.cpu_count()) as pool:
         for row in pool.map(lambda key: run(config, *key), [key for key in wanted if key not in done]):
-            new = not path.is_file()
-            with open(path, "a", newline="") as f:
-                writer = csv.DictWriter(f, COLUMNS)
-                writer.writeheader() if new else None
-                writer.writerow(row)
+            add_row(path, COLUMNS, row)
             rows.append(row)
             print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
     rows = [row for row in rows if (row["row"], int(row["seed"])) in wanted]
