@@ -41,7 +41,10 @@ class Config:
         "what", [], "go on from the first frames of FILEs; --classes may name theirs", nargs="+", metavar="FILE"
     )
     chunks: int = option("what", 0, "networks of a long video, one after the other; 0: as many as vin.py trained with")
-    refine: int = option("what", -1, "gradient steps on the tokens of FILEs; -1: as many as stage 2 learned from")
+    refine: int = option(
+        "what", -1, "gradient steps on the tokens of FILEs, or on predicted ones, by the given frames; "
+        "-1: as many as stage 2 learned from",
+    )  # fmt: skip
     residual: bool = option("what", False, "add to predicted frames what stage 1 loses of the given ones, on average")
     time_scale: float = option("time", 1.0, "decoded frames per frame of the training clips; 8 makes 128 of 16")
     extrapolate: float = option("time", 0.0, "go on for this many frames beyond the end of the clip")
@@ -74,7 +77,7 @@ class Sampler:
             self.vin.to(self.device)
         else:
             self.vae = load_vae(ckpt)
-        self.refine = dit.refine_steps(ckpt, config.refine)
+        self.refine, self.refine_given = dit.refine_steps(ckpt, config.refine), dit.refine_steps(ckpt)
         self.vae.to(self.device)
         self.autocast = partial(utils.autocast, self.device, config.bf16)
         self.t = self.positions(self.vae.nerv_config.num_frames)
@@ -117,12 +120,16 @@ class Sampler:
             cond_frames = self.dit.config.cond_frames
             if not cond_frames:
                 raise UserError(f"{c.ckpt} does not predict frames: train one with `python dit.py --cond-frames 5`")
-            parts = given.split(c.batch_size)
-            given = torch.cat([dit.encode_given(self.vae, part.to(self.device), cond_frames, self.refine) for part in parts])
+            seen = [part.to(self.device) for part in given.split(c.batch_size)]
+            given = torch.cat([dit.encode_given(self.vae, part, cond_frames, self.refine_given) for part in seen])
             given = given * self.latent_scale
         labels = torch.tensor(labels, device=self.device)
         with self.autocast():
-            return dit.generate(self.dit, labels, c.steps, c.guidance, c.sampler, c.seed, given) / self.latent_scale
+            tokens = dit.generate(self.dit, labels, c.steps, c.guidance, c.sampler, c.seed, given) / self.latent_scale
+            if given is not None:  # the video is to go through the given frames
+                parts = zip(tokens.split(c.batch_size), seen)
+                tokens = torch.cat([self.vae.refine(part, clips[:, :cond_frames], self.refine) for part, clips in parts])
+        return tokens
 
     def read(self, files, needed=None, start=0):
         """The clip of each file from frame `start` on, [B, T, 3, H, W], of which only `needed` frames have to be there.

@@ -9,6 +9,7 @@ from conftest import script, write_mp4
 
 import data
 import dit
+import sample
 from common import utils, video
 from dit import DiT, DiTConfig, cached_latents, encode_batch, encode_given, generate
 from vae import load_vae
@@ -161,6 +162,20 @@ def test_predict_real_videos(predictor, tmp_path):
     assert (orange < 40).tolist() == [True] * 5 + [False] * 11
     inside = abs(predicted.astype(int) - real)[:, 4:-4, 4:-4].mean((1, 2, 3))
     assert (inside[:5] < 3).all() and (inside[5:] > 3).all()
+
+
+def test_predicted_videos_are_drawn_to_the_given_frames(predictor, tmp_path):
+    """--refine fits the predicted tokens to the frames that are known, and to no other."""
+    clip = video.to_clip(data.Shapes()[0][0])
+    other = torch.cat([clip[:5], -clip[5:]])
+    error = {}
+    for name, frames, steps in (("plain", clip, 0), ("fitted", clip, 20), ("other", other, 20)):
+        config = sample.Config(ckpt=str(predictor / "dit.pt"), refine=steps, steps=3, guidance=1.0)
+        sampler = sample.Sampler(config)
+        with torch.no_grad():
+            tokens = sampler.generate([0], frames[None])
+        error[name] = (sampler.decode(tokens, torch.arange(5.0)) - clip[None, :5]).square().mean()
+    assert error["fitted"] < 0.9 * error["plain"] and error["other"] == error["fitted"]
 
 
 def test_the_residual_restores_what_stays_as_it_is(predictor, tmp_path):
