@@ -24,7 +24,7 @@ import data
 import nerv
 from common import progress, utils
 from common.optim import make_optimizer
-from common.principal import LinearGuess, Principal
+from common.principal import Principal
 from common.utils import UserError, option
 from common.video import tile, to_clip, to_frames, write_sheet
 from vae import Attention, load_vae
@@ -85,8 +85,7 @@ class DiT(nn.Module):
 
     F = 0 is the best guess number by number, and what F adds is in each number's own size. They differ a hundredfold: without
     the latter, small numbers come out worse than by such a guess, and without the former, noise on the many small ones drowns
-    the few large ones that tell what the others should be (docs/sharp.md). In frame prediction, all this is of what the given
-    frames' tokens do not tell linearly: θ_0 less its best guess from them, and v the mean square of that.
+    the few large ones that tell what the others should be (docs/sharp.md).
     """
 
     def __init__(self, config):
@@ -108,9 +107,6 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.bias)
         if config.precondition:
             self.register_buffer("mean_square", torch.ones(config.num_tokens, config.token_dim))  # v, which training measures
-            if config.cond_frames:
-                self.told = LinearGuess(config.num_tokens * config.token_dim)
-                self.register_buffer("left", torch.ones(config.num_tokens, config.token_dim))  # v of what it does not tell
             for name, schedule in zip(("alpha", "sigma"), noise_schedule()):
                 self.register_buffer(name, schedule, persistent=False)
 
@@ -119,27 +115,19 @@ class DiT(nn.Module):
 
         given: in frame prediction, the tokens [B, N, d] of the given frames (`encode_given`); zeros are no frames.
         """
-        square = None
-        if self.config.precondition and self.config.cond_frames and given is not None:
-            known = given.flatten(1).any(1)[:, None, None]
-            tokens = tokens - self.alpha[step][:, None, None] * known * self.told(given.float())
-            square = torch.where(known, self.left, self.mean_square)  # [B, N, d]
-        x, step_code, label = self.embed_all(tokens, step, label, given, square)
+        x, step_code, label = self.embed_all(tokens, step, label, given)
         condition = step_code + label
         for block in self.blocks:
             x = block(x, condition)
-        return self.noise(self.read_out(x, condition), tokens, step, square)
+        return self.noise(self.read_out(x, condition), tokens, step)
 
-    def embed_all(self, tokens, step, label, given, square=None):
-        """What goes in, at the transformer's width: tokens [B, N, width], diffusion step and label [B, width].
-
-        square: v [B, N, d], where it is not that of θ_0.
-        """
+    def embed_all(self, tokens, step, label, given):
+        """What goes in, at the transformer's width: tokens [B, N, width], diffusion step and label [B, width]."""
         freq = torch.exp(-math.log(10000) * torch.arange(128, device=tokens.device) / 128)
         angle = step[:, None].float() * freq
         if self.config.precondition:
-            alpha, _, square, size = self.size(step, square)
-            share = alpha * square / size  # the guess is this times θ_t / D, whose mean square is 1
+            alpha, _, size = self.size(step)
+            share = alpha * self.mean_square / size  # the guess is this times θ_t / D, whose mean square is 1
             tokens = share / share.square().mean((1, 2), keepdim=True).sqrt() * tokens / size
         if self.config.cond_frames:
             tokens = torch.cat([tokens, torch.zeros_like(tokens) if given is None else given], -1)  # [B, N, 2d]
@@ -151,27 +139,17 @@ class DiT(nn.Module):
         shift, scale = self.adaln(condition).chunk(2, -1)
         return self.out(modulate(self.norm(x), shift, scale))
 
-    def noise(self, out, tokens, step, square=None):
+    def noise(self, out, tokens, step):
         """What came out [B, N, d] of noised tokens [B, N, d] at diffusion steps [B] -> ε [B, N, d]."""
         if not self.config.precondition:
             return out
-        alpha, sigma, square, size = self.size(step, square)
-        return sigma / size.square() * tokens - alpha * square.sqrt() / size * out.float()
+        alpha, sigma, size = self.size(step)
+        return sigma / size.square() * tokens - alpha * self.mean_square.sqrt() / size * out.float()
 
-    def size(self, step, square=None):
-        """For diffusion steps [B]: α and σ [B, 1, 1], v, and D [B, N, d], the root mean square of each number of θ_t."""
+    def size(self, step):
+        """For diffusion steps [B]: α and σ [B, 1, 1], and D [B, N, d], the root mean square of each number of θ_t."""
         alpha, sigma = (schedule[step][:, None, None] for schedule in (self.alpha, self.sigma))
-        square = self.mean_square if square is None else square
-        return alpha, sigma, square, (alpha.square() * square + sigma.square()).sqrt()
-
-    def measure(self, latents):
-        """What preconditioning is told, of latents [B, 2 or 3, N, d] at unit deviation: means, deviations, given frames'."""
-        mean, deviation, *given = latents.unbind(1)
-        self.mean_square.copy_((mean.square() + deviation.square()).mean(0).clamp_min(1e-12))
-        if given:
-            self.told.fit(given[0], mean)
-            left = mean - self.told(given[0])
-            self.left.copy_((left.square() + deviation.square()).mean(0).clamp_min(1e-12))
+        return alpha, sigma, (alpha.square() * self.mean_square + sigma.square()).sqrt()
 
     def matrices(self):
         """The weights of attention and MLPs: what Muon is for. Modulations begin at zero, and are AdamW's."""
@@ -499,7 +477,7 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
         latent_scale = 1 / (first[:, 0].var() + first[:, 1].square().mean()).sqrt().item()
         if config.precondition:
             for network in (model, ema):
-                network.measure(latent_scale * (latents[:8192].float() if config.cache_latents else first).to(device))
+                network.mean_square.copy_(latent_scale**2 * first[:, :2].square().sum(1).mean(0).clamp_min(1e-12))
     log = utils.RunLog(config.run_dir, config.steps, config.log_every, start, rank)
     log.print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(classes)} classes, "

@@ -1,8 +1,8 @@
-"""What is linear about weight tokens: their principal components, and what given frames tell of them.
+"""Principal components of weight tokens: what stage 2 diffuses where it is asked to (dit.py --principal).
 
 Numbers of a video's tokens are far from independent: of Sprites, 64 directions of 2,048 hold 94 % of the variance
 (docs/sharp.md). Along these directions they are uncorrelated, so that each can be told by itself how large it is (dit.DiT),
-and a few of them, in few tokens, do for all: what stage 2 diffuses where it is asked to (dit.py --principal).
+and a few of them, in few tokens, do for all.
 """
 
 import torch
@@ -46,33 +46,3 @@ class Principal(nn.Module):
     def tokens(self, components):
         """Components [..., M, k] -> tokens [..., N, d]; of tokens outside these directions, the nearest."""
         return (torch.einsum("...mk,mki->...i", components, self.directions) + self.mean).unflatten(-1, self.token_shape)
-
-
-class LinearGuess(nn.Module):
-    """The best linear guess of tokens [B, N, d] of a clip from those of its given frames (dit.encode_given); not the paper's.
-
-    A person whom the training never saw is a guess away where a network would take the nearest of those whom it saw.
-    """
-
-    def __init__(self, size):
-        """size: N d, how many numbers there are of a video."""
-        super().__init__()
-        self.register_buffer("given", torch.zeros(size))  # mean of what is given
-        self.register_buffer("guess", torch.zeros(size))  # mean of what is guessed
-        self.register_buffer("slope", torch.zeros(size, size))
-
-    def fit(self, given, tokens, ridge=0.1):
-        """Take the map of given [B, N, d] to tokens [B, N, d] with least squared error, both float.
-
-        ridge: of the mean variance of given, added to that of each number, so that it holds for videos that are not here.
-        """
-        x, y = given.double().flatten(1), tokens.double().flatten(1)
-        self.given.copy_(x.mean(0)), self.guess.copy_(y.mean(0))
-        x, y = x - x.mean(0), y - y.mean(0)
-        power = x.T @ x / len(x)
-        power.diagonal().add_(ridge * power.diagonal().mean().clamp_min(1e-12))
-        self.slope.copy_(torch.linalg.solve(power, x.T @ y / len(x)))
-
-    def forward(self, given):
-        """Given [B, N, d] -> guesses [B, N, d]."""
-        return ((given.flatten(1) - self.given) @ self.slope + self.guess).view_as(given)

@@ -87,32 +87,6 @@ def test_what_a_preconditioned_denoiser_says_of_a_number_is_in_its_own_size(monk
     torch.testing.assert_close(seen[0], guess / (guess * size).square().mean((1, 2), keepdim=True).sqrt() * x)
 
 
-def test_a_fresh_preconditioned_predictor_knows_what_given_frames_say():
-    """Where θ_0 = A g + b + r, it is E[ε | θ_t, g] = σ (θ_t - α (A g + b)) / (α² v_r + σ²); without g, as of θ_0 alone."""
-    torch.manual_seed(0)
-    model = DiT(DiTConfig(6, 5, 3, cond_frames=5, width=24, depth=2, heads=2, precondition=True))
-    slope, offset, square = torch.randn(30, 30), torch.randn(30), torch.logspace(-2, 1, 30)
-    given = 3 + torch.randn(20_000, 30)
-    centre = given @ slope + offset
-    theta0 = centre + square.sqrt() * torch.randn(20_000, 30)
-    deviation = torch.full_like(theta0, 0.1)
-    model.measure(torch.stack([theta0, deviation, given], 1).unflatten(-1, (6, 5)))
-    step, alpha, sigma = 300, *(schedule[300] for schedule in noise_schedule())
-    x = alpha * theta0[:8] + sigma * torch.randn(8, 30)
-    shown = given[:8].clone()
-    shown[4:] = 0  # no frames
-    inputs = (x.view(8, 6, 5), torch.full((8,), step), torch.zeros(8, dtype=torch.long))
-    eps = model(*inputs, shown.view(8, 6, 5)).flatten(1)
-    # The ridge costs a tenth of the slope here, where all of given vary alike, and what it leaves is among r.
-    fitted = offset + 3 * torch.ones(30) @ slope + (given[:8] - 3) @ slope / 1.1
-    left = square + (slope / 11).square().sum(0) + 0.01
-    expected = sigma * (x - alpha * fitted) / (alpha**2 * left + sigma**2)
-    torch.testing.assert_close(eps[:4], expected[:4], rtol=0.1, atol=0.1)
-    mean_square = theta0.square().mean(0) + 0.01
-    torch.testing.assert_close(eps[4:], (sigma * x / (alpha**2 * mean_square + sigma**2))[4:])
-    torch.testing.assert_close(model(*inputs).flatten(1)[4:], eps[4:])  # given=None is no frames as well
-
-
 def test_the_matrices_of_attention_and_mlps_are_muons():
     model = DiT(TINY)
     names = {name for name, p in model.named_parameters() if any(p is matrix for matrix in model.matrices())}

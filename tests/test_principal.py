@@ -9,7 +9,7 @@ import fit
 import sample
 import vin
 from common import utils
-from common.principal import LinearGuess, Principal
+from common.principal import Principal
 from vae import load_vae
 
 
@@ -64,19 +64,6 @@ def test_spread_is_the_deviation_of_noise_on_the_tokens():
     deviation = torch.rand(4, 3)
     made = principal(deviation * torch.randn(20000, 4, 3))
     torch.testing.assert_close(principal.spread(deviation), made.std(0), rtol=0.03, atol=0)
-
-
-def test_a_linear_guess_is_the_regression_and_the_ridge_is_of_its_mean_variance():
-    torch.manual_seed(0)
-    given, guess = 2 + torch.randn(500, 2, 3) * torch.linspace(0.1, 3, 6).view(2, 3), LinearGuess(6)
-    tokens = (given.flatten(1) @ torch.randn(6, 6) - 1).view(500, 2, 3)
-    guess.fit(given, tokens, ridge=0)
-    torch.testing.assert_close(guess(given[:9]), tokens[:9], rtol=1e-4, atol=1e-4)
-    guess.fit(given, tokens, ridge=0.1)
-    x, y = (z.flatten(1) - z.flatten(1).mean(0) for z in (given, tokens))
-    ridge = 0.1 * x.var(0, unbiased=False).mean() * len(x)  # least squares with further rows, one for each number
-    rows, wanted = torch.cat([x, ridge.sqrt() * torch.eye(6)]), torch.cat([y, torch.zeros(6, 6)])
-    torch.testing.assert_close(guess.slope, torch.linalg.lstsq(rows, wanted).solution, rtol=1e-3, atol=1e-4)
 
 
 def test_stage_2_of_components_decodes_encodes_and_refines_tokens(trained, tmp_path, monkeypatch):
