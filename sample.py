@@ -112,7 +112,10 @@ class Sampler:
         return labels * (files // len(labels))
 
     def generate(self, labels, given=None):
-        """Labels, and given frames' clips [B, T, 3, H, W] in prediction -> tokens [B, N, d] of new videos."""
+        """Labels, and given frames' clips [B, T, 3, H, W] in prediction -> tokens [B, N, d] of new videos.
+
+        Predicted tokens are fitted to the given frames in --refine steps; what the denoiser is given is as it learned it.
+        """
         c = self.config
         if self.dit is None:
             raise UserError(f"{c.ckpt} has no stage 2: generating takes a checkpoint of `python dit.py`")
@@ -126,7 +129,7 @@ class Sampler:
         labels = torch.tensor(labels, device=self.device)
         with self.autocast():
             tokens = dit.generate(self.dit, labels, c.steps, c.guidance, c.sampler, c.seed, given) / self.latent_scale
-            if given is not None:  # the video is to go through the given frames
+            if given is not None:
                 parts = zip(tokens.split(c.batch_size), seen)
                 tokens = torch.cat([self.vae.refine(part, clips[:, :cond_frames], self.refine) for part, clips in parts])
         return tokens

@@ -4,7 +4,7 @@ import csv
 import itertools
 from pathlib import Path
 
-from common.utils import UserError, make_parent
+from common.utils import UserError
 
 
 def table(header, rows):
@@ -27,8 +27,10 @@ def read_rows(path, columns):
 
 
 def add_row(path, columns, row):
-    """Append a row {column: value} to a CSV file, which is begun where there is none; what has no value is left empty."""
-    make_parent(path)
+    """Append a row {column: value} to a CSV file, which is begun where there is none; what has no value is left empty.
+
+    Its directory has to be there: studies make it before they train for hours.
+    """
     new = not Path(path).is_file()
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, columns)
