@@ -5,6 +5,7 @@ import csv
 import datetime
 import os
 import pathlib
+import platform
 import re
 import resource
 import signal
@@ -510,6 +511,23 @@ def test_every_script_that_picks_a_gpu_sets_it_up(monkeypatch):
     finally:
         torch.set_float32_matmul_precision(before[0])
         cudnn.allow_tf32, cudnn.benchmark = before[1:]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_large_tensors_stay_with_the_process():
+    """After some rounds, in which the heap gets its shape, 64 MB come without a page fault for each page."""
+    code = """
+import resource, torch
+from common import utils
+utils.pick_device("cpu")
+for _ in range(30):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    env = os.environ | {"MALLOC_MMAP_MAX_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}  # what glibc begins with
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100
 
 
 def test_blocks_computed_again_give_the_same_gradient_and_keep_less():
