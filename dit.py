@@ -44,7 +44,6 @@ class DiTConfig:
     width: int = 1024
     depth: int = 24
     heads: int = 16
-    precondition: bool = False  # the transformer is told how large each number of θ_0 is; False is the paper's
 
 
 SIZES = {name: {} for name in nerv.CONFIGS}  # the paper's denoiser is always DiT-L
@@ -75,18 +74,7 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """The denoiser. One weight token is one transformer token; no patches, no temporal attention.
-
-    Not the paper's: with `precondition`, EDM's preconditioning (Karras et al. 2022, §5), for each number of the tokens by
-    itself. Where v is its mean square, that of θ_t is D² = α² v + σ², and the best linear guess of θ_0 is α v / D² θ_t. The
-    transformer F gets these guesses, all by one factor, and its output means
-
-        ε = σ / D² θ_t - α √v / D F        or, which is the same,        θ_0 = α v / D² θ_t + σ √v / D F
-
-    F = 0 is the best guess number by number, and what F adds is in each number's own size. They differ a hundredfold: without
-    the latter, small numbers come out worse than by such a guess, and without the former, noise on the many small ones drowns
-    the few large ones that tell what the others should be (docs/sharp.md).
-    """
+    """The denoiser. One weight token is one transformer token; no patches, no temporal attention."""
 
     def __init__(self, config):
         super().__init__()
@@ -105,10 +93,6 @@ class DiT(nn.Module):
         for layer in (self.adaln[1], self.out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        if config.precondition:
-            self.register_buffer("mean_square", torch.ones(config.num_tokens, config.token_dim))  # v, which training measures
-            for name, schedule in zip(("alpha", "sigma"), noise_schedule()):
-                self.register_buffer(name, schedule, persistent=False)
 
     def forward(self, tokens, step, label, given=None):
         """Noised tokens [B, N, d], diffusion steps [B] in 0 … 999, labels [B] (num_classes: none) -> ε [B, N, d].
@@ -119,37 +103,21 @@ class DiT(nn.Module):
         condition = step_code + label
         for block in self.blocks:
             x = block(x, condition)
-        return self.noise(self.read_out(x, condition), tokens, step)
+        return self.read_out(x, condition)
 
     def embed_all(self, tokens, step, label, given):
         """What goes in, at the transformer's width: tokens [B, N, width], diffusion step and label [B, width]."""
         freq = torch.exp(-math.log(10000) * torch.arange(128, device=tokens.device) / 128)
         angle = step[:, None].float() * freq
-        if self.config.precondition:
-            alpha, _, size = self.size(step)
-            share = alpha * self.mean_square / size  # the guess is this times θ_t / D, whose mean square is 1
-            tokens = share / share.square().mean((1, 2), keepdim=True).sqrt() * tokens / size
         if self.config.cond_frames:
             tokens = torch.cat([tokens, torch.zeros_like(tokens) if given is None else given], -1)  # [B, N, 2d]
         step = self.step_mlp(torch.cat([angle.cos(), angle.sin()], -1))
         return self.embed(tokens) + self.position, step, self.label(label)
 
     def read_out(self, x, condition):
-        """What comes out: x [B, N, width] after the last block, condition [B, width] -> [B, N, d]."""
+        """What comes out: x [B, N, width] after the last block, condition [B, width] -> ε [B, N, d]."""
         shift, scale = self.adaln(condition).chunk(2, -1)
         return self.out(modulate(self.norm(x), shift, scale))
-
-    def noise(self, out, tokens, step):
-        """What came out [B, N, d] of noised tokens [B, N, d] at diffusion steps [B] -> ε [B, N, d]."""
-        if not self.config.precondition:
-            return out
-        alpha, sigma, size = self.size(step)
-        return sigma / size.square() * tokens - alpha * self.mean_square.sqrt() / size * out.float()
-
-    def size(self, step):
-        """For diffusion steps [B]: α and σ [B, 1, 1], and D [B, N, d], the root mean square of each number of θ_t."""
-        alpha, sigma = (schedule[step][:, None, None] for schedule in (self.alpha, self.sigma))
-        return alpha, sigma, (alpha.square() * self.mean_square + sigma.square()).sqrt()
 
     def matrices(self):
         """The weights of attention and MLPs: what Muon is for. Modulations begin at zero, and are AdamW's."""
@@ -283,7 +251,6 @@ class Config:
     steps: int = option("training", 1_000_000, "optimizer steps")
     batch_size: int = option("training", 64, "clips per step, of all processes together")
     accumulate: int = option("training", 1, "parts of the batch that go through one after another, to save memory")
-    precondition: bool = option("training", False, "let the network predict what a linear filter cannot, as EDM does")
     optimizer: str = option(
         "training", "adamw", "muon: for the matrices of attention and MLPs, AdamW for the rest", choices=["adamw", "muon"]
     )
@@ -318,8 +285,7 @@ def preset_defaults(args):
         preset=preset,
         steps=400,
         batch_size=256,
-        optimizer="muon",  # see docs/sharp.md for this, the components and what is preconditioned
-        precondition=True,
+        optimizer="muon",  # see docs/sharp.md for this and the components
         lr=4e-3,
         warmup=50,
         ema=0.99,
@@ -439,7 +405,7 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
             raise UserError(f"{asked}: videos have {math.prod(vae.token_shape)} components, and it takes one or more")
         if not config.cache_latents or count < math.prod(size):
             raise UserError(f"{asked} takes --cache-latents, and {math.prod(size)} --num-latents or more")
-    dit_config = DiTConfig(*size, len(classes), cond_frames, precondition=config.precondition, **SIZES[config.preset])
+    dit_config = DiTConfig(*size, len(classes), cond_frames, **SIZES[config.preset])
     model = denoiser(dit_config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model, model.matrices() if config.optimizer == "muon" else [], config.weight_decay)
@@ -475,9 +441,6 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
         first = torch.cat([encode_batch(vae, to_clip(train_set[i][0])[None].to(device), 0) for i in range(256)])
     if latent_scale is None:
         latent_scale = 1 / (first[:, 0].var() + first[:, 1].square().mean()).sqrt().item()
-        if config.precondition:
-            for network in (model, ema):
-                network.mean_square.copy_(latent_scale**2 * first[:, :2].square().sum(1).mean(0).clamp_min(1e-12))
     log = utils.RunLog(config.run_dir, config.steps, config.log_every, start, rank)
     log.print(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(classes)} classes, "

@@ -126,7 +126,7 @@ class VIN(nn.Module):
                 rows = torch.arange(B, device=x.device)[:, None]
                 kv = torch.cat([kv, *(kv_side[rows, index] for kv_side, index in zip(sides, near))], 2)  # [B, C, M + 2N, …]
             x = block(x + write(h + code, kv.flatten(0, 1), mask), condition)
-        eps = self.dit.noise(self.dit.read_out(x, condition), seen, seen_step).unflatten(0, (B, C))
+        eps = self.dit.read_out(x, condition).unflatten(0, (B, C))
         if given is not None:
             alpha, sigma = (schedule[step][..., None, None] for schedule in dit.noise_schedule(x.device))
             eps = torch.where(known, (tokens - alpha * given) / sigma, eps)

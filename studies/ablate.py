@@ -86,8 +86,7 @@ class Config:
     vae_options: str = option("training", "--steps 600", "further options of vae.py for every run, in quotes")
     dit_options: str = option(
         "training",
-        "--num-latents 2048 --principal 0 0 --no-precondition --optimizer adamw --lr 1e-3 --batch-size 32 --steps 500 "
-        "--refine 0",
+        "--num-latents 2048 --principal 0 0 --optimizer adamw --lr 1e-3 --batch-size 32 --steps 500 --refine 0",
         "further options of dit.py for every run, in quotes",
     )
     clips: int = option("judging", 90, "generated clips of each run of stage 2, and as many real ones")

@@ -82,8 +82,7 @@ class FullAttention(nn.Module):
         x, condition = x.unflatten(0, (B, C)).flatten(1, 2), (step_code + label).unflatten(0, (B, C))[:, 0]
         for block in self.dit.blocks:
             x = block(x, condition)
-        out = self.dit.read_out(x, condition).unflatten(1, (C, N)).flatten(0, 1)  # [B * C, N, d]
-        return self.dit.noise(out, tokens, step).unflatten(0, (B, C))
+        return self.dit.read_out(x, condition).unflatten(1, (C, N))
 
 
 # --------------------------------------------------------------------------------------------------------------- measures

@@ -229,7 +229,7 @@ class GPT(dit.DiT):
     def forward(self, tokens, step, label, given=None):
         x, step_code, label = self.embed_all(tokens, step, label, given)
         x = self.blocks(torch.cat([step_code[:, None], label[:, None], x], 1))[:, 2:]
-        return self.noise(self.out(self.norm(x)), tokens, step)
+        return self.out(self.norm(x))
 
     def matrices(self):
         return [p for p in self.blocks.parameters() if p.ndim == 2]

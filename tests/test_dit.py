@@ -50,43 +50,6 @@ def test_every_input_matters_once_trained():
         assert (other - out).abs().max() > 1e-4
 
 
-def preconditioned(square):
-    model = DiT(DiTConfig(num_tokens=6, token_dim=5, num_classes=3, precondition=True, width=24, depth=2, heads=2))
-    model.mean_square.copy_(square)
-    return model
-
-
-def test_a_fresh_preconditioned_denoiser_is_the_best_linear_one():
-    """Of Gaussian numbers with variances v, E[ε | θ_t] = σ θ_t / (α² v + σ²): regressed here, for v from 1e-4 to 100."""
-    torch.manual_seed(0)
-    square, step, count = torch.logspace(-4, 2, 30).view(6, 5), 300, 20_000
-    alpha, sigma = (schedule[step] for schedule in noise_schedule())
-    theta0, noise = square.sqrt() * torch.randn(count, 6, 5), torch.randn(count, 6, 5)
-    x = alpha * theta0 + sigma * noise
-    slope = (x * noise).mean(0) / x.square().mean(0)  # least squares of ε on θ_t, number by number
-    eps = preconditioned(square)(x[:8], torch.full((8,), step), torch.zeros(8, dtype=torch.long))
-    torch.testing.assert_close(eps, slope * x[:8], rtol=0.1, atol=0.02)
-    torch.testing.assert_close(eps, sigma / (alpha**2 * square + sigma**2) * x[:8])
-
-
-def test_what_a_preconditioned_denoiser_says_of_a_number_is_in_its_own_size(monkeypatch):
-    """θ_0 = α v / D² θ_t + σ √v / D F for any F, and F sees the first of the two, of the mean square 1 at each step."""
-    torch.manual_seed(0)
-    square, step = torch.logspace(-4, 2, 30).view(6, 5), torch.tensor([3, 400, 900])
-    model, seen = preconditioned(square), []
-    model.embed.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    out = torch.randn(3, 6, 5)
-    monkeypatch.setattr(model, "read_out", lambda x, condition: out)
-    alpha, sigma = (schedule[step][:, None, None] for schedule in noise_schedule())
-    x = alpha * square.sqrt() * torch.randn(3, 6, 5) + sigma * torch.randn(3, 6, 5)
-    theta0 = (x - sigma * model(x, step, torch.zeros(3, dtype=torch.long))) / alpha
-    size = (alpha**2 * square + sigma**2).sqrt()
-    expected = alpha * square / size**2 * x + sigma * square.sqrt() / size * out
-    torch.testing.assert_close(theta0, expected, rtol=1e-3, atol=1e-3)
-    guess = alpha * square / size**2
-    torch.testing.assert_close(seen[0], guess / (guess * size).square().mean((1, 2), keepdim=True).sqrt() * x)
-
-
 def test_the_matrices_of_attention_and_mlps_are_muons():
     model = DiT(TINY)
     names = {name for name, p in model.named_parameters() if any(p is matrix for matrix in model.matrices())}

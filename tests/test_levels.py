@@ -23,13 +23,16 @@ def test_the_linear_guess_is_the_posterior_mean_of_a_gaussian():
     torch.testing.assert_close(found.flatten(1), expected, rtol=0.05, atol=0.1)
 
 
-def test_a_fresh_preconditioned_denoiser_of_uncorrelated_numbers_is_the_linear_one():
+def test_a_denoiser_that_knows_the_variances_is_as_good_as_the_linear_guess():
     torch.manual_seed(0)
     deviation = torch.tensor([[3.0, 1.0, 0.1], [0.5, 2.0, 0.01]])
     known, theta0 = deviation * torch.randn(20_000, 2, 3), deviation * torch.randn(4000, 2, 3)
-    model = dit.DiT(dit.DiTConfig(2, 3, 2, precondition=True, width=24, depth=1, heads=2)).eval()
-    model.mean_square.copy_(deviation.square())
-    rows = levels.errors(model, theta0, torch.zeros(4000, dtype=torch.long), known, [0.1, 1.0, 10.0])
+
+    def wiener(x, step, labels):
+        alpha, sigma = (schedule[step][:, None, None] for schedule in dit.noise_schedule())
+        return sigma / (alpha.square() * deviation.square() + sigma.square()) * x
+
+    rows = levels.errors(wiener, theta0, torch.zeros(4000, dtype=torch.long), known, [0.1, 1.0, 10.0])
     for level, linear, ours in rows:
         assert ours == pytest.approx(linear, rel=0.02), level
     assert rows[0][1] < 0.01 < rows[1][1] < rows[2][1] < 1
@@ -46,7 +49,7 @@ def test_the_nearest_latent_of_a_copy_is_itself_and_of_others_a_share_of_the_var
 def test_the_study_reads_a_checkpoint_and_its_latents(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = f"--ckpt {trained / 'vae.pt'} --batch-size 4 --num-latents 80 --refine 0 --bf16 off --run-dir run --steps 2"
-    dit.main([*options.split(), "--precondition"])
+    dit.main(options.split())
     capsys.readouterr()
     levels.main("--ckpt dit.pt --clips 8 --levels 0.1 10 --samples 6".split())
     lines = capsys.readouterr().out.splitlines()
