@@ -32,7 +32,7 @@ import data
 import losses
 import nerv
 import vae
-from common import container, degrade, progress, rd, rivals, utils, video
+from common import checkpoints, container, degrade, progress, rd, rivals, utils, video
 from common.modulation import ALLOCATIONS, CodecConfig, Layer, fallbacks
 from common.optim import make_optimizer
 from common.utils import UserError, option
@@ -139,7 +139,7 @@ class Codec(nn.Module):
 
 def load_codec(ckpt):
     """The Codec of a checkpoint, in evaluation mode."""
-    with utils.fitting_checkpoint(ckpt):
+    with checkpoints.fitting(ckpt):
         codec = Codec(CodecConfig(**ckpt["codec_config"]), vae.EncoderConfig(**ckpt["encoder_config"]))
         codec.load_state_dict(ckpt["ema"])
     return codec.eval().requires_grad_(False)
@@ -274,7 +274,7 @@ def info(source, config):
 
 def open_codec(config):
     """(device, Codec on it, checkpoint) of settings with ckpt and device."""
-    ckpt = utils.load_checkpoint(config.ckpt, "codec", "python codec.py train")
+    ckpt = checkpoints.load(config.ckpt, "codec", "python codec.py train")
     device = utils.pick_device(config.device)
     return device, load_codec(ckpt).to(device), ckpt
 
@@ -497,7 +497,7 @@ def train(config):
     optimizer = make_optimizer(codec, codec.encoder.matrices() if config.optimizer == "muon" else [], config.weight_decay)
     parts = {"model": codec, "step": utils.FiniteStep(codec, optimizer, config.grad_clip)}
     start = 0
-    if ckpt := utils.resume(config, "codec"):
+    if ckpt := checkpoints.resume(config, "codec"):
         ema.load_state_dict(ckpt["ema"])
         for name, part in parts.items():
             part.load_state_dict(ckpt["training"][name])
@@ -514,7 +514,7 @@ def train(config):
         codec.encoder.compile()
         codec.decoder.compile()
 
-    saver = utils.Saver(config.out)
+    saver = checkpoints.Saver(config.out)
 
     def save(step, final=False):
         training = {name: part.state_dict() for name, part in parts.items()}

@@ -20,7 +20,7 @@ import torch
 
 import data
 import dit
-from common import progress, utils
+from common import checkpoints, progress, utils
 from common.utils import UserError, option
 from common.video import to_clip, write_sheet
 from common.weights import weights
@@ -97,7 +97,7 @@ def main():
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
         rows.append(("peak memory of a process", f"{peak:.2f} GiB"))
 
-    ckpt = utils.load_checkpoint(dit_pt, "dit", "python demo.py")
+    ckpt = checkpoints.load(dit_pt, "dit", "python demo.py")
     model, vae, scale = dit.load_dit(ckpt)
     device, c, classes, stage1 = torch.device("cpu"), vae.nerv_config, ckpt["classes"], ckpt["vae"]["config"]
     stage1 |= {"data_dir": config.data_dir or stage1.get("data_dir", "")}  # an export has none

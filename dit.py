@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 import data
 import nerv
-from common import progress, utils
+from common import checkpoints, progress, utils
 from common.optim import make_optimizer
 from common.principal import Principal
 from common.utils import UserError, option
@@ -222,7 +222,7 @@ def refine_steps(ckpt, asked=-1):
 
 def load_dit(ckpt, denoiser=DiT, load_vae=load_vae):
     """A stage-2 checkpoint -> (DiT with its averaged weights, VAE, latent scale), in evaluation mode."""
-    with utils.fitting_checkpoint(ckpt, denoiser=denoiser):
+    with checkpoints.fitting(ckpt, denoiser=denoiser):
         model = denoiser(DiTConfig(**ckpt["dit_config"]))
         model.load_state_dict(ckpt["ema"])
     return model.eval().requires_grad_(False), load_vae(ckpt["vae"]), ckpt["latent_scale"]
@@ -276,7 +276,7 @@ class Config:
 def preset_defaults(args):
     """The defaults that the stage-1 checkpoint implies; without one, those of the paper's sizes."""
     try:
-        preset = args.preset or utils.load_checkpoint(args.ckpt, "vae", "python vae.py")["config"]["preset"]
+        preset = args.preset or checkpoints.load(args.ckpt, "vae", "python vae.py")["config"]["preset"]
     except UserError:
         preset = "S"
     if preset != "nano":
@@ -379,7 +379,7 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
     device, rank, world = utils.start_processes(config.device)
     rows = utils.rows_per_process(config.batch_size, config.accumulate, world)  # clips that this process takes at a time
     utils.make_parent(config.out)
-    vae_ckpt = utils.load_checkpoint(config.ckpt, "vae", "python vae.py")
+    vae_ckpt = checkpoints.load(config.ckpt, "vae", "python vae.py")
     vae_ckpt.pop("training", None)  # stage 2 uses stage 1 and does not go on with it
     stage1, classes = dataclasses.asdict(Stage1()) | vae_ckpt["config"], vae_ckpt["classes"]
     config.dataset, config.data_dir = config.dataset or stage1["dataset"], config.data_dir or stage1["data_dir"]
@@ -411,7 +411,7 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
     optimizer = make_optimizer(model, model.matrices() if config.optimizer == "muon" else [], config.weight_decay)
     parts = {"model": model, "step": utils.FiniteStep(model, optimizer, config.grad_clip)}  # what goes on, beside ema
     start, latent_scale = 0, None
-    if ckpt := utils.resume(config, "dit", denoiser=denoiser):
+    if ckpt := checkpoints.resume(config, "dit", denoiser=denoiser):
         ema.load_state_dict(ckpt["ema"])
         for name, part in parts.items():
             part.load_state_dict(ckpt["training"][name])
@@ -452,7 +452,7 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
         model.compile()
         vae.encoder.compile()
 
-    saver = utils.Saver(config.out)
+    saver = checkpoints.Saver(config.out)
 
     def save(step, final=False):
         training = {name: part.state_dict() for name, part in parts.items()}

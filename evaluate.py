@@ -33,7 +33,7 @@ from scipy.stats import binomtest
 import data
 import dit
 import fvd
-from common import plot, progress, utils, video, weights
+from common import checkpoints, plot, progress, utils, video, weights
 from common.utils import UserError, option
 from losses import LPIPS
 from vae import Config as Stage1
@@ -358,7 +358,7 @@ def main(config=None, load_dit=dit.load_dit):
     utils.check_positive(config, "videos", "batch_size", "judge_clips")
     dit.check_steps(config.steps)
     began = time.time()
-    ckpt = utils.load_checkpoint(config.ckpt, ("vae", "dit"), "python vae.py")
+    ckpt = checkpoints.load(config.ckpt, ("vae", "dit"), "python vae.py")
     device, rank, world = utils.start_processes(config.device)
     model, stage1 = None, ckpt
     if ckpt["stage"] == "dit":

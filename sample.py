@@ -22,7 +22,7 @@ import torch
 
 import dit
 import vin
-from common import progress, utils, video
+from common import checkpoints, progress, utils, video
 from common.utils import UserError, option
 from vae import fine_power, load_vae, psnr
 
@@ -66,7 +66,7 @@ class Sampler:
     """The networks of one checkpoint and the frame positions that were asked for."""
 
     def __init__(self, config):
-        ckpt = utils.load_checkpoint(config.ckpt, ("dit", "vae", "vin"), "python dit.py")
+        ckpt = checkpoints.load(config.ckpt, ("dit", "vae", "vin"), "python dit.py")
         self.config, self.device = config, utils.pick_device(config.device)
         self.dit, self.vin, self.classes = None, None, ckpt["classes"]
         if ckpt["stage"] == "dit":
@@ -320,11 +320,11 @@ def interpolate(ends, steps):
 
 
 def export(source, out):
-    """Write the checkpoint `source` to the new file `out` as others need it, and no more (utils.exported)."""
-    ckpt = utils.load_checkpoint(source, ("dit", "vae", "vin"), "python dit.py")
+    """Write the checkpoint `source` to the new file `out` as others need it, and no more (checkpoints.exported)."""
+    ckpt = checkpoints.load(source, ("dit", "vae", "vin"), "python dit.py")
     if Path(out).exists():
         raise UserError(f"--export {out}: this file is there already, and is left alone: name another")
-    utils.save_checkpoint(out, **utils.exported(ckpt))
+    checkpoints.save(out, **checkpoints.exported(ckpt))
     before, after = (Path(path).stat().st_size / 1e6 for path in (source, out))
     print(f"wrote {out}, {after:.2f} MB, from {source}, {before:.2f} MB")
 

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import data
 import losses
 import nerv
-from common import memory, utils
+from common import checkpoints, memory, utils
 from common.optim import make_optimizer
 from common.principal import Principal
 from common.utils import UserError, option
@@ -267,7 +267,7 @@ def refine(decode, tokens, video, steps, lr=0.01, few=4, price=None):
 
 def load_vae(ckpt, decoder=nerv.NeRV):
     """The VAE of a stage-1 checkpoint (also carried inside stage-2 checkpoints under "vae"), in evaluation mode."""
-    with utils.fitting_checkpoint(ckpt, decoder=decoder):
+    with checkpoints.fitting(ckpt, decoder=decoder):
         vae = VAE(nerv.NeRVConfig(**ckpt["nerv_config"]), EncoderConfig(**ckpt["encoder_config"]), decoder)
         if (directions := ckpt["ema"].get("principal.directions")) is not None:
             vae.principal = Principal(directions.shape[:2], vae.token_shape)
@@ -463,7 +463,7 @@ def main(argv=None, decoder=nerv.NeRV):
             "disc_step": utils.FiniteStep(discriminator, disc_optimizer, config.grad_clip),
         }
     start = 0
-    if ckpt := utils.resume(config, "vae", decoder=decoder):
+    if ckpt := checkpoints.resume(config, "vae", decoder=decoder):
         ema.load_state_dict(ckpt["ema"])
         for name, part in parts.items():
             part.load_state_dict(ckpt["training"][name])
@@ -483,7 +483,7 @@ def main(argv=None, decoder=nerv.NeRV):
         for network in (vae.encoder, vae.nerv, *filter(None, [discriminator, perceptual])):
             network.compile()
 
-    saver = utils.Saver(config.out)
+    saver = checkpoints.Saver(config.out)
 
     def save(step, final=False):
         training = {name: part.state_dict() for name, part in parts.items()}

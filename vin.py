@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import data
 import dit
 import nerv
-from common import utils
+from common import checkpoints, utils
 from common.optim import make_optimizer
 from common.utils import UserError, option
 from common.video import tile, to_clip, to_frames, write_sheet
@@ -169,7 +169,7 @@ def generate(model, labels, chunks, steps=20, guidance=2.0, sampler="dpm", seed=
 
 def load_vin(ckpt, denoiser=VIN):
     """A checkpoint of vin.py -> (VIN with its averaged weights, VAE, latent scale), in evaluation mode."""
-    with utils.fitting_checkpoint(ckpt, denoiser=denoiser):
+    with checkpoints.fitting(ckpt, denoiser=denoiser):
         model = denoiser(dit.DiTConfig(**ckpt["dit_config"]), VINConfig(**ckpt["vin_config"]))
         model.load_state_dict(ckpt["ema"])
     return model.eval().requires_grad_(False), dit.load_vae(ckpt["vae"]), ckpt["latent_scale"]
@@ -314,7 +314,7 @@ class Config:
 def preset_defaults(args):
     """The defaults that the checkpoint of dit.py implies."""
     try:
-        ckpt = utils.load_checkpoint(args.ckpt, "dit", "python dit.py")
+        ckpt = checkpoints.load(args.ckpt, "dit", "python dit.py")
     except UserError:
         return {}
     defaults = {"refine": dit.refine_steps(ckpt)}
@@ -331,7 +331,7 @@ def main(argv=None, denoiser=VIN):
     device, rank, world = utils.start_processes(config.device)
     rows = utils.rows_per_process(config.batch_size, config.accumulate, world)  # videos that this process takes at a time
     utils.make_parent(config.out)
-    ckpt = utils.load_checkpoint(config.ckpt, "dit", "python dit.py")
+    ckpt = checkpoints.load(config.ckpt, "dit", "python dit.py")
     start_model, vae, latent_scale = dit.load_dit(ckpt)
     if start_model.config.cond_frames:
         raise UserError(f"{config.ckpt} predicts frames: start from a denoiser that generates, --known learns prediction here")
@@ -359,7 +359,7 @@ def main(argv=None, denoiser=VIN):
     optimizer = make_optimizer(model, [], config.weight_decay)
     parts = {"model": model, "step": utils.FiniteStep(model, optimizer, config.grad_clip)}  # what goes on, beside ema
     start = 0
-    if resumed := utils.resume(config, "vin", denoiser=denoiser):
+    if resumed := checkpoints.resume(config, "vin", denoiser=denoiser):
         ema.load_state_dict(resumed["ema"])
         for name, part in parts.items():
             part.load_state_dict(resumed["training"][name])
@@ -389,7 +389,7 @@ def main(argv=None, denoiser=VIN):
         model.compile()
         vae.encoder.compile()
 
-    saver = utils.Saver(config.out)
+    saver = checkpoints.Saver(config.out)
 
     def save(step, final=False):
         training = {name: part.state_dict() for name, part in parts.items()}

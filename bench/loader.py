@@ -22,7 +22,7 @@ import torch
 import codec
 import data
 from bench.data import compare
-from common import rivals, utils, video
+from common import checkpoints, rivals, utils, video
 from common.tables import table
 from common.utils import option
 
@@ -43,7 +43,7 @@ def untrained(path):
     torch.manual_seed(0)
     model = codec.Codec(codec.CodecConfig(), codec.ENCODERS["fastnerv"])
     fields = {"codec_config": vars(model.config), "encoder_config": vars(model.vit_config), "ema": model.state_dict()}
-    torch.save({"format": utils.FORMAT, "stage": "codec", "config": {"rate": 0.0}, **fields}, path)
+    torch.save({"format": checkpoints.FORMAT, "stage": "codec", "config": {"rate": 0.0}, **fields}, path)
     return path
 
 

@@ -28,7 +28,7 @@ import evaluate
 import nerv
 import vae
 from bench.costs import forward_costs, short_of_memory
-from common import plot, utils, video
+from common import checkpoints, plot, utils, video
 from common.tables import table
 from common.utils import option
 
@@ -326,7 +326,7 @@ def sample(config):
     device = utils.pick_device(config.device)
     machine_peak(config, device)
     if config.ckpt:
-        model, autoencoder, scale = dit.load_dit(utils.load_checkpoint(config.ckpt, "dit", "python demo.py"))
+        model, autoencoder, scale = dit.load_dit(checkpoints.load(config.ckpt, "dit", "python demo.py"))
     else:
         c = nerv.CONFIGS["nano"]
         model, scale = dit.DiT(dit.DiTConfig(c.num_tokens, c.token_dim, 9, **dit.SIZES["nano"])).eval(), 1.0
@@ -363,7 +363,7 @@ def quality(config):
     """Samplers with the same noise, against as many training clips; a random I3D's distance is not the published FVD."""
     device = utils.pick_device(config.device)
     utils.check_positive(config, "clips", "repeats")
-    ckpt = utils.load_checkpoint(config.ckpt, "dit", "python demo.py")
+    ckpt = checkpoints.load(config.ckpt, "dit", "python demo.py")
     model, autoencoder, scale = dit.load_dit(ckpt)
     model, autoencoder, classes = model.to(device), autoencoder.to(device), ckpt["classes"]
     train_set = data.open_dataset(vae.Config(**ckpt["vae"]["config"]), "train", classes)

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 import data
-from common import plot, utils
+from common import checkpoints, plot, utils
 from common.tables import add_row, read_rows, table
 from common.utils import option
 from evaluate import Scorer
@@ -194,7 +194,7 @@ class Study:
 
     def score(self, vae_pt, dit_pt, seed):
         """Class agreement in %, distance to real clips, distance to their reconstructions."""
-        ckpt = utils.load_checkpoint(dit_pt, "dit", "python dit.py")
+        ckpt = checkpoints.load(dit_pt, "dit", "python dit.py")
         model, vae, scale = load_dit(ckpt)
         device = torch.device("cuda" if self.gpus else "cpu")
         model, vae = model.to(device), vae.to(device)

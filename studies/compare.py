@@ -32,7 +32,7 @@ import dit
 import evaluate
 import losses
 import vae
-from common import progress, utils
+from common import checkpoints, progress, utils
 from common.optim import adamw
 from common.tables import add_row, read_rows, table
 from common.utils import UserError, option
@@ -250,7 +250,7 @@ def train(method, lr, seed, config, out):
         network = {"frames": Frames, "pixels": Pixels}[method](config.num_frames, config.resolution)
         if method == "frames":
             network, steps[0] = train_frames(network, train_set, config, METHODS[method][0] * lr, seed, config.first * seconds)
-        utils.save_checkpoint(
+        checkpoints.save(
             vae_pt, True, stage="vae", step=steps[0], config=dataclasses.asdict(source), classes=list(train_set.classes),
             decoder=type(network).__name__, ema=network.state_dict(), training={},
         )  # fmt: skip
@@ -294,7 +294,7 @@ def run(method, lr, seed, config):
     evaluate.main(evaluate.Config(**judging), load_dit)
     with open(out / "eval" / "results.json") as file:
         results = {name: result["value"] for name, result in json.load(file)["results"].items()}
-    ckpt = utils.load_checkpoint(path, "dit", "python dit.py")
+    ckpt = checkpoints.load(path, "dit", "python dit.py")
     clips, each = shown_clips(ckpt)
     torch.save(clips, out / "shown.pt")
     train_set = data.open_dataset(vae.Config(**ckpt["vae"]["config"]), "train", ckpt["classes"])

@@ -16,7 +16,7 @@ import torch
 
 import data
 import dit
-from common import utils
+from common import checkpoints, utils
 from common.tables import table
 from common.utils import UserError, option
 from common.video import to_clip
@@ -74,7 +74,7 @@ def main(argv=None):
     config = utils.parse_options(Config, __doc__, argv=argv)
     utils.check_positive(config, "clips", "samples")
     for path in config.ckpt:
-        ckpt = utils.load_checkpoint(path, "dit", "python dit.py")
+        ckpt = checkpoints.load(path, "dit", "python dit.py")
         model, vae, scale = dit.load_dit(ckpt)
         if model.config.cond_frames:
             raise UserError(f"{path} predicts frames: this is about generation from noise")

@@ -24,7 +24,7 @@ import fvd
 import nerv
 import vae
 import vin
-from common import progress, utils, video
+from common import checkpoints, progress, utils, video
 from common.drawn import MOTIONS
 from common.tables import add_row, read_rows, table
 from common.utils import UserError, option
@@ -155,7 +155,7 @@ class Study:
             options += ["--steps", str(self.steps_within(seconds, main, out, options, **kw))]
         start = time.time()
         main([*options, "--out", str(out)], **kw)
-        return utils.load_checkpoint(out, ("vae", "dit", "vin"), "")["step"], round(time.time() - start)
+        return checkpoints.load(out, ("vae", "dit", "vin"), "")["step"], round(time.time() - start)
 
     def steps_within(self, seconds, main, out, options, **kw):
         """Ten steps say how long one takes, beside what takes long once; the first trial fills the cache of latents."""
@@ -171,10 +171,10 @@ class Study:
         c = self.config
         self.train(vae.main, self.vae_pt, f"--dataset shapes-long --preset nano {c.stage1_options}")
         self.train(dit.main, self.dit_pt, f"--ckpt {self.vae_pt} {c.stage2_options}", c.seconds)
-        _, self.vae, self.scale = dit.load_dit(utils.load_checkpoint(self.dit_pt, "dit", "python dit.py"))
+        _, self.vae, self.scale = dit.load_dit(checkpoints.load(self.dit_pt, "dit", "python dit.py"))
         self.T = self.vae.nerv_config.num_frames
         self.F = c.chunks * self.T
-        stage1 = utils.load_checkpoint(self.vae_pt, "vae", "python vae.py")
+        stage1 = checkpoints.load(self.vae_pt, "vae", "python vae.py")
         settings = Stage1(**stage1["config"])
         self.short = data.open_dataset(settings, "train")
         settings.num_frames = self.F
@@ -199,7 +199,7 @@ class Study:
             network = FullAttention if way == "full" else vin.VIN
             options += f" --ckpt {self.dit_pt} --chunks {c.train_chunks}" + (" --known 0" if way == "full" else "")
             spent = self.train(vin.main, out, options, c.seconds, denoiser=network)
-            model, network, scale = vin.load_vin(utils.load_checkpoint(out, "vin", "python vin.py"), network)
+            model, network, scale = vin.load_vin(checkpoints.load(out, "vin", "python vin.py"), network)
             overlap, sizes = model.config.overlap, model.dit.config
             chunks = math.ceil((self.F - overlap) / (self.T - overlap))
             flops = vin.flops(sizes, model.config, chunks) if way == "vin" else vin.dit_flops(sizes, chunks * sizes.num_tokens)
@@ -208,12 +208,12 @@ class Study:
             first = self.out / "one_network_vae.pt"
             self.train(vae.main, first, f"--dataset shapes-long --preset nano {c.stage1_options} --num-frames {self.F}")
             spent = self.train(dit.main, out, f"{options} --ckpt {first}", 2 * c.seconds)
-            model, network, scale = dit.load_dit(utils.load_checkpoint(out, "dit", "python dit.py"))
+            model, network, scale = dit.load_dit(checkpoints.load(out, "dit", "python dit.py"))
             overlap, flops = 0, vin.dit_flops(model.config, model.config.num_tokens)
             sample = lambda k, seed: dit.generate(model, torch.tensor([k]), seed=seed, **how) / scale  # noqa: E731
         else:
             spent = self.train(dit.main, out, f"{options} --ckpt {self.vae_pt}", 2 * c.seconds)
-            model, network, scale = dit.load_dit(utils.load_checkpoint(out, "dit", "python dit.py"))
+            model, network, scale = dit.load_dit(checkpoints.load(out, "dit", "python dit.py"))
             overlap = model.config.cond_frames
             chunks = math.ceil((self.F - overlap) / (self.T - overlap))
             flops = chunks * vin.dit_flops(model.config, model.config.num_tokens)

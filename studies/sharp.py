@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import data
-from common import utils
+from common import checkpoints, utils
 from common.tables import add_row, read_rows, table
 from common.utils import option
 from common.video import to_clip
@@ -127,7 +127,7 @@ def run(config, row, seed):
     if done.returncode:
         raise utils.UserError(f"{row}: {done.stderr.strip().splitlines()[-1]}")
     seconds = round(time.time() - start)
-    ckpt = utils.load_checkpoint(files[1], "vae", "python vae.py")
+    ckpt = checkpoints.load(files[1], "vae", "python vae.py")
     network, source = load_vae(ckpt), Stage1(**ckpt["config"])
     train_set, test_set = (data.open_dataset(source, role, ckpt["classes"]) for role in ("train", "test"))
     clips, _ = data.fixed_clips(test_set, config.clips)

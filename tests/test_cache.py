@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, write_mp4
 from test_data import counting_clip, numbers
 
-from common import cache, video
+from common import cache, checkpoints, video
 from common.cache import FrameCache, prepare, read_index
 from common.utils import UserError
 
@@ -148,7 +148,6 @@ class Bomb:
 
 
 def test_caches_and_checkpoints_from_strangers_are_data(tmp_path, videos, monkeypatch):
-    from common import utils
     from dit import cached_latents
 
     monkeypatch.chdir(tmp_path)
@@ -162,7 +161,7 @@ def test_caches_and_checkpoints_from_strangers_are_data(tmp_path, videos, monkey
     (tmp_path / "raw.pt").write_bytes(bomb)
     for name in ("bomb.pt", "raw.pt"):
         with pytest.raises(UserError):
-            utils.load_checkpoint(name, "vae", "")
+            checkpoints.load(name, "vae", "")
     (tmp_path / "latents").mkdir()
     np.save(tmp_path / "latents" / "latents.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
     (tmp_path / "latents" / "key.json").write_text(json.dumps({}, indent=1))

@@ -15,7 +15,7 @@ from PIL import Image
 
 import data
 import vae
-from common import utils, video
+from common import checkpoints, utils, video
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +58,7 @@ def test_help_shows_the_defaults_of_the_preset(call, capsys):
 
 
 def test_options_reach_the_checkpoint(trained):
-    config = utils.load_checkpoint(trained / "vae.pt", "vae", "")["config"]
+    config = checkpoints.load(trained / "vae.pt", "vae", "")["config"]
     assert (config["steps"], config["batch_size"], config["seed"], config["preset"]) == (2, 4, 1, "nano")
     for name, value in vae.preset_defaults(argparse.Namespace(dataset="shapes", preset="")).items():
         assert name in ("steps", "batch_size") or config[name] == value  # nano's, which were not named
@@ -69,7 +69,7 @@ def test_options_reach_the_checkpoint(trained):
 
 def test_training_leaves_checkpoints_losses_and_sheets(trained):
     for stage, curves in (("vae", {"loss", "l2", "kl"}), ("dit", {"loss"})):
-        ckpt = utils.load_checkpoint(trained / f"{stage}.pt", stage, "")
+        ckpt = checkpoints.load(trained / f"{stage}.pt", stage, "")
         assert ckpt["step"] == 2 and ckpt["classes"] == list(data.Shapes.classes)
         run = trained / "runs" / stage
         with open(run / "losses.csv") as f:
@@ -165,7 +165,7 @@ def test_train_on_a_folder(call, folder, tmp_path):
     tiny = "--steps 1 --batch-size 2"
     assert call("vae.py", f"--dataset folder --data-dir {folder}/train --preset nano --resolution 64 {tiny}") == 0
     assert call("dit.py", f"--no-cache-latents {tiny}") == 0
-    ckpt = utils.load_checkpoint("dit.pt", "dit", "")
+    ckpt = checkpoints.load("dit.pt", "dit", "")
     assert ckpt["classes"] == ["ring_circle", "square_updown"] and ckpt["vae"]["nerv_config"]["resolution"] == 64
     assert call("sample.py", "--classes square_updown --steps 2") == 0
     assert video.read_frames("out/samples/samples/00_square_updown.mp4", 64).shape == (16, 64, 64, 3)
@@ -200,7 +200,7 @@ def test_ctrl_c_leaves_checkpoints_that_work(tmp_path, call):
         status, out, err = interrupt(tmp_path, program, *options)
         assert status == 0 and "Traceback" not in err and messages(err) == []
         said.append(int(re.search(r"interrupted after (\d+) steps", out)[1]))
-        saved.append(utils.load_checkpoint(tmp_path / f"{stage}.pt", stage, "")["step"])
+        saved.append(checkpoints.load(tmp_path / f"{stage}.pt", stage, "")["step"])
         assert said[-1] > 0 and f"wrote {stage}.pt" in out
     assert call("sample.py", "--classes 0 --steps 2") == 0
     assert said == saved
@@ -277,9 +277,9 @@ def test_checkpoints_never_run_code(tmp_path):
         def __reduce__(self):
             return (exec, ("open('ran', 'w')",))
 
-    torch.save({"format": utils.FORMAT, "stage": "vae", "model": Payload()}, tmp_path / "vae.pt")
+    torch.save({"format": checkpoints.FORMAT, "stage": "vae", "model": Payload()}, tmp_path / "vae.pt")
     with pytest.raises(utils.UserError):
-        utils.load_checkpoint(tmp_path / "vae.pt", "vae", "")
+        checkpoints.load(tmp_path / "vae.pt", "vae", "")
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_bad_input_of_sample(options, words, call, capsys, trained, videos, tmp_
 
 
 def test_a_checkpoint_of_another_configuration(call, capsys, trained, tmp_path):
-    ckpt = utils.load_checkpoint(trained / "vae.pt", "vae", "")
+    ckpt = checkpoints.load(trained / "vae.pt", "vae", "")
     ckpt["nerv_config"]["width"] *= 2
     torch.save(ckpt, tmp_path / "wider.pt")
     ckpt["nerv_config"]["colour"] = "red"

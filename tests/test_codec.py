@@ -20,7 +20,7 @@ import codec
 import data
 import vae
 from codec import ALLOCATIONS, CodecConfig, NeRVDec, VideoFile
-from common import container, degrade, entropy, rivals, utils, video
+from common import checkpoints, container, degrade, entropy, rivals, utils, video
 from common.utils import UserError
 from common.video import cut, join
 from losses import LPIPS
@@ -56,7 +56,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(trained):
-    return codec.load_codec(utils.load_checkpoint(trained / "codec.pt", "codec", ""))
+    return codec.load_codec(checkpoints.load(trained / "codec.pt", "codec", ""))
 
 
 def decoded(path, model, first=0, last=None, **kw):
@@ -521,9 +521,9 @@ def test_what_cannot_be_is_one_line_and_status_2(command, reason, trained, call,
         more.write(whole + b"abc")
         short.write(whole[:-2])
     if "other.pt" in command:
-        ckpt = utils.load_checkpoint("codec.pt", "codec", "")
+        ckpt = checkpoints.load("codec.pt", "codec", "")
         ckpt["ema"]["decoder.mean"] = ckpt["ema"]["decoder.mean"] + 1e-3
-        utils.save_checkpoint("other.pt", **ckpt)
+        checkpoints.save("other.pt", **ckpt)
     assert call(command) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and reason in said
@@ -564,7 +564,7 @@ def test_compare_counts_what_encode_writes(trained, call, capsys, monkeypatch):
     assert [row["codec"] for row in rows] == ["x264"] * 2 + ["ours, refine 0"] * 2 + ["ours, refine 2"] * 2
     assert all(int(row["frames"]) == 32 and row["lpips"] == "nan" for row in rows)
     sizes, errors = 0, 0
-    model = codec.load_codec(utils.load_checkpoint("codec.pt", "codec", ""))
+    model = codec.load_codec(checkpoints.load("codec.pt", "codec", ""))
     for name in ("a", "small"):
         assert call(f"encode clips/test/{name}.mkv {name}.nerv --bits 5 --keep 0.5 --refine 2") == 0
         sizes += Path(f"{name}.nerv").stat().st_size
@@ -640,9 +640,9 @@ def test_a_training_that_was_stopped_goes_on_exactly(call, small_encoder, monkey
     with monkeypatch.context() as patch:
         patch.setattr(utils.Interrupt, "stop", lambda self: next(calls) == 2 or stop(self))
         assert call(f"{options} --out parts.pt --run-dir parts") == 0
-    assert utils.load_checkpoint("parts.pt", "codec", "")["step"] == 3
+    assert checkpoints.load("parts.pt", "codec", "")["step"] == 3
     assert call(f"{options} --out parts.pt --run-dir parts --resume") == 0
-    a, b = (utils.load_checkpoint(f"{name}.pt", "codec", "") for name in ("whole", "parts"))
+    a, b = (checkpoints.load(f"{name}.pt", "codec", "") for name in ("whole", "parts"))
     assert a["step"] == b["step"] == 6 and same(a["ema"], b["ema"]) and same(a["training"], b["training"])
     assert losses_of(Path("whole")) == losses_of(Path("parts"))
     assert Path("whole/step0000006.png").is_file()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import nerv
 import vae
-from common import utils
+from common import checkpoints
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or NERV_TEST_GPU is not set")
 ADVERSARIAL = "--gan-weight 0.1 --gan-start 2 --gan-warmup 1 --gan-every 1 --r1-every 2 --gan-width 2"
@@ -50,6 +50,6 @@ def test_a_training_with_a_discriminator_goes_through(call, tmp_path, bf16, comp
     assert call("vae.py", f"{options} --steps 8 --resume") == 0
     assert call("dit.py", f"--steps 4 --batch-size 4 --num-latents 16 --device cuda --bf16 {bf16} --compile {compiled}") == 0
     assert call("sample.py", "--classes 0 --steps 4 --device cuda") == 0
-    ckpt = utils.load_checkpoint(tmp_path / "vae.pt", "vae", "")
+    ckpt = checkpoints.load(tmp_path / "vae.pt", "vae", "")
     assert ckpt["step"] == 8 and ckpt["training"]["step"]["skipped"] == 0
     assert all(x.isfinite().all() for x in vae.load_vae(ckpt).state_dict().values())

@@ -12,7 +12,7 @@ import data
 import dit
 import evaluate
 import fvd
-from common import utils, video
+from common import checkpoints, utils, video
 from common.utils import UserError
 from vae import load_vae
 
@@ -55,7 +55,7 @@ def test_stage_1_is_what_its_parts_give(trained, tmp_path, detector):
     found = run(settings(trained, "vae.pt", tmp_path))
     results = found["results"]
     assert set(results) == {"rFVD on random I3D features", "PSNR", "PSNR of each clip's own time average", "SSIM"}
-    vae = load_vae(utils.load_checkpoint(trained / "vae.pt", "vae", ""))
+    vae = load_vae(checkpoints.load(trained / "vae.pt", "vae", ""))
     test_set = data.Shapes("test", 32, 16)
     real = np.stack([test_set[i * len(test_set) // 20][0] for i in range(20)])
     clips = video.to_clip(real)
@@ -73,7 +73,7 @@ def test_stage_1_is_what_its_parts_give(trained, tmp_path, detector):
 
 def test_a_square_is_measured_by_itself(trained, tmp_path, detector):
     results = run(settings(trained, "vae.pt", tmp_path, videos=4, square=[8, 4, 24, 20]))["results"]
-    vae = load_vae(utils.load_checkpoint(trained / "vae.pt", "vae", ""))
+    vae = load_vae(checkpoints.load(trained / "vae.pt", "vae", ""))
     test_set = data.Shapes("test", 32, 16)
     real = np.stack([test_set[i * len(test_set) // 4][0] for i in range(4)])
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_stage_2_and_its_report(trained, tmp_path, detector, capsys):
     assert "class agreement" in capsys.readouterr().out
 
     # generated clips are those of dit.generate, a seed for each batch
-    model, vae, scale = dit.load_dit(utils.load_checkpoint(trained / "dit.pt", "dit", ""))
+    model, vae, scale = dit.load_dit(checkpoints.load(trained / "dit.pt", "dit", ""))
     train_set = data.Shapes("train", 32, 16)
     indices = [i * len(train_set) // 20 for i in range(20)]
     real = np.stack([train_set[i][0] for i in indices])

@@ -12,7 +12,7 @@ import dit
 import evaluate
 import fvd
 import vae
-from common import utils
+from common import checkpoints
 
 
 def parts(ckpt):
@@ -23,7 +23,7 @@ def parts(ckpt):
 @pytest.mark.parametrize("stage", ["vae", "dit"])
 def test_it_is_as_small_as_it_goes_and_says_so(stage, trained, call, capsys, tmp_path):
     assert call("sample.py", f"--ckpt {trained}/{stage}.pt --export small.pt") == 0
-    original, small = (utils.load_checkpoint(path, stage, "") for path in (trained / f"{stage}.pt", "small.pt"))
+    original, small = (checkpoints.load(path, stage, "") for path in (trained / f"{stage}.pt", "small.pt"))
     sizes = [path.stat().st_size for path in (tmp_path / "small.pt", trained / f"{stage}.pt")]
     after, before = (f"{size / 1e6:.2f} MB" for size in sizes)
     assert capsys.readouterr().out == f"wrote small.pt, {after}, from {trained}/{stage}.pt, {before}\n"
@@ -47,7 +47,7 @@ def test_float32_stays_where_float16_does_not_hold_it():
     ema = {"weight": x, "large": 1e5 * x, "small": 1e-6 * x, "norm.running_var": x.square(), "zero": 0 * x, "none": x[:0]}
     ema["broken"] = torch.tensor([1.0, float("nan")])
     ckpt = {"config": {}, "ema": ema, "training": {}}
-    found = utils.exported(ckpt)["ema"]
+    found = checkpoints.exported(ckpt)["ema"]
     assert {name for name, y in found.items() if y.dtype == torch.float16} == {"weight", "zero", "none"}
     assert all(torch.equal(found[name], ema[name]) for name in ("large", "small", "norm.running_var"))
     assert "training" in ckpt and ema["weight"].dtype == torch.float32  # what it was made from is as it was
@@ -58,7 +58,7 @@ def test_it_generates_the_same_clips(trained, call):
     assert call("sample.py", f"--ckpt {trained}/dit.pt --export small.pt") == 0
     clips = []
     for path in (trained / "dit.pt", "small.pt"):
-        model, autoencoder, scale = dit.load_dit(utils.load_checkpoint(path, "dit", ""))
+        model, autoencoder, scale = dit.load_dit(checkpoints.load(path, "dit", ""))
         assert {p.dtype for net in (model, autoencoder) for p in net.state_dict().values()} == {torch.float32}
         tokens = dit.generate(model, torch.arange(9), steps=5, seed=0)
         with torch.no_grad():
@@ -91,7 +91,7 @@ def test_no_file_is_written_over(name, trained, call, capsys, tmp_path):
 def test_every_setting_that_may_name_a_place_is_private():
     fields = [field for stage in (vae, dit) for field in dataclasses.fields(stage.Config)]
     free_text = {field.name for field in fields if field.type is str and not field.metadata.get("choices")}
-    assert free_text == utils.PRIVATE
+    assert free_text == checkpoints.PRIVATE
 
 
 class Colours:

@@ -17,8 +17,8 @@ import dit
 import fit
 import nerv
 import vae
+from common import checkpoints, container, entropy, methods, utils, video, xinc
 from common import components as parts
-from common import container, entropy, methods, utils, video, xinc
 from common.components import Plan
 from common.methods import METHODS, Network
 
@@ -633,7 +633,7 @@ def test_explaining_files_and_generated_videos(call, capsys, monkeypatch):
     content = {"nerv_config": dataclasses.asdict(small), "encoder_config": dataclasses.asdict(encoder), "decoder": "NeRV"}
     stage2 = {"dit_config": dataclasses.asdict(config), "denoiser": "DiT", "latent_scale": 1.0, "classes": ["a", "b"]}
     stage2 |= {"vae": content | {"ema": stage1.state_dict()}, "ema": dit.DiT(config).state_dict()}
-    utils.save_checkpoint("dit.pt", stage="dit", **stage2)
+    checkpoints.save("dit.pt", stage="dit", **stage2)
     sums = []
     explain = xinc.explain
 
@@ -653,7 +653,7 @@ def test_explaining_files_and_generated_videos(call, capsys, monkeypatch):
     vit = vae.EncoderConfig(width=24, depth=1, heads=2, patch=(2, 8, 8))
     model, name = codec.Codec(c, vit), "codec.pt"
     state = {"codec_config": dataclasses.asdict(c), "encoder_config": dataclasses.asdict(vit), "config": {"rate": 0.0}}
-    utils.save_checkpoint(name, stage="codec", ema=copy.deepcopy(model.state_dict()), **state)
+    checkpoints.save(name, stage="codec", ema=copy.deepcopy(model.state_dict()), **state)
     monkeypatch.setattr(sys, "argv", ["codec.py", "encode", "a.mkv", "c.nerv"])
     codec.main()
     assert call("--explain c.nerv") == 0 and "192 kernels" in capsys.readouterr().out  # 4 channels × 16 places × 3 colours

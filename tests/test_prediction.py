@@ -10,14 +10,14 @@ from conftest import script, write_mp4
 import data
 import dit
 import sample
-from common import utils, video
+from common import checkpoints, utils, video
 from dit import DiT, DiTConfig, cached_latents, encode_batch, encode_given, generate
 from vae import load_vae
 
 
 @pytest.fixture(scope="module")
 def stage1(trained):
-    return load_vae(utils.load_checkpoint(trained / "vae.pt", "vae", ""))
+    return load_vae(checkpoints.load(trained / "vae.pt", "vae", ""))
 
 
 @pytest.fixture(scope="module")

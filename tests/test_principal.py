@@ -8,7 +8,7 @@ import dit
 import fit
 import sample
 import vin
-from common import utils
+from common import checkpoints, utils
 from common.principal import Principal
 from vae import load_vae
 
@@ -68,11 +68,11 @@ def test_spread_is_the_deviation_of_noise_on_the_tokens():
 
 def test_stage_2_of_components_decodes_encodes_and_refines_tokens(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    plain = load_vae(utils.load_checkpoint(trained / "vae.pt", "vae", ""))
+    plain = load_vae(checkpoints.load(trained / "vae.pt", "vae", ""))
     c = plain.nerv_config
     options = f"--ckpt {trained / 'vae.pt'} --batch-size 4 --num-latents 80 --refine 0 --bf16 off --run-dir run --steps"
     dit.main([*options.split(), "2", "--principal", "5", "3"])
-    model, vae, scale = dit.load_dit(utils.load_checkpoint("dit.pt", "dit", ""))
+    model, vae, scale = dit.load_dit(checkpoints.load("dit.pt", "dit", ""))
     assert (model.config.num_tokens, model.config.token_dim) == vae.token_shape == (5, 3)
     clips, t = torch.rand(3, c.num_frames, 3, c.resolution, c.resolution) * 2 - 1, torch.arange(c.num_frames)
     (mean, logvar), (ours, spread) = plain.encode(clips), vae.encode(clips)
@@ -82,14 +82,14 @@ def test_stage_2_of_components_decodes_encodes_and_refines_tokens(trained, tmp_p
     torch.testing.assert_close(vae.decode(ours, t), plain.decode(own.tokens(ours), t))
     torch.testing.assert_close(vae.refine(ours, clips, 2), own(plain.refine(own.tokens(ours), clips, 2)))
     dit.main([*options.split(), "3", "--principal", "5", "3", "--resume"])
-    _, again, _ = dit.load_dit(utils.load_checkpoint("dit.pt", "dit", ""))
+    _, again, _ = dit.load_dit(checkpoints.load("dit.pt", "dit", ""))
     assert torch.equal(again.principal.directions, own.directions)
     latents = torch.from_numpy(np.load("dit.latents/latents.npy")).float()  # of which the scale makes unit deviation
     variance = own(latents[:, 0]).var() + own.spread(latents[:, 1]).square().mean()
     assert scale == pytest.approx(variance.item() ** -0.5, rel=1e-3)
     # What else takes a dit.pt: long videos, contribution maps, samples, an export.
     vin.main("--ckpt dit.pt --chunks 2 --steps 1 --batch-size 2 --num-latents 4 --run-dir run --bf16 off".split())
-    assert vin.load_vin(utils.load_checkpoint("vin.pt", "vin", ""))[0].dit.config.num_tokens == 5
+    assert vin.load_vin(checkpoints.load("vin.pt", "vin", ""))[0].dit.config.num_tokens == 5
     for program, words in ((fit.main, "--explain dit.pt --out maps.png"), (sample.main, "--export small.pt")):
         monkeypatch.setattr("sys.argv", ["x", *words.split()])
         program()
@@ -98,7 +98,7 @@ def test_stage_2_of_components_decodes_encodes_and_refines_tokens(trained, tmp_p
     # Frame prediction takes the components of what the given frames say.
     known = ["--principal", "5", "3", "--cond-frames", "2", "--out", "predict.pt"]
     dit.main([*options.split(), "2", *known])
-    model, vae, _ = dit.load_dit(utils.load_checkpoint("predict.pt", "dit", ""))
+    model, vae, _ = dit.load_dit(checkpoints.load("predict.pt", "dit", ""))
     given = dit.encode_given(vae, clips, 2)
     first, _ = plain.encode(clips * (t < 2)[:, None, None, None])
     assert model.config.cond_frames == 2 and given.shape == (3, 5, 3)

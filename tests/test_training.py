@@ -23,7 +23,7 @@ from conftest import ROOT, script
 import data
 import nerv
 import vae
-from common import memory, utils
+from common import checkpoints, memory, utils
 from common.utils import UserError
 
 ADVERSARIAL = "--gan-weight 0.1 --gan-start 2 --gan-warmup 1 --gan-every 2 --r1-every 1 --gan-width 2"
@@ -59,7 +59,7 @@ def train_and_kill(cwd, program, *args):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    return utils.load_checkpoint(out, program[:3], "")["step"]
+    return checkpoints.load(out, program[:3], "")["step"]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_killed_training_goes_on_exactly(trained, tmp_path, program, options):
     assert train_and_kill(killed, program, *options) == 10
     done = script(program, *options, "--resume", cwd=killed)
     assert done.returncode == 0 and "going on after step 10" in done.stdout, done.stderr
-    a, b = (utils.load_checkpoint(cwd / f"{stage}.pt", stage, "") for cwd in dirs)
+    a, b = (checkpoints.load(cwd / f"{stage}.pt", stage, "") for cwd in dirs)
     assert a["step"] == b["step"] == 20 and len(a["training"]) == (4 if stage == "vae" else 2)
     for part in ("ema", "training"):
         assert same(a[part], b[part])
@@ -107,7 +107,7 @@ RESUMES = {  # what docs/training.md promises, beside the two kills above
 def check_it_resumes(call, monkeypatch, program, options, steps):
     """A training of so many steps that is killed right after its first checkpoint and goes on ends as one that never was."""
     stage, command = program[:3], f"{options} --steps {steps} --log-every 1"
-    results, rows, save, write = [], [], utils.Saver.__call__, utils.RunLog.write
+    results, rows, save, write = [], [], checkpoints.Saver.__call__, utils.RunLog.write
 
     def write_and_die(self):
         write(self)
@@ -116,12 +116,12 @@ def check_it_resumes(call, monkeypatch, program, options, steps):
     for out in ("whole", "killed"):
         with monkeypatch.context() as patch:
             if out == "killed":
-                patch.setattr(utils.Saver, "__call__", lambda self, final, **content: save(self, True, **content))
+                patch.setattr(checkpoints.Saver, "__call__", lambda self, final, **content: save(self, True, **content))
                 patch.setattr(utils.RunLog, "write", write_and_die)
                 with pytest.raises(Killed):
                     call(program, f"{command} --out killed.pt --run-dir killed")
         assert call(program, f"{command} --out {out}.pt --run-dir {out} --resume") == 0
-        results.append(utils.load_checkpoint(f"{out}.pt", stage, ""))
+        results.append(checkpoints.load(f"{out}.pt", stage, ""))
         rows.append(losses_of(pathlib.Path(out)))
     assert rows[0] == rows[1] and len(rows[0]) == steps
     for part in ("ema", "training"):
@@ -147,7 +147,7 @@ def test_resume_without_a_checkpoint_starts_and_with_other_options_stops(trained
     done = script("vae.py", *args, "--lr", 0.5, cwd=tmp_path)
     assert done.returncode == 2 and "--lr 0.0015, not 0.5" in done.stderr
     done = script("vae.py", "--steps", 2, *args[2:], cwd=tmp_path)  # longer is fine
-    assert done.returncode == 0 and utils.load_checkpoint(tmp_path / "vae.pt", "vae", "")["step"] == 2
+    assert done.returncode == 0 and checkpoints.load(tmp_path / "vae.pt", "vae", "")["step"] == 2
 
 
 # ---------------------------------------------------------------------------------------------------------- several processes
@@ -174,7 +174,7 @@ def test_two_processes_train_as_one(trained, tmp_path):
     for a, b in zip(one, two):
         margins = [row.pop("disc_margin", 0.0) for row in (a, b)]  # near zero, where rounding is all there is
         assert a == pytest.approx(b, rel=2e-4) and margins[0] == pytest.approx(margins[1], abs=1e-3)
-    a, b = (utils.load_checkpoint(tmp_path / name / "vae.pt", "vae", "")["ema"] for name in ("one", "two"))
+    a, b = (checkpoints.load(tmp_path / name / "vae.pt", "vae", "")["ema"] for name in ("one", "two"))
     assert all(torch.allclose(a[k], b[k], rtol=1e-3, atol=1e-4) for k in a)
 
 
@@ -218,7 +218,7 @@ def test_ctrl_c_reaches_all_processes_at_the_same_step(tmp_path, whole_group):
         while not (tmp_path / "vae.pt").exists() and time.time() < deadline:
             assert process.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.1)
-        saved = utils.load_checkpoint(tmp_path / "vae.pt", "vae", "")["step"]
+        saved = checkpoints.load(tmp_path / "vae.pt", "vae", "")["step"]
         os.killpg(process.pid, signal.SIGINT) if whole_group else process.send_signal(signal.SIGTERM)
         process.wait(60)
     finally:
@@ -226,7 +226,7 @@ def test_ctrl_c_reaches_all_processes_at_the_same_step(tmp_path, whole_group):
             os.killpg(process.pid, signal.SIGKILL)
     said = (tmp_path / "log").read_text()
     steps = int(re.search(r"interrupted after (\d+) steps", said)[1])
-    assert utils.load_checkpoint(tmp_path / "vae.pt", "vae", "")["step"] == steps >= saved > 0, said
+    assert checkpoints.load(tmp_path / "vae.pt", "vae", "")["step"] == steps >= saved > 0, said
 
 
 def test_a_second_ctrl_c_ends_at_once_unless_it_is_an_echo():
@@ -404,10 +404,10 @@ def test_a_full_disk_is_reported_and_the_old_checkpoint_survives(tmp_path):
     code = (
         "import sys, torch; sys.path.insert(0, sys.argv[1]); from common import utils\n"
         "def main():\n"
-        "    utils.save_checkpoint('vae.pt', stage='vae', step=1)\n"
-        "    utils.save_checkpoint('vae.pt', final=False, stage='vae', step=2, x=torch.zeros(100_000))\n"
+        "    checkpoints.save('vae.pt', stage='vae', step=1)\n"
+        "    checkpoints.save('vae.pt', final=False, stage='vae', step=2, x=torch.zeros(100_000))\n"
         "    print('goes on')\n"
-        "    utils.save_checkpoint('vae.pt', stage='vae', step=3, x=torch.zeros(100_000))\n"
+        "    checkpoints.save('vae.pt', stage='vae', step=3, x=torch.zeros(100_000))\n"
         "utils.run(main)\n"
     )
     command = [sys.executable, "-c", code, str(ROOT)]
@@ -415,19 +415,19 @@ def test_a_full_disk_is_reported_and_the_old_checkpoint_survives(tmp_path):
     assert done.returncode == 2 and done.stdout == "goes on\n"
     assert done.stderr.count("cannot write the checkpoint vae.pt") == 2 and "Traceback" not in done.stderr
     assert "the one from before is as it was; training goes on" in done.stderr and "File too large" in done.stderr
-    assert utils.load_checkpoint(tmp_path / "vae.pt", "vae", "")["step"] == 1
+    assert checkpoints.load(tmp_path / "vae.pt", "vae", "")["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["vae.pt"]
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
-    save, go_on, saved = utils.save_checkpoint, threading.Event(), []
+    save, go_on, saved = checkpoints.save, threading.Event(), []
 
     def slow(path, final, **content):
         assert go_on.wait(10)
         saved.append(save(path, final, **content))
 
-    monkeypatch.setattr(utils, "save_checkpoint", slow)
-    saver, layer = utils.Saver(tmp_path / "vae.pt"), torch.nn.Linear(2, 2)
+    monkeypatch.setattr(checkpoints, "save", slow)
+    saver, layer = checkpoints.Saver(tmp_path / "vae.pt"), torch.nn.Linear(2, 2)
     weight, training = layer.weight.detach().clone(), {"model": layer.state_dict(), "counts": [torch.zeros(1), 3]}
     saver(False, stage="vae", ema=layer.state_dict(), training=training)
     assert not saved  # it has returned, and nothing is written yet
@@ -435,22 +435,22 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     go_on.set()
     saver(True, stage="vae", ema=layer.state_dict(), training={})
     assert len(saved) == 2  # one after the other; the last one is there when it returns
-    monkeypatch.setattr(utils, "save_checkpoint", lambda path, final, **content: saved.append(content))
+    monkeypatch.setattr(checkpoints, "save", lambda path, final, **content: saved.append(content))
     saver(False, stage="vae", ema={"weight": weight}, training=training)
     saver.writing.result()
     assert torch.equal(saved[-1]["ema"]["weight"], weight) and saved[-1]["training"]["counts"][1] == 3
-    assert utils.load_checkpoint(tmp_path / "vae.pt", "vae", "")["ema"]["weight"].abs().sum() == 0
+    assert checkpoints.load(tmp_path / "vae.pt", "vae", "")["ema"]["weight"].abs().sum() == 0
 
 
 def test_what_is_being_written_is_what_was_there_when_it_was_asked_for(tmp_path, monkeypatch):
-    save, go_on = utils.save_checkpoint, threading.Event()
-    monkeypatch.setattr(utils, "save_checkpoint", lambda *a, **kw: go_on.wait(10) and save(*a, **kw))
-    saver, weight = utils.Saver(tmp_path / "vae.pt"), torch.ones(3)
+    save, go_on = checkpoints.save, threading.Event()
+    monkeypatch.setattr(checkpoints, "save", lambda *a, **kw: go_on.wait(10) and save(*a, **kw))
+    saver, weight = checkpoints.Saver(tmp_path / "vae.pt"), torch.ones(3)
     saver(False, stage="vae", ema={"weight": weight}, training={"step": [weight]})
     weight.zero_()
     go_on.set()
     saver.writing.result()
-    ckpt = utils.load_checkpoint(tmp_path / "vae.pt", "vae", "")
+    ckpt = checkpoints.load(tmp_path / "vae.pt", "vae", "")
     assert ckpt["ema"]["weight"].tolist() == ckpt["training"]["step"][0].tolist() == [1, 1, 1]
 
 
@@ -464,11 +464,11 @@ def test_a_preview_that_fails_leaves_the_checkpoint(call, tmp_path, monkeypatch)
     for options in ("--steps 2", "--steps 4 --save-every 2 --out early.pt"):
         with pytest.raises(MemoryError):
             call("vae.py", f"{options} --batch-size 2 --decode-frames 1")
-    assert utils.load_checkpoint("vae.pt", "vae", "")["step"] == 2
+    assert checkpoints.load("vae.pt", "vae", "")["step"] == 2
     deadline = time.time() + 10
     while not os.path.exists("early.pt") and time.time() < deadline:
         time.sleep(0.05)  # it is written beside
-    assert utils.load_checkpoint("early.pt", "vae", "")["step"] == 2
+    assert checkpoints.load("early.pt", "vae", "")["step"] == 2
 
 
 def test_a_run_of_skipped_steps_is_counted_over_a_resume():
@@ -584,7 +584,7 @@ def test_blocks_are_computed_again_where_a_gpu_is_too_small_and_nowhere_else(mon
 
 def test_a_kill_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):
     path = tmp_path / "vae.pt"
-    utils.save_checkpoint(path, stage="vae", step=0)
+    checkpoints.save(path, stage="vae", step=0)
     steps = []
     for delay in (0.02, 0.05, 0.07, 0.11, 0.13):
         child = os.fork()
@@ -592,13 +592,13 @@ def test_a_kill_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):
             try:
                 torch.set_num_threads(1)  # the threads of the parent are not here
                 for step in range(1, 10**9):  # saves until it is killed
-                    utils.save_checkpoint(path, stage="vae", step=step, x=torch.full((300_000,), float(step)))
+                    checkpoints.save(path, stage="vae", step=step, x=torch.full((300_000,), float(step)))
             finally:
                 os._exit(1)
         time.sleep(delay)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        ckpt = utils.load_checkpoint(path, "vae", "")
+        ckpt = checkpoints.load(path, "vae", "")
         steps.append(ckpt["step"])
         assert ckpt["step"] == 0 or (ckpt["x"] == ckpt["step"]).all()
     assert max(steps) > 0
@@ -606,7 +606,7 @@ def test_a_kill_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):
 
 def test_checkpoints_hold_the_revision_and_all_of_a_training(trained):
     for stage in ("vae", "dit"):
-        ckpt = utils.load_checkpoint(trained / f"{stage}.pt", stage, "")
+        ckpt = checkpoints.load(trained / f"{stage}.pt", stage, "")
         assert ckpt["revision"] == utils.git_revision()
         assert {"format", "stage", "step", "config", "classes", "ema", "training"} < set(ckpt)
         optimizer = ckpt["training"]["step"]["optimizer"]  # nano has Muon beside AdamW

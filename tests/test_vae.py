@@ -6,7 +6,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 import vae
-from common import utils
+from common import checkpoints, utils
 from nerv import CONFIGS, NeRVConfig
 from vae import ENCODERS, VAE, EncoderConfig, grid_position, load_vae, psnr
 
@@ -161,9 +161,9 @@ def test_checkpoint_reproduces_outputs(tmp_path):
     model, video = tiny(), torch.rand(2, 4, 3, 32, 32)
     model.train().encode(video)  # moves the running statistics of the batch norm, which belong to the model
     model.eval()
-    utils.save_checkpoint(tmp_path / "a" / "vae.pt", **checkpoint(model))
+    checkpoints.save(tmp_path / "a" / "vae.pt", **checkpoint(model))
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["vae.pt"]  # no half-written file beside it
-    again = load_vae(utils.load_checkpoint(tmp_path / "a" / "vae.pt", "vae", ""))
+    again = load_vae(checkpoints.load(tmp_path / "a" / "vae.pt", "vae", ""))
     assert not again.training and not any(p.requires_grad for p in again.parameters())
     for a, b in zip(model.encode(video), again.encode(video)):
         assert torch.equal(a, b)

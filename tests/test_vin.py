@@ -15,7 +15,7 @@ import dit
 import vae
 import vin
 from bench.costs import forward_costs
-from common import utils, video
+from common import checkpoints, video
 from vin import VIN, VINConfig, play, seam
 
 SIZES = dit.DiTConfig(num_tokens=6, token_dim=5, num_classes=3, width=24, depth=2, heads=2)
@@ -241,7 +241,7 @@ def start(tmp_path_factory):
 
 
 def test_seam_error_is_that_of_the_jump(start):
-    network = vae.load_vae(utils.load_checkpoint(start / "vae.pt", "vae", ""))
+    network = vae.load_vae(checkpoints.load(start / "vae.pt", "vae", ""))
     for overlap in (0, 2):
         real, made = torch.randn(2, 2, 3, 32, 16).unbind(0)
         made.requires_grad_()
@@ -298,7 +298,7 @@ def trained(start):
 
 
 def test_training_starts_from_the_denoiser(trained):
-    ckpt, before = (utils.load_checkpoint(trained / f"{stage}.pt", stage, "") for stage in ("vin", "dit"))
+    ckpt, before = (checkpoints.load(trained / f"{stage}.pt", stage, "") for stage in ("vin", "dit"))
     assert ckpt["vin_config"]["neighbours"] and ckpt["config"]["dataset"] == "shapes-long" and ckpt["config"]["refine"] == 3
     assert ckpt["latent_scale"] == before["latent_scale"] and ckpt["classes"] == before["classes"]
     model, _, _ = vin.load_vin(ckpt)
