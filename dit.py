@@ -310,7 +310,7 @@ def encode_batch(vae, video, cond_frames, refine=0):
     return torch.stack([vae.refine(mean, video, refine), torch.exp(0.5 * logvar), *given], 1)
 
 
-def cached_latents(directory, key, vae, train_set, count, cond_frames, device, rank=0, world=1, batch_size=64, refine=0):
+def cached_latents(directory, key, vae, train_set, count, cond_frames, device, rank=0, world=1, batch_size=16, refine=0):
     """encode_batch of clips 0 … count - 1 (data.Stream numbers them past len) and their labels, from a cache on disk.
 
     Returns memory-mapped (latents [count, 2 or 3, N, d] in half precision, labels [count]). The files are plain .npy, without
