@@ -402,7 +402,7 @@ def test_a_full_disk_is_reported_and_the_old_checkpoint_survives(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     code = (
-        "import sys, torch; sys.path.insert(0, sys.argv[1]); from common import utils\n"
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); from common import checkpoints, utils\n"
         "def main():\n"
         "    checkpoints.save('vae.pt', stage='vae', step=1)\n"
         "    checkpoints.save('vae.pt', final=False, stage='vae', step=2, x=torch.zeros(100_000))\n"
