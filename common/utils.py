@@ -137,7 +137,7 @@ def parse_topic(cls, description, topics):
 
 def keep_memory():
     """Let the process keep what tensors give back. glibc returns those beyond 32 MB to the system, which clears their pages
-    when they come again: a tenth of the seconds of a step at 128 x 128 on a CPU (docs/speed.md)."""
+    when they come again: a quarter of a CPU's seconds at 128 x 128 (docs/speed.md)."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # what is not glibc has no mallopt
         libc = ctypes.CDLL(None)
         for option_number, value in ((-4, 0), (-2, 2**26), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TOP_PAD, M_TRIM_THRESHOLD
@@ -158,7 +158,7 @@ def pick_device(name):
     device = torch.device(name)
     if device.type == "cpu":
         keep_memory()
-    if device.type == "cuda":
+    elif device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True

@@ -164,18 +164,20 @@ def test_predict_real_videos(predictor, tmp_path):
     assert (inside[:5] < 3).all() and (inside[5:] > 3).all()
 
 
-def test_predicted_videos_are_drawn_to_the_given_frames(predictor, tmp_path):
+def test_predicted_videos_are_drawn_to_the_given_frames(predictor, monkeypatch):
     """--refine fits the predicted tokens to the frames that are known, and to no other."""
     clip = video.to_clip(data.Shapes()[0][0])
     other = torch.cat([clip[:5], -clip[5:]])
+    # What is predicted is the mean of all tokens: the fixture's denoiser, after two steps, begins too far for 20 of them.
+    monkeypatch.setattr(dit, "generate", lambda model, labels, *args: torch.zeros(len(labels), *args[-1].shape[1:]))
     error = {}
-    for name, frames, steps in (("plain", clip, 0), ("fitted", clip, 60), ("other", other, 60)):
+    for name, frames, steps in (("plain", clip, 0), ("fitted", clip, 20), ("other", other, 20)):
         config = sample.Config(ckpt=str(predictor / "dit.pt"), refine=steps, steps=3, guidance=1.0)
         sampler = sample.Sampler(config)
         with torch.no_grad():
             tokens = sampler.generate([0], frames[None])
         error[name] = (sampler.decode(tokens, torch.arange(5.0)) - clip[None, :5]).square().mean()
-    assert error["fitted"] < 0.99 * error["plain"] and error["other"] == error["fitted"]
+    assert error["fitted"] < 0.9 * error["plain"] and error["other"] == error["fitted"]
 
 
 def test_the_residual_restores_what_stays_as_it_is(predictor, tmp_path):
