@@ -17,6 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+WAVES = 8  # in time, of the factor of each picture (Pictures, below)
+
 
 @dataclass
 class NeRVConfig:
@@ -33,7 +35,7 @@ class NeRVConfig:
     pos_dim: int = 16  # sinusoidal dimensions each for time, height and width
     pos_size: int = 8  # h = w of the position code (Table 2c)
     antialias: bool = False  # a filter after each upsampling, and edges repeated: not the paper's, against meshes and rims
-    pictures: int = 0  # K learned pictures that all videos share (Pictures, below): not the paper's, for videos of one scene
+    pictures: int = 0  # K pictures that all videos share (Pictures, below): not the paper's, for videos of one scene
 
     def __post_init__(self):
         levels = math.log2(self.resolution / self.pos_size) if min(self.resolution, self.pos_size) > 0 else 0
@@ -46,8 +48,10 @@ class NeRVConfig:
             )
         if self.num_frames < 1 or self.num_tokens < 1 or self.token_dim < 1:
             raise ValueError("num_frames, num_tokens and token_dim must be positive")
-        if self.pictures < 0:
-            raise ValueError(f"pictures {self.pictures}: there are none, or some")
+        if not 0 <= self.pictures * WAVES <= self.num_tokens * self.token_dim:
+            raise ValueError(
+                f"pictures {self.pictures}: each takes {WAVES} numbers, and tokens are {self.num_tokens} x {self.token_dim}"
+            )
 
 
 CONFIGS = {
@@ -216,12 +220,12 @@ class Block(nn.Module):
 
 
 class Pictures(nn.Module):
-    """K learned pictures that all videos share: a frame is their mean and their sum, each times what a video says of it.
+    """K pictures that all videos share: a frame is their mean and their sum, each times what a video says of it.
 
-    Not the paper's. Convolutions that begin with an 8 × 8 code are slow to learn the detail of a scene, though the tokens tell
-    it: of a talking person, a linear map from tokens to pixels makes 10 dB more than they do (docs/sharp.md). This is that map,
-    of low rank. The factor of a picture is a cosine series in time, so that t stays a real number. `gain` is how much faster
-    the pictures learn than kernels do.
+    Not the paper's. Convolutions that begin with an 8 × 8 code are slow to learn the detail of a scene, and a linear map from
+    tokens to pixels has it at once (docs/sharp.md). This is that map, of low rank: the pictures start as the principal
+    components of training frames, and training goes on from there. The factor of a picture is a cosine series in time, so
+    that t stays a real number. `gain` is how much faster the pictures learn than kernels do.
     """
 
     def __init__(self, count, size, waves, gain):
@@ -231,18 +235,43 @@ class Pictures(nn.Module):
         self.mean = nn.Parameter(torch.zeros(3 * size * size))
         self.strength = nn.Parameter(1 / torch.arange(1.0, waves + 1))  # slow waves first
 
+    def waves(self, t, length):
+        """The waves at positions t [T] in a clip of `length` frames, each times its strength: [T, waves]."""
+        frequency = torch.arange(len(self.strength), device=t.device) * (math.pi / length)
+        return self.strength * torch.cos((t.float()[:, None] + 0.5) * frequency)
+
     def forward(self, codes, t, length):
         """codes [B, K * waves], positions t [T] in a clip of `length` frames -> [B, T, 3, size, size]."""
-        waves = torch.arange(len(self.strength), device=t.device) * (math.pi / length)
-        waves = self.strength * torch.cos((t.float()[:, None] + 0.5) * waves)  # [T, waves]
-        factors = torch.einsum("bkw,tw->btk", codes.unflatten(1, (len(self.shared), -1)), waves.to(codes.dtype))
+        codes = codes.unflatten(1, (len(self.shared), -1))
+        factors = torch.einsum("bkw,tw->btk", codes, self.waves(t, length).to(codes.dtype))
         return self.gain * (factors @ self.shared + self.mean).unflatten(2, (3, self.size, self.size))
+
+    def read(self, video):
+        """Clips [B, T, 3, size, size] -> codes [B, K * waves]: how much of each picture and wave is in them.
+
+        Where both are orthogonal, as they start, no other codes make a clip with a smaller squared error.
+        """
+        rows = self.gain * self.shared
+        rows = rows / rows.square().sum(1, keepdim=True).clamp_min(1e-8)
+        factors = (video.flatten(2) - self.gain * self.mean) @ rows.T  # [B, T, K]
+        waves = self.waves(torch.arange(video.shape[1], device=video.device), video.shape[1])
+        return torch.einsum("btk,tw->bkw", factors, (waves / waves.square().sum(0)).to(factors.dtype)).flatten(1)
+
+    @torch.no_grad()
+    def fit(self, frames, length):
+        """Become the principal components of frames [n, 3, size, size], of a size at which no code of a clip of `length`
+        frames has a deviation above 1."""
+        pixels = frames.flatten(1)
+        mean, count = pixels.mean(0), min(*pixels.shape, len(self.shared))
+        _, values, components = torch.pca_lowrank(pixels - mean, count, center=False)
+        scale = values[0] * math.sqrt(length / len(frames))
+        self.mean.copy_(mean / self.gain)
+        self.shared[:count] = components.T * (scale / self.gain)
 
 
 class NeRV(nn.Module):
     """B videos' worth of weight tokens and T frame positions in, B videos out (Table A1)."""
 
-    WAVES = 8  # in time, of each picture's factor
     MOST = {True: 2**31 - 1, False: 2**28}  # elements of a map, with and without gradients
     Conv, Level = ModulatedConv, Block  # the ablations put others in their place (studies/variants.py)
 
@@ -271,13 +300,16 @@ class NeRV(nn.Module):
         self.to_rgb = self.Conv(config, last, 3, 3, last // 2, 3)
         self.pictures = None
         if config.pictures:
-            self.pictures = Pictures(config.pictures, config.resolution, self.WAVES, gain=10.0)
-            self.picture_head = nn.Linear(
-                config.token_dim, math.ceil(config.pictures * self.WAVES / config.num_tokens), bias=False
-            )
-            nn.init.normal_(
-                self.picture_head.weight, std=3 / math.sqrt(config.token_dim)
-            )  # tokens of deviation 1/3: codes of 1
+            self.pictures = Pictures(config.pictures, config.resolution, WAVES, gain=0.6)
+            # An orthonormal basis (DCT-II), so that all numbers of a video count alike. It and the mean stay as they are.
+            strength = torch.full((WAVES,), math.sqrt(2 / config.num_frames))
+            strength[0] /= math.sqrt(2)
+            self.pictures.strength = nn.Parameter(strength, requires_grad=False)
+            self.pictures.mean.requires_grad_(False)
+            codes = math.ceil(config.pictures * WAVES / config.num_tokens)
+            self.picture_head = nn.Linear(config.token_dim, codes, bias=False)
+            nn.init.eye_(self.picture_head.weight)
+            self.amplitude = nn.Parameter(torch.tensor(0.05))  # of what the convolutions make, beside pictures that fit
 
     def matrices(self):
         """What Muon is for: the pictures and their factors, of which it learns all directions alike."""
@@ -320,10 +352,17 @@ class NeRV(nn.Module):
             x = x.contiguous(memory_format=torch.channels_last)  # every map from here on
         x = self.rgb(GELU_GAIN * F.gelu(self.stem(x, tokens)), tokens)  # [T, B * 3, H, W]
         x = x.unflatten(1, (B, 3)).transpose(0, 1)
-        if self.pictures is not None:  # their numbers are the tokens' as kernel entries are: in order, from one linear map
-            codes = self.picture_head(tokens).flatten(1)[:, : c.pictures * self.WAVES]
-            x = x + self.pictures(codes / math.sqrt(c.pictures), t, c.num_frames)
-        return torch.tanh(x)
+        if self.pictures is None:
+            return torch.tanh(x)
+        # Their numbers are the tokens' as kernel entries are: in order, from one linear map.
+        codes = self.picture_head(tokens).flatten(1)[:, : c.pictures * WAVES]
+        return self.amplitude * torch.tanh(x) + self.pictures(codes, t, c.num_frames)
+
+    def read(self, video):
+        """Tokens [B, N, d] with which the pictures alone come nearest to clips [B, T, 3, H, W], as they start."""
+        codes, c, head = self.pictures.read(video), self.config, self.picture_head.weight
+        codes = F.pad(codes, (0, c.num_tokens * len(head) - codes.shape[1]))
+        return codes.unflatten(1, (c.num_tokens, -1)) @ head
 
     def rgb(self, x, tokens):
         """The stem's map [T, B * D, h, w] -> [T, B * 3, H, W]."""

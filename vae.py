@@ -11,6 +11,7 @@ python vae.py --dataset folder --data-dir PATH --preset nano --resolution 64
 
 import copy
 import dataclasses
+import itertools
 import math
 import time
 from dataclasses import dataclass
@@ -190,6 +191,8 @@ class Encoder(ViT):
         self.to_latent = nn.Linear(config.width, 2 * nerv_config.token_dim)
         # Start with little noise on the tokens, so that the decoder learns to listen to them before the KL makes them dear.
         nn.init.zeros_(self.to_latent.weight.data[nerv_config.token_dim :])
+        if nerv_config.pictures:  # which have said it all at the start
+            nn.init.zeros_(self.to_latent.weight), nn.init.zeros_(self.to_latent.bias)
         nn.init.constant_(self.to_latent.bias.data[nerv_config.token_dim :], -12.0)
 
     def forward(self, video):
@@ -209,6 +212,8 @@ def grid_position(grid, width):
 class VAE(nn.Module):
     """Encoder and generative NeRV (§3.1); decoder is the class of the latter, which the ablations replace."""
 
+    BEYOND = 0.05  # what the transformer adds to tokens that pictures read counts so much: many of them are small
+
     def __init__(self, nerv_config, encoder_config, decoder=nerv.NeRV):
         super().__init__()
         self.nerv_config, self.encoder_config = nerv_config, encoder_config
@@ -219,6 +224,8 @@ class VAE(nn.Module):
     def encode(self, video):
         """video [B, T, 3, H, W] in [-1, 1] -> mean, logvar of the tokens' posterior, each [B, N, d]."""
         mean, logvar = self.encoder(video)
+        if self.nerv.pictures is not None:  # most of it is read off by the pictures; the transformer says what they miss
+            mean = self.nerv.read(video).float() + self.BEYOND * mean
         if self.principal is None:
             return mean, logvar
         return self.principal(mean), 2 * self.principal.spread(torch.exp(0.5 * logvar)).log()
@@ -239,7 +246,8 @@ class VAE(nn.Module):
 
     def refine(self, tokens, video, steps):
         """Tokens [B, N, d] that decode to a video better than those given (refine, below)."""
-        refined = refine(self.nerv, self.weight_tokens(tokens), video, steps)
+        lr = 0.01 if self.nerv.pictures is None else 0.001  # tokens that pictures read are small
+        refined = refine(self.nerv, self.weight_tokens(tokens), video, steps, lr)
         return refined if self.principal is None else self.principal(refined)
 
 
@@ -273,6 +281,14 @@ def load_vae(ckpt, decoder=nerv.NeRV):
             vae.principal = Principal(directions.shape[:2], vae.token_shape)
         vae.load_state_dict(ckpt["ema"])
     return vae.eval().requires_grad_(False)
+
+
+def some_frames(train_set, seed, count=4096):
+    """So many frames of training clips in random order, four of each, in [-1, 1]: [count, 3, H, W]."""
+    stream = data.Stream(len(train_set), 4, seed)
+    clips = [to_clip(video) for video, _ in itertools.islice(data.endless(train_set, stream), count // 16)]
+    few = torch.linspace(0, clips[0].shape[1] - 1, 4).long()
+    return torch.cat([clip[:, few].flatten(0, 1) for clip in clips])
 
 
 def psnr(clips, reconstructions):
@@ -318,7 +334,7 @@ class Config:
     width: int = option("model", 128, "D, channels of the decoder; its last block has 2D (nano: D)")
     pos_size: int = option("model", 8, "h = w of the position code (Table 2c)")
     antialias: bool = option("model", False, "a filter after each upsampling, and edges repeated, not zero")
-    pictures: int = option("model", 0, "learned pictures that all videos share, for videos of one scene; 0 is the paper's")
+    pictures: int = option("model", 0, "pictures that all videos share, for videos of one scene; 0 is the paper's")
     mixing: int = option("model", 0, "heads of the encoder with which tokens read patches by fixed weights; 0 is the paper's")
     steps: int = option("training", 2_000_000, "optimizer steps")
     batch_size: int = option("training", 32, "clips per step, of all processes together")
@@ -468,6 +484,10 @@ def main(argv=None, decoder=nerv.NeRV):
         for name, part in parts.items():
             part.load_state_dict(ckpt["training"][name])
         start = ckpt["step"]
+    elif config.pictures:
+        vae.nerv.pictures.fit(some_frames(train_set, config.seed).to(device), config.num_frames)
+        utils.from_first_rank(vae.nerv.pictures.shared), utils.from_first_rank(vae.nerv.pictures.mean)
+        ema.load_state_dict(vae.state_dict())
     stream = data.Stream(len(train_set), config.batch_size, config.seed, start, config.accumulate, rank, world)
     batches = data.endless(train_set, stream, config.workers, device)
     log = utils.RunLog(config.run_dir, config.steps, config.log_every, start, rank)

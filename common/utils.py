@@ -212,6 +212,13 @@ def average_over_ranks(x):
     return AverageOverRanks.apply(x) if dist.is_initialized() else x
 
 
+@torch.no_grad()
+def from_first_rank(x):
+    """Make a tensor what it is in the first process."""
+    if dist.is_initialized():
+        dist.broadcast(x, 0)
+
+
 def max_over_ranks(value):
     """The largest of the numbers of all processes. It goes between CPUs, so that no GPU is waited for."""
     value = torch.tensor(float(value))
