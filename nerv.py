@@ -254,8 +254,11 @@ class Pictures(nn.Module):
         rows = self.gain * self.shared
         rows = rows / rows.square().sum(1, keepdim=True).clamp_min(1e-8)
         factors = (video.flatten(2) - self.gain * self.mean) @ rows.T  # [B, T, K]
-        waves = self.waves(torch.arange(video.shape[1], device=video.device), video.shape[1])
-        return torch.einsum("btk,tw->bkw", factors, (waves / waves.square().sum(0)).to(factors.dtype)).flatten(1)
+        T = video.shape[1]
+        waves = self.waves(torch.arange(T, device=video.device), T)
+        waves = waves / waves.square().sum(0).clamp_min(1e-8)
+        waves[:, T:] = 0  # T frames have no faster ones
+        return torch.einsum("btk,tw->bkw", factors, waves.to(factors.dtype)).flatten(1)
 
     @torch.no_grad()
     def fit(self, frames, length):

@@ -43,7 +43,6 @@ class EncoderConfig:
     heads: int = 14
     patch: tuple[int, int, int] = (1, 8, 8)
     mixing: int = 0  # heads with which tokens read the patches by weights that are learned and fixed; 0 is the paper's
-    motion: float = 1.0  # how many times as large the ViT sees what differs from a clip's time average; 1 is the paper's
 
 
 # The paper's ViT whatever the decoder. Larger and longer clips have larger patches, so that there are 4,096 of them always.
@@ -134,7 +133,7 @@ class ViT(nn.Module):
 
     def __init__(self, config, nerv_config):
         super().__init__()
-        self.patch, self.num_tokens, self.motion = config.patch, nerv_config.num_tokens, config.motion
+        self.patch, self.num_tokens = config.patch, nerv_config.num_tokens
         self.recompute = False  # True: keep the input of each block alone, and compute the rest again in the backward pass
         pt, ph, pw = config.patch
         size = nerv_config.resolution
@@ -161,9 +160,6 @@ class ViT(nn.Module):
     def forward(self, video):
         """video [B, T, 3, H, W] in [-1, 1] -> what the queries have found in it, batch normalized: [B, N, width]."""
         pt, ph, pw = self.patch
-        if self.motion != 1:
-            still = video.mean(1, keepdim=True)
-            video = still + self.motion * (video - still)
         x = video.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(1, (-1, pt))  # [B, t, pt, 3, h, ph, w, pw]
         x = x.permute(0, 1, 4, 6, 2, 3, 5, 7).flatten(4).flatten(1, 3)  # [B, t * h * w, pt * 3 * ph * pw]
         x = self.embed(x) + self.position
@@ -351,9 +347,6 @@ class Config:
     ema: float = option("training", 0.9995, "decay of the averaged weights, which are the ones to use")
     seed: int = option("training", 0, "of weights, data order and noise")
     kl_weight: float = option("losses", 1e-5, "weight of the KL divergence, summed over tokens and widths")
-    motion_weight: float = option(
-        "losses", 0.0, "further weight of the squared error in what differs between frames, which the encoder sees larger too"
-    )
     lpips: str = option("losses", "vgg", "backbone of the perceptual loss", choices=["vgg", "alex", "none"])
     lpips_weight: float = option("losses", 1.0, "weight of the perceptual loss")
     gan_weight: float = option("losses", 1.0, "weight of the adversarial loss; 0 trains no discriminator")
@@ -433,8 +426,6 @@ def main(argv=None, decoder=nerv.NeRV):
     utils.check_positive(config, "log_every", "save_every", "gan_every", "r1_every", "gan_width")
     if not 0.25 <= config.crop_scale <= 1:
         raise UserError(f"--crop-scale {config.crop_scale}: it is a share of the frame's side, 0.25 to 1")
-    if config.motion_weight < 0 or config.motion_weight and config.decode_frames == 1:
-        raise UserError(f"--motion-weight {config.motion_weight}: it is 0 or more, and motion takes two --decode-frames")
     device, rank, world = utils.start_processes(config.device)
     rows = utils.rows_per_process(config.batch_size, config.accumulate, world)  # clips that this process takes at a time
     if rows * world < 2:
@@ -443,9 +434,8 @@ def main(argv=None, decoder=nerv.NeRV):
     torch.manual_seed(config.seed)
     try:
         nerv_config = dataclasses.replace(nerv.CONFIGS[config.preset], **{k: getattr(config, k) for k in DECODER})
-        # What counts so many times as much in the loss, the encoder sees in that proportion.
-        seen = {"mixing": config.mixing, "motion": math.sqrt(1 + config.motion_weight)}
-        vae = VAE(nerv_config, dataclasses.replace(ENCODERS[config.preset], **seen), decoder).to(device)
+        encoder_config = dataclasses.replace(ENCODERS[config.preset], mixing=config.mixing)
+        vae = VAE(nerv_config, encoder_config, decoder).to(device)
     except ValueError as error:
         raise UserError(str(error)) from None
     train_set = data.open_dataset(config, "train")
@@ -557,9 +547,6 @@ def main(argv=None, decoder=nerv.NeRV):
                     l2 = error.square().mean()
                     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2)).mean()
                     loss, terms = l2 + config.kl_weight * kl, {"l2": l2, "kl": kl}
-                    if config.motion_weight:
-                        terms["motion"] = (error - error.mean(1, keepdim=True)).square().mean()
-                        loss = loss + config.motion_weight * terms["motion"]
                     if perceptual:
                         terms["lpips"] = perceptual(losses.at_least_64(frames), losses.at_least_64(real))
                         loss = loss + config.lpips_weight * terms["lpips"]

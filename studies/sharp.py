@@ -47,10 +47,8 @@ ROWS = {
     "4 frames a step": "--decode-frames 4",
     "batch of 32, one frame": "--batch-size 32 --decode-frames 1",
     "no mixing": "--mixing 0",
-    "motion": "--motion-weight 10",
     "pictures": "--pictures 256",  # for videos of one scene
     "pictures, no mixing": "--pictures 256 --mixing 0",
-    "pictures, motion": "--pictures 256 --motion-weight 10",
 }
 STEPS = (0, 3, 10, 80)  # of refinement
 EVERY = 2  # of the frames, those that `linear` makes

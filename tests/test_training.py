@@ -94,6 +94,7 @@ class Killed(Exception):
 
 RESUMES = {  # what docs/training.md promises, beside the two kills above
     "stage 1": "vae.py --batch-size 4 --save-every 3",
+    "stage 1, pictures": "vae.py --batch-size 4 --save-every 3 --pictures 8",
     "stage 1, bfloat16": "vae.py --batch-size 4 --save-every 3 --bf16 on",
     "stage 1, discriminator": f"vae.py --batch-size 2 --save-every 3 {ADVERSARIAL}",
     "stage 1, discriminator, bfloat16": f"vae.py --batch-size 2 --save-every 3 {ADVERSARIAL} --bf16 on",
@@ -164,7 +165,7 @@ def torchrun(processes, *args, cwd):
 
 def test_two_processes_train_as_one(trained, tmp_path):
     # The same global batch: batch norm, R1, noise, data order and the averaged gradient all have a part in this.
-    options = f"--steps 6 --batch-size 8 --log-every 1 {ADVERSARIAL}".split()
+    options = f"--steps 6 --batch-size 8 --log-every 1 --pictures 4 {ADVERSARIAL}".split()
     for name, processes in (("one", 1), ("two", 2)):
         (tmp_path / name).mkdir()
         torchrun(processes, ROOT / "vae.py", *options, cwd=tmp_path / name)
