@@ -47,13 +47,14 @@ ROWS = {
     "4 frames a step": "--decode-frames 4",
     "batch of 32, one frame": "--batch-size 32 --decode-frames 1",
     "no mixing": "--mixing 0",
-    "pictures": "--pictures 256",  # for videos of one scene
-    "pictures, no mixing": "--pictures 256 --mixing 0",
+    "pictures": "--pictures 64 --renorm 0",  # as many as 32 x 16 numbers take
+    "256 pictures": "--pictures 256 --num-tokens 64 --token-dim 32 --renorm 0 --warmup 100",
+    "512 pictures": "--pictures 512 --num-tokens 64 --token-dim 64 --renorm 0 --warmup 100",
 }
 STEPS = (0, 3, 10, 80)  # of refinement
 EVERY = 2  # of the frames, those that `linear` makes
 COLUMNS = ["row", "seed", "settings", "revision", "seconds", *(f"psnr{k}" for k in STEPS)]
-COLUMNS += ["linear", "linear motion", "motion", "fine", "mesh", "lpips"]
+COLUMNS += ["pictures alone", "linear", "linear motion", "motion", "fine", "mesh", "lpips"]
 
 
 @dataclass
@@ -113,6 +114,14 @@ def linear(network, train_set, clips, count=1024):
     return (average + y @ x.T @ inverse @ (pixels - average)).view_as(clips[:, ::EVERY])
 
 
+@torch.no_grad()
+def pictures_alone(network, clips):
+    """PSNR of clips that go through the pictures alone, or "" where there are none: the rest is what the transformer and the
+    convolutions bring."""
+    pictures, T = network.nerv.pictures, clips.shape[1]
+    return "" if pictures is None else round(psnr(clips, pictures(pictures.read(clips), torch.arange(T), T)), 2)
+
+
 def run(config, row, seed):
     """Train a row, measure it, and return its line of runs.csv."""
     out, start = Path(config.out_dir), time.time()
@@ -133,6 +142,7 @@ def run(config, row, seed):
     found = {f"psnr{k}": round(psnr(clips, made[k]), 2) for k in STEPS}
     regressed = linear(network, train_set, clips)
     found |= {
+        "pictures alone": pictures_alone(network, clips),
         "linear": round(psnr(clips[:, ::EVERY], regressed), 2),
         "linear motion": round(motion(clips[:, ::EVERY], regressed), 1),
         "motion": round(motion(clips, made[0]), 1),

@@ -256,6 +256,20 @@ def test_linear_finds_what_the_tokens_tell_and_no_more():
     assert all_of_it > half + 10
 
 
+def test_what_pictures_bring_alone():
+    torch.manual_seed(0)
+    config = nerv.NeRVConfig(resolution=32, num_frames=4, num_tokens=6, token_dim=8, width=16, block=8, pictures=6)
+    network, clips = (
+        vae.VAE(config, vae.EncoderConfig(width=24, depth=1, heads=2, patch=(2, 8, 8))),
+        torch.rand(8, 4, 3, 32, 32),
+    )
+    network.nerv.pictures.fit(clips.flatten(0, 1), 4)
+    alone = sharp.pictures_alone(network, clips)
+    network.nerv.amplitude.data.fill_(100)  # of the convolutions, of which nothing is to be seen
+    assert sharp.pictures_alone(network, clips) == alone > psnr(clips, clips.mean((0, 1)).expand_as(clips))
+    assert sharp.pictures_alone(vae.VAE(nerv.NeRVConfig(resolution=32, width=16, block=8), network.encoder_config), clips) == ""
+
+
 def test_study_runs_a_row_once(monkeypatch, tmp_path, capsys):
     calls = []
 
