@@ -312,7 +312,7 @@ class NeRV(nn.Module):
             codes = math.ceil(config.pictures * WAVES / config.num_tokens)
             self.picture_head = nn.Linear(config.token_dim, codes, bias=False)
             nn.init.eye_(self.picture_head.weight)
-            self.amplitude = nn.Parameter(torch.tensor(0.05))  # of what the convolutions make, beside pictures that fit
+            self.amplitude = nn.Parameter(torch.full((1,), 0.05))  # of what the convolutions make, beside pictures that fit
 
     def matrices(self):
         """What Muon is for: the pictures and their factors, of which it learns all directions alike."""
