@@ -242,7 +242,7 @@ class VAE(nn.Module):
 
     def refine(self, tokens, video, steps):
         """Tokens [B, N, d] that decode to a video better than those given (refine, below)."""
-        lr = 0.01 if self.nerv.pictures is None else 0.001  # tokens that pictures read are small
+        lr = 0.01 if self.nerv.pictures is None else 0.0002  # most tokens that pictures read are small
         refined = refine(self.nerv, self.weight_tokens(tokens), video, steps, lr)
         return refined if self.principal is None else self.principal(refined)
 
