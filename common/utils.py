@@ -216,7 +216,9 @@ def average_over_ranks(x):
 def from_first_rank(x):
     """Make a tensor what it is in the first process."""
     if dist.is_initialized():
-        dist.broadcast(x, 0)
+        if dist.get_rank():
+            x.zero_()
+        dist.all_reduce(x)
 
 
 def max_over_ranks(value):
