@@ -279,10 +279,10 @@ def load_vae(ckpt, decoder=nerv.NeRV):
     return vae.eval().requires_grad_(False)
 
 
-def some_frames(train_set, seed, count=4096):
+def some_frames(train_set, seed, workers=-1, count=4096):
     """So many frames of training clips, two of each at random times, in [-1, 1]: [count, 3, H, W]."""
     generator, stream = torch.Generator().manual_seed(seed), data.Stream(len(train_set), 4, seed)
-    clips = (to_clip(video) for video, _ in itertools.islice(data.endless(train_set, stream), count // 8))
+    clips = (to_clip(video) for video, _ in itertools.islice(data.endless(train_set, stream, workers), count // 8))
     return torch.cat([clip[:, torch.randperm(clip.shape[1], generator=generator)[:2]].flatten(0, 1) for clip in clips])
 
 
@@ -474,8 +474,10 @@ def main(argv=None, decoder=nerv.NeRV):
             part.load_state_dict(ckpt["training"][name])
         start = ckpt["step"]
     elif config.pictures:
-        vae.nerv.pictures.fit(some_frames(train_set, config.seed).to(device), config.num_frames)
-        utils.from_first_rank(vae.nerv.pictures.shared), utils.from_first_rank(vae.nerv.pictures.mean)
+        pictures = vae.nerv.pictures
+        if rank == 0:
+            pictures.fit(some_frames(train_set, config.seed, config.workers).to(device), config.num_frames)
+        utils.from_first_rank(pictures.shared), utils.from_first_rank(pictures.mean)
         ema.load_state_dict(vae.state_dict())
     stream = data.Stream(len(train_set), config.batch_size, config.seed, start, config.accumulate, rank, world)
     batches = data.endless(train_set, stream, config.workers, device)
