@@ -155,7 +155,7 @@ def discriminator_loss(discriminator, real, frames, r1_weight=0.0):
     if r1_weight > 0:
         real = real.detach().requires_grad_()
         with torch.autocast(real.device.type, enabled=False):
-            on_real = discriminator.forward(real)  # not the compiled call: what torch.compile makes has no second derivative
+            on_real = discriminator(real)
             # No clip's answer depends on another clip, so the gradient of the sum holds the gradient of each.
             (grad,) = torch.autograd.grad(on_real.sum(), real, create_graph=True)
             r1 = 0.5 * r1_weight * grad.square().sum((1, 2, 3, 4)).mean()

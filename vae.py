@@ -491,7 +491,9 @@ def main(argv=None, decoder=nerv.NeRV):
     if advice:
         log.print(advice)
     if utils.wants_compile(device, config.compile):
-        for network in (vae.encoder, vae.nerv, *filter(None, [discriminator, perceptual])):
+        # Not the discriminator: R1 takes a second derivative, and where its maps end as 1 x 1 x 1, torch.compile expects
+        # gradients of kernels in another order than cuDNN gives them in (an error on an H200).
+        for network in filter(None, (vae.encoder, vae.nerv, perceptual)):
             network.compile()
 
     saver = checkpoints.Saver(config.out)
