@@ -17,8 +17,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-WAVES = 8  # in time, of the factor of each picture (Pictures, below)
-
 
 @dataclass
 class NeRVConfig:
@@ -48,10 +46,15 @@ class NeRVConfig:
             )
         if self.num_frames < 1 or self.num_tokens < 1 or self.token_dim < 1:
             raise ValueError("num_frames, num_tokens and token_dim must be positive")
-        if not 0 <= self.pictures * WAVES <= self.num_tokens * self.token_dim:
+        if not 0 <= self.pictures <= self.num_tokens * self.token_dim:
             raise ValueError(
-                f"pictures {self.pictures}: each takes {WAVES} numbers, and tokens are {self.num_tokens} x {self.token_dim}"
+                f"pictures {self.pictures}: each takes a number or more, and tokens are {self.num_tokens} x {self.token_dim}"
             )
+
+    @property
+    def waves(self):
+        """In time, of the factor of each picture (Pictures, below): as many as tokens have numbers for, and frames at most."""
+        return min(self.num_tokens * self.token_dim // self.pictures, self.num_frames)
 
 
 CONFIGS = {
@@ -303,13 +306,13 @@ class NeRV(nn.Module):
         self.to_rgb = self.Conv(config, last, 3, 3, last // 2, 3)
         self.pictures = None
         if config.pictures:
-            self.pictures = Pictures(config.pictures, config.resolution, WAVES, gain=0.6)
+            self.pictures = Pictures(config.pictures, config.resolution, config.waves, gain=0.6)
             # An orthonormal basis (DCT-II), so that all numbers of a video count alike. It and the mean stay as they are.
-            strength = torch.full((WAVES,), math.sqrt(2 / config.num_frames))
+            strength = torch.full((config.waves,), math.sqrt(2 / config.num_frames))
             strength[0] /= math.sqrt(2)
             self.pictures.strength = nn.Parameter(strength, requires_grad=False)
             self.pictures.mean.requires_grad_(False)
-            codes = math.ceil(config.pictures * WAVES / config.num_tokens)
+            codes = math.ceil(config.pictures * config.waves / config.num_tokens)
             self.picture_head = nn.Linear(config.token_dim, codes, bias=False)
             nn.init.eye_(self.picture_head.weight)
             self.amplitude = nn.Parameter(torch.full((1,), 0.05))  # of what the convolutions make, beside pictures that fit
@@ -358,7 +361,7 @@ class NeRV(nn.Module):
         if self.pictures is None:
             return torch.tanh(x)
         # Their numbers are the tokens' as kernel entries are: in order, from one linear map.
-        codes = self.picture_head(tokens).flatten(1)[:, : c.pictures * WAVES]
+        codes = self.picture_head(tokens).flatten(1)[:, : c.pictures * c.waves]
         return self.amplitude * torch.tanh(x) + self.pictures(codes, t, c.num_frames)
 
     def read(self, video):

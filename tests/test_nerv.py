@@ -428,7 +428,7 @@ def test_fewer_frames_than_pictures():
     assert pictures.read(torch.rand(2, 8, 3, 4, 4)).isfinite().all()
 
 
-@pytest.mark.parametrize("tokens", [16, 7])  # 7 do not divide the 3 x 8 numbers of the pictures
+@pytest.mark.parametrize("tokens", [16, 7])  # 7 do not divide the 3 x 4 numbers of the pictures
 def test_pictures_are_added_and_linear_in_the_tokens(tokens):
     torch.manual_seed(0)
     config = NeRVConfig(resolution=32, num_frames=4, num_tokens=tokens, token_dim=6, width=16, block=8, pictures=3)
@@ -461,5 +461,13 @@ def test_without_pictures_nothing_is_there():
     assert not any("picture" in name or name == "amplitude" for name in NeRV(CONFIGS["nano"]).state_dict())
     with pytest.raises(ValueError, match="pictures -1"):
         NeRVConfig(pictures=-1)
-    with pytest.raises(ValueError, match="pictures 6: each takes 8 numbers, and tokens are 8 x 5"):
-        NeRVConfig(num_tokens=8, token_dim=5, pictures=6)
+    with pytest.raises(ValueError, match="pictures 41: each takes a number or more, and tokens are 8 x 5"):
+        NeRVConfig(num_tokens=8, token_dim=5, pictures=41)
+
+
+def test_pictures_have_the_waves_that_tokens_have_numbers_for():
+    waves = {K: NeRVConfig(num_frames=16, num_tokens=8, token_dim=5, pictures=K).waves for K in (1, 2, 3, 13, 14, 40)}
+    assert waves == {1: 16, 2: 16, 3: 13, 13: 3, 14: 2, 40: 1}
+    config = NeRVConfig(resolution=32, num_frames=16, num_tokens=8, token_dim=5, width=16, block=8, pictures=3)
+    model = NeRV(config)
+    assert model.pictures.strength.shape == (13,) and model.read(torch.rand(2, 16, 3, 32, 32)).shape == (2, 8, 5)
