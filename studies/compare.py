@@ -60,12 +60,12 @@ class Config:
     bf16: str = option("training", "auto", "bfloat16 autocast; auto: with CUDA", choices=["auto", "on", "off"])
     vae_options: str = option(
         "training",
-        "--num-tokens 64 --token-dim 32 --pictures 256 --lpips alex --kl-weight 2e-7",
+        "--num-tokens 64 --token-dim 64 --pictures 512 --lpips alex --kl-weight 2e-8 --renorm 0 --warmup 100",
         "further options of vae.py, in quotes",
     )
     dit_options: str = option(
         "training",
-        "--num-latents 4500",
+        "--num-latents 4500 --refine 0",
         "further options of dit.py for ours, in quotes",
     )
     rival_options: str = option(
