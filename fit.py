@@ -354,14 +354,17 @@ class Fit:
         self.curve.append([self.steps, round(self.seconds, 2), float(np.mean(found))])
         self.rest = self.seconds + time.perf_counter() - start  # no other point before: measuring is not the longer part
 
+    def store(self, path, bits):
+        """Write the file with so many bits a parameter; returns its bytes."""
+        self.settle()
+        header = {"kind": "fit", "method": self.name, "size": [self.plan.width, self.plan.height]}
+        header |= {"frames": len(self.video), "rate": round(self.video.rate, 4), "bits": bits}
+        header |= {"strides": self.plan.strides, "channels": self.plan.channels}
+        return container.write(path, header, packed(self.network, bits))
+
     def write(self, path):
         """Write the file, read it, and measure what it decodes to; returns the row of the report."""
-        self.settle()
-        v, header = self.video, {"kind": "fit", "method": self.name, "size": [self.plan.width, self.plan.height]}
-        header |= {"frames": len(v), "rate": round(v.rate, 4), "bits": self.config.bits}
-        header |= {"strides": self.plan.strides, "channels": self.plan.channels}
-        size = container.write(path, header, packed(self.network, self.config.bits))
-        file = FittedVideo(path, self.device)
+        v, size, file = self.video, self.store(path, self.config.bits), FittedVideo(path, self.device)
         decibels, error, hidden = [], 0.0, []
         for i, frame in enumerate(file(range(len(v)))):
             pair = frame[None], v.frames[i : i + 1]

@@ -1,13 +1,14 @@
 """The NeRV family on one video in equal time, seed after seed, and what HTD claims of it: fit.py's report of many runs.
 
 python -m studies.fit --video bunny.mp4 --resize 160x320 --frames 0:132          ten minutes a method, three seeds
-python -m studies.fit --video bunny.mp4 --resize 160x320 --minutes 3 --seeds 1 --methods ffnerv rnerv
+python -m studies.fit --video bunny.mp4 --resize 160x320 --minutes 3 --seeds 1 --methods ffnerv rnerv --rd rnerv
 
 A seed is one run of fit.py with all methods in turns, step by step. It is resumed where it stopped, and a seed that is done is
 not done again. "HTD" is the paper that fit.py is after.
 """
 
 import csv
+import functools
 import subprocess
 import sys
 import tempfile
@@ -15,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import fit
-from common import plot, rivals, utils
+from common import checkpoints, plot, rd, rivals, utils
 from common.methods import METHODS
 from common.tables import table
 from common.utils import UserError, option
@@ -46,6 +48,11 @@ class Config:
     bits: int = option("what", 6, "of a stored parameter, 4 to 8")
     minutes: float = option("training", 10.0, "of each method in each seed")
     seeds: int = option("training", 3, "runs of each method")
+    rd: list = option(
+        "rates", [], "methods to write at 4 to 8 bits, for a plot of rate and distortion", nargs="*", choices=list(METHODS)
+    )
+    crf: list = option("rates", [14, 22, 30, 38], "points of x264 and x265 in it, 0 to 51", nargs="+", type=int)
+    av1_crf: list = option("rates", [16, 28, 40, 52], "points of SVT-AV1 in it, 0 to 63", nargs="+", type=int)
     out_dir: str = option("output", "out/fit", "a directory for each seed, curves.png and the files go here")
 
 
@@ -92,8 +99,28 @@ def verdict(ours, others):
     return margin, spread, "not separated" if abs(margin) <= spread else "yes" if margin > 0 else "no"
 
 
+def at_bits(one, bits, frames, fps, path):
+    """What rd.Point.run is to give, of a fit.Fit that is done."""
+    size = one.store(f"{path}.nerv", bits)
+    return size, "nerv", one.seconds, np.stack(list(fit.FittedVideo(f"{path}.nerv")(range(len(frames)))))
+
+
+def rate_and_distortion(config, v):
+    """One training is a curve: the first seed's networks at 4 to 8 bits beside other codecs, into out_dir/rd."""
+    state = checkpoints.load(Path(config.out_dir) / "seed0" / "state.pt", "fit", "python -m studies.fit")
+    points = []
+    for name in config.rd:
+        one = fit.Fit(name, v, fit.Config(size=config.size), torch.device("cpu"))
+        one.load_state_dict(state["fits"][name])
+        points += [rd.Point(name, f"{bits} bits", functools.partial(at_bits, one, bits)) for bits in range(4, 9)]
+    points += rivals.points(["x264", "x265", "av1"], config.crf, config.av1_crf, for_psnr=True)
+    rd.compare(points, [(v.frames, v.rate)], f"{config.out_dir}/rd")
+
+
 def main():
     config = utils.parse_options(Config, __doc__)
+    if wrong := [name for name in config.rd if name not in config.methods]:
+        raise UserError(f"--rd {wrong[0]}: it is none of --methods")
     utils.check_positive(config, "seeds", "minutes")
     if not config.video:
         raise UserError("name a video with --video")
@@ -140,6 +167,9 @@ def main():
     lines = {name: [(s, np.mean([at(curves[name], s) for _, curves in runs])) for s in marks] for name in config.methods}
     lines = {name: [point for point in points if np.isfinite(point[1])] for name, points in lines.items()}
     plot.families(f"{config.out_dir}/curves.png", [("seconds of training", "PSNR after quantization, dB", lines)])
+    if config.rd:
+        print()
+        rate_and_distortion(config, v)
 
 
 if __name__ == "__main__":

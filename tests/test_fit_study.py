@@ -31,19 +31,33 @@ def test_points_of_a_curve_are_those_that_there_were():
 
 def test_a_study_of_two_methods_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     video.write_frames(tmp_path / "a.mkv", [np.array(moving_frames(5, 32, 48))], 10)
-    options = f"--video {tmp_path}/a.mkv --methods rnerv ffnerv ffnerv-flowless --size 30k --minutes 0.01 --seeds 2"
+    options = f"--video {tmp_path}/a.mkv --methods rnerv ffnerv ffnerv-flowless --size 30k --minutes 0.01 --seeds 2 "
+    options += "--rd rnerv --crf 30 --av1-crf 50"
     monkeypatch.setattr("sys.argv", ["fit", *options.split(), "--out-dir", str(tmp_path / "out")])
     study.main()
     said = capsys.readouterr().out
     assert "flow costs more than it gives" in said and "RNeRV is best when time is short" in said and "x264" in said
     assert "later layers" not in said and "HiNeRV" not in said  # of methods that are not there
-    assert (tmp_path / "out" / "curves.png").is_file()
+    assert (tmp_path / "out" / "curves.png").is_file() and (tmp_path / "out" / "rd" / "curves.png").is_file()
+    with open(tmp_path / "out" / "rd" / "points.csv", newline="") as file:
+        points = {(row["codec"], row["setting"]): row for row in csv.DictReader(file)}
+    with open(tmp_path / "out" / "seed0" / "report.csv", newline="") as file:
+        report = next(csv.DictReader(file))  # of 6 bits
+    assert points["rnerv", "6 bits"]["bytes"] == report["bytes"]
+    assert float(points["rnerv", "6 bits"]["psnr"]) == pytest.approx(float(report["of all frames"]), abs=0.006)
+    sizes = [int(points["rnerv", f"{bits} bits"]["bytes"]) for bits in range(4, 9)]
+    assert sizes == sorted(sizes) and int(points["x264", "crf 30"]["bytes"]) > 0
     for seed in range(2):
         with open(tmp_path / "out" / f"seed{seed}" / "report.csv", newline="") as file:
             assert [row["method"] for row in csv.DictReader(file)] == ["rnerv", "ffnerv", "ffnerv-flowless"]
     monkeypatch.setattr(subprocess, "run", None)  # nothing is to be trained again
+    monkeypatch.setattr(study, "rate_and_distortion", lambda config, v: None)
     monkeypatch.setattr(study, "rival_of", lambda name, frames, fps, budget, path: (frames, budget))
     study.main()
-    monkeypatch.setattr("sys.argv", ["fit", *options.replace("rnerv ", "nerv ").split(), "--out-dir", str(tmp_path / "out")])
+    monkeypatch.setattr("sys.argv", ["fit", *options.replace("rnerv ", "nerv ", 1).split(), "--out-dir", str(tmp_path / "out")])
+    with pytest.raises(UserError, match="--rd rnerv: it is none of"):
+        study.main()
+    options = options.replace("rnerv ", "nerv ")
+    monkeypatch.setattr("sys.argv", ["fit", *options.split(), "--out-dir", str(tmp_path / "out")])
     with pytest.raises(UserError, match="other methods, without nerv"):
         study.main()
