@@ -4,7 +4,7 @@ ours      vae.py, then dit.py
 frames    what people pick today: a convolutional KL autoencoder, each frame by itself, eight times smaller, in the shape of
           Stable Diffusion's (Rombach et al. 2022); then a DiT whose blocks look within a frame and across frames in turns, as
           Latte's do (Ma et al. 2024)
-pixels    no autoencoder: a DiT on space-time patches of pixels
+pixels    no autoencoder: a DiT on space-time patches of pixels, which says the clean patch (Li & He 2025)
 
 pip install -r studies/requirements.txt                                   the autoencoder's parts, of diffusers
 python -m studies.compare --dataset sprites                               three learning rates, three seeds: 27 hours
@@ -165,6 +165,24 @@ def latte(num_frames):
     return Latte
 
 
+class CleanDiT(dit.DiT):
+    """The denoiser of pixels: it says the clean tokens, and the noise is what is left (Li & He 2025, "Back to Basics").
+
+    A patch has 384 numbers, the transformer a width of 192: the noise of a patch does not go through it, and clean patches,
+    which are much alike, do.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        for name, values in zip(("alpha", "sigma"), dit.noise_schedule()):
+            self.register_buffer(name, values, persistent=False)
+
+    def forward(self, tokens, step, label, given=None):
+        clean = super().forward(tokens, step, label, given).float()
+        alpha, sigma = (x[step][:, None, None] for x in (self.alpha, self.sigma))
+        return (tokens - alpha * clean) / sigma
+
+
 def load_rival(ckpt):
     """The first stage of a checkpoint: a rival's, or ours."""
     if ckpt["decoder"] not in ("Pixels", "Frames"):
@@ -175,12 +193,12 @@ def load_rival(ckpt):
 
 
 def denoiser_of(method, num_frames):
-    return latte(num_frames) if method == "frames" else dit.DiT
+    return {"frames": latte(num_frames), "pixels": CleanDiT}.get(method, dit.DiT)
 
 
 def load_dit(ckpt):
     """dit.load_dit with the denoiser and the first stage that the checkpoint names."""
-    method = "frames" if ckpt["denoiser"] == "Latte" else "ours"
+    method = {"Latte": "frames", "CleanDiT": "pixels"}.get(ckpt["denoiser"], "ours")
     return dit.load_dit(ckpt, denoiser_of(method, ckpt["vae"]["config"]["num_frames"]), load_rival)
 
 

@@ -36,6 +36,17 @@ def test_latte_looks_within_a_frame_and_across_frames_in_turns():
     assert across == [i in (1, 5) for i in range(8)]
 
 
+def test_the_denoiser_of_pixels_says_the_clean_patch():
+    torch.manual_seed(0)
+    model = compare.CleanDiT(dit.DiTConfig(num_tokens=3, token_dim=5, num_classes=2, width=24, depth=1, heads=2))
+    alpha, sigma = dit.noise_schedule()
+    clean, noise, step = torch.randn(5), torch.randn(2, 3, 5), torch.tensor([10, 900])
+    torch.nn.init.zeros_(model.out.weight)
+    model.out.bias.data = clean  # it knows the answer
+    noised = alpha[step][:, None, None] * clean + sigma[step][:, None, None] * noise
+    torch.testing.assert_close(model(noised, step, torch.tensor([0, 1])), noise, rtol=1e-4, atol=1e-4)
+
+
 def test_frames_go_through_the_autoencoder_one_by_one():
     pytest.importorskip("diffusers")
     torch.manual_seed(0)
