@@ -46,6 +46,13 @@ def test_what_goes_wrong_is_a_row_and_the_next_one_starts(report):
     assert (report.out / "02.log").read_text().startswith("$ python -c")
 
 
+def test_programs_find_the_packages_that_this_one_finds(report, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere.py").write_text("where = 'found'")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert report.run("import", program("import elsewhere, nerv; print(elsewhere.where)"), last_line)
+    assert "| import | found |" in rows(report)[0]
+
+
 def test_a_part_ends_in_its_time(report):
     """One program is asked to stop and does, one is asked as its part's time is over, and for one there is none left."""
     stops = "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: sys.exit(0)); print('up', flush=True)"
