@@ -15,7 +15,6 @@ import itertools
 import math
 import time
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -394,31 +393,6 @@ def preset_defaults(args):
     return defaults
 
 
-def choose_memory(config, make, rows, world, card):
-    """What --recompute is on a GPU of `card` bytes, and a line of advice, or "", for a step of `rows` clips at a time.
-
-    make() -> (VAE, Discriminator or None, LPIPS or None). --accumulate is left to the user: batch norm compares the clips that
-    go through together, so that another number of parts is another training.
-    """
-    choices = {"auto": [False, True], "on": [True], "off": [False]}[config.recompute]
-
-    def networks(recompute):
-        autoencoder, discriminator, perceptual = make()
-        autoencoder.encoder.recompute = recompute
-        return autoencoder, discriminator, perceptual
-
-    frames, bf16 = min(config.decode_frames, config.num_frames), config.bf16 != "off"
-    predicts = [memory.stage1(partial(networks, recompute), frames, bf16) for recompute in choices]
-    parts, choice = memory.plan(predicts, rows, card, world) or (None, -1)
-    if parts == 1:
-        return choices[choice], ""
-    taken, way = sum(predicts[-1](rows).values()) / 2**30, "no number of parts (--accumulate) fits either"
-    if parts:
-        way, choice = f"--accumulate {parts * config.accumulate} would fit", -1
-    warning = f"warning: {rows} clips at a time take about {taken:.0f} GiB, this GPU has {card / 2**30:.0f}; {way}"
-    return choices[choice], warning
-
-
 def main(argv=None, decoder=nerv.NeRV):
     config = utils.parse_options(Config, __doc__, preset_defaults, argv)
     utils.check_positive(config, "steps", "batch_size", "accumulate", "decode_frames", "stride", *SIZES)
@@ -452,7 +426,7 @@ def main(argv=None, decoder=nerv.NeRV):
     vae.encoder.recompute, advice = config.recompute == "on", ""
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device).total_memory
-        vae.encoder.recompute, advice = choose_memory(
+        vae.encoder.recompute, advice = memory.choose_stage1(
             config, lambda: (VAE(nerv_config, vae.encoder_config, decoder), *judges(pretrained=False)), rows, world, card
         )
     ema = copy.deepcopy(vae).eval().requires_grad_(False)

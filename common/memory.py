@@ -4,6 +4,8 @@ It follows the eager step, in which all that the backward pass reads is kept unt
 CPU tensors, so that it runs anywhere, with what autocast does on CUDA.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -201,3 +203,28 @@ def plan(predicts, rows, card, world=1):
             if sum(predict(rows // parts).values()) <= USABLE * card:
                 return parts, i
     return None
+
+
+def choose_stage1(config, make, rows, world, card):
+    """What --recompute is on a GPU of `card` bytes, and a line of advice, or "", for a step of `rows` clips at a time.
+
+    make() -> (VAE, Discriminator or None, LPIPS or None). --accumulate is left to the user: batch norm compares the clips that
+    go through together, so that another number of parts is another training.
+    """
+    choices = {"auto": [False, True], "on": [True], "off": [False]}[config.recompute]
+
+    def networks(recompute):
+        autoencoder, discriminator, perceptual = make()
+        autoencoder.encoder.recompute = recompute
+        return autoencoder, discriminator, perceptual
+
+    frames, bf16 = min(config.decode_frames, config.num_frames), config.bf16 != "off"
+    predicts = [stage1(partial(networks, recompute), frames, bf16) for recompute in choices]
+    parts, choice = plan(predicts, rows, card, world) or (None, -1)
+    if parts == 1:
+        return choices[choice], ""
+    taken, way = sum(predicts[-1](rows).values()) / 2**30, "no number of parts (--accumulate) fits either"
+    if parts:
+        way, choice = f"--accumulate {parts * config.accumulate} would fit", -1
+    warning = f"warning: {rows} clips at a time take about {taken:.0f} GiB, this GPU has {card / 2**30:.0f}; {way}"
+    return choices[choice], warning

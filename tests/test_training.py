@@ -565,7 +565,7 @@ def test_blocks_are_computed_again_where_a_gpu_is_too_small_and_nowhere_else(mon
     monkeypatch.setattr(memory, "stage1", stage1)
 
     def choose(recompute, gib, world=1, **options):
-        return vae.choose_memory(vae.Config(recompute=recompute, **options), make, 32, world, int(gib * 2**30))
+        return memory.choose_stage1(vae.Config(recompute=recompute, **options), make, 32, world, int(gib * 2**30))
 
     assert choose("auto", 120) == (False, "") and choose("on", 120) == (True, "") and choose("off", 120) == (False, "")
     assert choose("auto", 100) == (True, "")  # a tenth of which is not ours; 97 GiB, or 33
