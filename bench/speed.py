@@ -1,10 +1,11 @@
-"""How fast decoding and sampling are: `python -m bench.speed conv | decode | sample | quality | growth`, one table each.
+"""How fast decoding and sampling are: `python -m bench.speed conv | decode | sample | quality | growth | fit`, one table each.
 
 conv     the modulated convolution as it is, against a loop over videos and two exact reformulations
 decode   frames from weight tokens, against H.264, frames in memory and a decoder of the shape of Stable Diffusion's
 sample   from noise to frames with each sampler; with --ckpt dit.pt also how far off its tokens are
 quality  of what each sampler makes of --ckpt dit.pt: class agreement, and the Fréchet distance on random features
 growth   cost against resolution, length, batch and width, with fitted exponents and a plot
+fit      training steps of fit.py's methods, as a share of what a matrix product does
 
 What a row is compared with is measured in turns with it. Two more rows are what the machine can do at best: a product of two
 large matrices, and a copy of an array that no cache holds.
@@ -21,14 +22,17 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import dit
 import evaluate
+import fit
 import nerv
 import vae
 from bench.costs import forward_costs, short_of_memory
 from common import checkpoints, plot, utils, video
+from common.methods import METHODS
 from common.tables import table
 from common.utils import option
 
@@ -465,7 +469,37 @@ def draw(path, panels):
     fig.savefig(path)
 
 
-TOPICS = {"conv": conv, "decode": decode, "sample": sample, "quality": quality, "growth": growth}
+# ---------------------------------------------------------------------------------------------- one network for one video
+
+
+class Noise(fit.Video):
+    """132 frames of 160 × 320, as Bunny has in docs/fit.md."""
+
+    def __init__(self):
+        self.frames = np.random.default_rng(0).integers(0, 256, (132, 160, 320, 3), np.uint8)
+        _, self.height, self.width, _ = self.frames.shape
+        self.rate, self.known = 25.0, np.ones((self.height, self.width), bool)
+
+
+def fitting(config):
+    """A step of each method of fit.py at 1.5 M parameters: reading, forward, backward and Adam."""
+    device = utils.pick_device(config.device)
+    peak, _ = machine_peak(config, device)
+    fits = {name: fit.Fit(name, Noise(), fit.Config(), device) for name in METHODS}
+    flops = {}
+    for name, one in fits.items():
+        with FlopCounterMode(display=False) as counter:
+            one.step()
+        flops[name] = counter.get_total_flops()
+    seconds = measure({name: one.step for name, one in fits.items()}, config.repeats, device)
+    rows = []
+    for name, found in seconds.items():
+        rate = flops[name] / statistics.median(found)
+        rows.append([name, f"{flops[name] / 1e9:.1f}", spread(found, 1e3), f"{rate / 1e9:.0f}", f"{100 * rate / peak:.0f} %"])
+    table(["method", "GFLOP a step", "ms a step", "GFLOP/s", "of a matrix product"], rows)
+
+
+TOPICS = {"conv": conv, "decode": decode, "sample": sample, "quality": quality, "growth": growth, "fit": fitting}
 
 
 def main():

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,6 +184,17 @@ def test_a_call_that_runs_out_of_memory_loses_no_other():
     )
     with pytest.raises(RuntimeError, match="shape"):
         speed.measure({"a": lambda: torch.zeros(2) @ torch.zeros(3, 1).expand(3, 2), "b": fail}, 1, torch.device("cpu"))
+
+
+def test_steps_of_the_family_are_timed(monkeypatch, capsys):
+    frames = speed.Noise().frames
+    assert frames.shape == (132, 160, 320, 3) and frames.std() > 70
+    monkeypatch.setattr(speed.np.random, "default_rng", lambda seed: SimpleNamespace(integers=lambda *_: frames[:4, :32, :48]))
+    monkeypatch.setattr(speed, "METHODS", ["rnerv", "ffnerv"])
+    monkeypatch.setattr(speed.fit, "Config", partial(speed.fit.Config, size="30k"))
+    speed.fitting(speed.Config(repeats=1, device="cpu"))
+    found = {line.split("|")[1].strip(): line.split("|")[2:] for line in capsys.readouterr().out.splitlines() if "|" in line}
+    assert {"rnerv", "ffnerv"} < found.keys() and 0 < float(found["rnerv"][2]) and found["rnerv"][3].strip().endswith("%")
 
 
 def test_a_training_that_runs_out_of_memory_says_so(tmp_path):
