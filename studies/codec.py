@@ -100,10 +100,12 @@ def dial(config):
 
 def rival_of(name, frames, fps, budget, path):
     """(frames, bytes) of another codec at the best constant quality within a budget of bytes, or at its worst beyond it."""
-    for crf in range(20, rivals.RIVALS[name].worst + 1):
-        size, _, file = rivals.encode(name, frames, fps, crf, path)
-        if size <= budget:
-            break
+    best, worst = 0, rivals.RIVALS[name].worst  # the answer is in between: sizes fall with CRF
+    while best < worst:
+        crf = (best + worst) // 2
+        size, _, _ = rivals.encode(name, frames, fps, crf, path)
+        best, worst = (best, crf) if size <= budget else (crf + 1, worst)
+    size, _, file = rivals.encode(name, frames, fps, worst, path)
     return rivals.decode(name, file, frames.shape), size
 
 
