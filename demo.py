@@ -75,6 +75,7 @@ def main():
     if not config.skip_training:
         where = ["--dataset", config.dataset] + (["--data-dir", config.data_dir] if config.data_dir else [])
         perceptual = ["--lpips", "alex"]  # what makes edges crisp
+        perceptual += ["--lpips-weight", 0.3] if config.dataset == "shapes" else []  # docs/sharp.md; not tried elsewhere
         try:
             weights("lpips-alex")
         except UserError as error:
