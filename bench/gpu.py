@@ -79,8 +79,7 @@ class Report:
             return False
         self.logs += 1
         log, start, late = self.out / f"{self.logs:02d}.log", time.time(), False
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        env = os.environ | {"PYTHONPATH": path} | ({} if self.gpu else {"CUDA_VISIBLE_DEVICES": ""}) | env
+        env = os.environ | {"PYTHONPATH": utils.python_path(ROOT)} | ({} if self.gpu else {"CUDA_VISIBLE_DEVICES": ""}) | env
         with open(log, "w") as f:
             print("$ python", command, file=f, flush=True)
             kw = dict(stdout=f, stderr=subprocess.STDOUT, env=env, start_new_session=True)

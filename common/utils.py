@@ -359,6 +359,11 @@ def make_parent(path):
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
+def python_path(directory):
+    """PYTHONPATH of a program that is to find modules in a directory first, and then all that this one finds."""
+    return os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def fingerprint(network):
     """A hash of a network's parameters and buffers: a cache of what it made says which one made it."""
     digest = hashlib.sha256()

@@ -256,7 +256,7 @@ def pip_download(package, directory):
     options += "--no-deps --no-binary :all: --no-build-isolation --require-hashes"
     command = [sys.executable, "-m", "pip", "download", *options.split()]
     command += ["-r", directory / "requirements.txt", "-d", directory]
-    first = os.pathsep.join([str(backend.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    first = utils.python_path(backend.parent)
     # pip's temporary files go with ours. PIP_USE_PEP517 is the option --use-pep517, for a pip that has it.
     env = os.environ | {"PYTHONPATH": first, "TMPDIR": str(directory), "PIP_USE_PEP517": "1"}
     said = None

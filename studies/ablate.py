@@ -145,8 +145,8 @@ class Study:
     def call(self, stage, *options):
         """Train "vae" or "dit" (studies/variants.py), on a GPU of its own where there are some; returns what it printed."""
         command = ["-m", "studies.variants", stage, *map(str, options)]
-        root = str(Path(__file__).parent.parent)
-        env = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // self.jobs)), "PYTHONPATH": root}
+        env = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // self.jobs))}
+        env["PYTHONPATH"] = utils.python_path(Path(__file__).parent.parent)
         place = self.places.get()
         if self.gpus:
             env["CUDA_VISIBLE_DEVICES"] = self.gpus[place % len(self.gpus)]

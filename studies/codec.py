@@ -5,7 +5,9 @@ dial       PSNR against the seconds that encoding a video takes, from one compar
 frames     ours beside x264 at as many bytes, or at the fewest that it takes, as a sheet of videos of --data-dir
 """
 
+import bisect
 import csv
+import functools
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,12 +102,10 @@ def dial(config):
 
 def rival_of(name, frames, fps, budget, path):
     """(frames, bytes) of another codec at the best constant quality within a budget of bytes, or at its worst beyond it."""
-    best, worst = 0, rivals.RIVALS[name].worst  # the answer is in between: sizes fall with CRF
-    while best < worst:
-        crf = (best + worst) // 2
-        size, _, _ = rivals.encode(name, frames, fps, crf, path)
-        best, worst = (best, crf) if size <= budget else (crf + 1, worst)
-    size, _, file = rivals.encode(name, frames, fps, worst, path)
+    made = functools.cache(lambda crf: rivals.encode(name, frames, fps, crf, f"{path}{crf}"))
+    # Sizes fall with CRF. The range is without the worst, which is the answer where no other is.
+    crf = bisect.bisect_left(range(rivals.RIVALS[name].worst), True, key=lambda crf: made(crf)[0] <= budget)
+    size, _, file = made(crf)
     return rivals.decode(name, file, frames.shape), size
 
 

@@ -9,6 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from common import utils
+
 ROOMS = ("common", "bench", "studies")
 FILES = {
     path: ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -52,7 +54,7 @@ def test_no_import_runs_in_a_circle_or_back_up():
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help(name, tmp_path):
     command = [sys.executable, str(ROOT / f"{name}.py")] if "." not in name else [sys.executable, "-m", name]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": utils.python_path(ROOT)}
     done = subprocess.run([*command, "--help"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stderr == "" and not list(tmp_path.iterdir())
     options = re.split(r"\n  --", done.stdout)[1:]

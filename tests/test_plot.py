@@ -101,7 +101,7 @@ def test_colours_have_contrast(colour):
 def test_matplotlib_is_late_and_says_nothing(tmp_path):
     (tmp_path / "file").touch()  # where its settings and its list of fonts cannot be written
     code = "import sys; from common import plot; assert 'matplotlib' not in sys.modules; plot.curves('a.png', [('x', 'y', [])])"
-    env = os.environ | {"PYTHONPATH": str(ROOT), "MPLCONFIGDIR": str(tmp_path / "file")}
+    env = os.environ | {"PYTHONPATH": utils.python_path(ROOT), "MPLCONFIGDIR": str(tmp_path / "file")}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and (tmp_path / "a.png").is_file()
 

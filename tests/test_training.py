@@ -269,6 +269,15 @@ def alone(tmp_path):
         dist.destroy_process_group()
 
 
+def test_the_discriminator_is_not_compiled(tmp_path, monkeypatch):
+    """R1 takes a second derivative, and compiled for CUDA its backward pass ended in an error."""
+    monkeypatch.chdir(tmp_path)
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    vae.main(f"--steps 3 --batch-size 4 --compile on {ADVERSARIAL}".split())
+    assert compiled == ["Encoder", "NeRV"]
+
+
 def test_batch_norm_compiles_as_a_whole_where_there_are_several_processes(alone):
     torch.manual_seed(0)
     results = []
