@@ -247,6 +247,9 @@ class Config:
     cache_dir: str = option("data", "data/cache", "directory of the caches of decoded frames")
     workers: int = option("data", -1, "threads that decode where there is no cache; -1 is all cores")
     preset: str = option("model", "", "size of the denoiser; that of stage 1 unless named", choices=list(SIZES))
+    width: int = option("model", 0, "of the transformer; 0 is the preset's, 1024 and in nano 192")
+    depth: int = option("model", 0, "its blocks; 0 is the preset's, 24 and in nano 6")
+    heads: int = option("model", 0, "heads of its attention, which divide the width; 0 is the preset's, 16 and in nano 6")
     cond_frames: int = option("model", 0, "frame prediction from so many given frames (the paper: 5); 0 generates whole clips")
     steps: int = option("training", 1_000_000, "optimizer steps")
     batch_size: int = option("training", 64, "clips per step, of all processes together")
@@ -405,7 +408,11 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
             raise UserError(f"{asked}: videos have {math.prod(vae.token_shape)} components, and it takes one or more")
         if not config.cache_latents or count < math.prod(size):
             raise UserError(f"{asked} takes --cache-latents, and {math.prod(size)} --num-latents or more")
-    dit_config = DiTConfig(*size, len(classes), cond_frames, **SIZES[config.preset])
+    own = {name: getattr(config, name) for name in ("width", "depth", "heads") if getattr(config, name)}
+    dit_config = DiTConfig(*size, len(classes), cond_frames, **SIZES[config.preset] | own)
+    if min(own.values(), default=1) < 1 or dit_config.width % dit_config.heads:
+        asked = f"--width {dit_config.width} --depth {dit_config.depth} --heads {dit_config.heads}"
+        raise UserError(f"{asked}: all are positive, and heads divide the width")
     model = denoiser(dit_config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model, model.matrices() if config.optimizer == "muon" else [], config.weight_decay)
