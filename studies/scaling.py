@@ -36,7 +36,7 @@ from common import checkpoints, plot, utils
 from common.tables import add_row, read_rows, table
 from common.utils import UserError, option
 from common.video import to_clip, to_frames
-from evaluate import reconstruct
+from evaluate import read, reconstruct, spread_over
 from nerv import NeRVConfig
 
 WIDTHS = {"width 16": 16, "width 32": 32, "width 48": 48}  # channels of the decoder; nano has 32
@@ -114,14 +114,10 @@ class Study:
     def open(self, source, classes=None):
         """Read the held-out clips, once, as training on `source` has them."""
         if self.detector is None:
-            self.detector = fvd.load_detector(self.config.features, "videogpt", device=utils.pick_device("auto"))
             held_out = data.open_dataset(source, "test", classes)
-            frames, labels = zip(*(held_out[i * len(held_out) // self.count(held_out)] for i in range(self.count(held_out))))
-            self.real, self.labels = torch.stack([to_clip(x) for x in frames]), torch.tensor(labels)
-            self.real_features = self.detector(np.stack(frames))
-
-    def count(self, held_out):
-        return min(self.config.clips, len(held_out))
+            frames, labels = read(held_out, spread_over(held_out, self.config.clips))
+            self.detector = fvd.load_detector(self.config.features, "videogpt", device=utils.pick_device("auto"))
+            self.real, self.labels, self.real_features = to_clip(frames), torch.from_numpy(labels), self.detector(frames)
 
     def train1(self, size, steps):
         """Stage 1 of a width -> its row of runs.csv."""
