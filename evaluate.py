@@ -146,14 +146,15 @@ class Scorer:
     """Generated clips against up to `count` training clips: what studies of many small models compare them by.
 
     labels [count] are the classes to generate, as many of each as there are real clips. Called with clips [B, T, 3, H, W] of
-    these classes, it returns (class agreement in %, Fréchet distance on random I3D features, which is not the published FVD),
-    and given the `reconstructed` features of the real clips, the distance to these as third. What stage 1 blurs is blurred
-    in both, so that this one is about stage 2 alone: a perfect denoiser would be as far as two sets of real clips are apart.
+    these classes, it returns (class agreement in %, Fréchet distance), and given the `reconstructed` features of the real
+    clips, the distance to these as third. What stage 1 blurs is blurred in both, so that this one is about stage 2 alone: a
+    perfect denoiser would be as far as two sets of real clips are apart. The features are of a random I3D, which is not the
+    published FVD, or with "i3d" of the true one.
     """
 
-    def __init__(self, train_set, num_classes, count, judge_clips=4096, device="cpu"):
+    def __init__(self, train_set, num_classes, count, judge_clips=4096, device="cpu", features="random"):
         self.judge = train_classifier(train_set, num_classes, judge_clips, device)
-        self.detector = fvd.load_detector("random", device=device)
+        self.detector = fvd.load_detector(features, device=device)
         self.frames, labels = read(train_set, spread_over(train_set, count))
         self.real, self.labels = self.detector(self.frames), torch.as_tensor(labels, device=device)
 

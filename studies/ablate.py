@@ -8,6 +8,7 @@ Every row is the paper's choice in all but one thing, trained on the same data w
 stage 1 are compared by the PSNR of held-out reconstructions. Rows of stage 2 are compared by Fréchet distances on random I3D
 features (which are not the published FVD) and by class agreement. At this scale, how far generated clips are from real ones is
 mostly what stage 1 blurs, whatever the denoiser; their distance to reconstructions of real clips is what the denoiser adds.
+--features i3d takes the true FVD for these distances, and has that of reconstructions (rFVD) for rows of stage 1 as well.
 A run that is done is a row of runs.csv, and is not done again.
 """
 
@@ -29,11 +30,12 @@ from pathlib import Path
 import torch
 
 import data
+import fvd
 from common import checkpoints, plot, utils
 from common.tables import add_row, read_rows, table
 from common.utils import option
 from evaluate import Scorer
-from studies.variants import load_dit
+from studies.variants import load_dit, load_vae
 from vae import Config as Stage1
 
 # Table -> (what it compares, rows (name, the paper's gFVD, options of vae.py, options of dit.py), best of the paper last);
@@ -89,6 +91,7 @@ class Config:
         "--num-latents 2048 --principal 0 0 --optimizer adamw --lr 1e-3 --batch-size 32 --steps 500 --refine 0",
         "further options of dit.py for every run, in quotes",
     )
+    features: str = option("judging", "random", "of Fréchet distances; i3d: of the published FVD", choices=["random", "i3d"])
     clips: int = option("judging", 90, "generated clips of each run of stage 2, and as many real ones")
     judge_clips: int = option("judging", 4096, "clips that the judge of class agreement is trained on")
     jobs: int = option("machine", 0, "runs at the same time; 0 is one for each GPU, or for each core of a CPU")
@@ -107,6 +110,7 @@ class Study:
     def __init__(self, config):
         self.config, self.out = config, Path(config.out_dir)
         self.gpus = visible_gpus()
+        self.device = torch.device("cuda" if self.gpus else "cpu")
         self.jobs = config.jobs or len(self.gpus) or os.cpu_count()
         self.lock, self.judging, self.places = threading.Lock(), threading.Lock(), queue.SimpleQueue()
         self.scorer, self.reconstructed = None, {}  # of a stage-1 checkpoint, features of the real clips
@@ -114,6 +118,7 @@ class Study:
         for place in range(self.jobs):
             self.places.put(place)
         first = f"{config.dataset} {config.data_dir} | {config.vae_options}"
+        first += f" | {config.features}, {config.clips} clips" if config.features != "random" else ""
         second = f"{first} | {config.dit_options} | {config.clips} clips, judge {config.judge_clips}"
         self.settings = {1: first, 2: second}  # of a stage: runs with others are other runs
         self.path = self.out / "runs.csv"
@@ -180,7 +185,8 @@ class Study:
         os.replace(unfinished, vae_pt)
         psnr = next(line.split()[2] for line in printed.splitlines() if line.startswith("held-out PSNR"))
         if not self.get(1, vae_options, "", seed):
-            self.keep(start, stage=1, vae=vae_options, dit="", seed=seed, psnr=psnr)
+            scores = {"psnr": psnr} | ({"to_real": self.rfvd(vae_pt)} if self.config.features != "random" else {})
+            self.keep(start, stage=1, vae=vae_options, dit="", seed=seed, **scores)
 
     def stage2(self, vae_pt, vae_options, dit_options, seed):
         start, dit_pt = time.time(), self.checkpoint(2, f"{vae_options} {dit_options}", seed)
@@ -192,19 +198,30 @@ class Study:
         dit_pt.unlink()
         shutil.rmtree(dit_pt.with_suffix(".latents"), ignore_errors=True)
 
+    def rfvd(self, vae_pt):
+        """Distance of reconstructions to the real clips, as text; their features are kept for stage 2."""
+        ckpt = checkpoints.load(vae_pt, "vae", "python vae.py")
+        with self.judging:
+            self.reconstructed[vae_pt] = self.judge(ckpt).reconstructed(load_vae(ckpt).to(self.device))
+            return f"{fvd.frechet_distance_of(self.scorer.real, self.reconstructed[vae_pt]):.4g}"
+
     def score(self, vae_pt, dit_pt, seed):
         """Class agreement in %, distance to real clips, distance to their reconstructions."""
         ckpt = checkpoints.load(dit_pt, "dit", "python dit.py")
         model, vae, scale = load_dit(ckpt)
-        device = torch.device("cuda" if self.gpus else "cpu")
-        model, vae = model.to(device), vae.to(device)
+        model, vae = model.to(self.device), vae.to(self.device)
         with self.judging:
-            if not self.scorer:
-                train_set = data.open_dataset(Stage1(**ckpt["vae"]["config"]), "train", ckpt["classes"])
-                self.scorer = Scorer(train_set, len(ckpt["classes"]), self.config.clips, self.config.judge_clips, device)
+            judge = self.judge(ckpt["vae"])
             if vae_pt not in self.reconstructed:
-                self.reconstructed[vae_pt] = self.scorer.reconstructed(vae)
-        return self.scorer(self.scorer.generate(model, vae, scale, seed)[0], self.reconstructed[vae_pt])
+                self.reconstructed[vae_pt] = judge.reconstructed(vae)
+        return judge(judge.generate(model, vae, scale, seed)[0], self.reconstructed[vae_pt])
+
+    def judge(self, ckpt):
+        """The Scorer, of the data that a stage-1 checkpoint was trained on; made when it is asked for first."""
+        if not self.scorer:
+            c, train_set = self.config, data.open_dataset(Stage1(**ckpt["config"]), "train", ckpt["classes"])
+            self.scorer = Scorer(train_set, len(ckpt["classes"]), c.clips, c.judge_clips, self.device, c.features)
+        return self.scorer
 
 
 def plan(names, seeds):
@@ -245,28 +262,30 @@ def spread(values):
 
 def report(study, names):
     """Print the tables of what is done, and draw them."""
-    panels = {}
+    panels, true = {}, study.config.features != "random"
     for name in names:
         title, rows = TABLES[name]
-        metrics = {"psnr": "PSNR, dB"} if name[0] == "2" else {}
+        metrics = {(1, "psnr"): "PSNR, dB"} if name[0] == "2" else {}  # (stage, column of runs.csv) -> its name
+        if name[0] == "2" and true:
+            metrics |= {(1, "to_real"): "rFVD"}
         if name in STAGE2:
-            metrics |= {"to_real": "distance to real clips", "to_reconstructed": "distance to reconstructions"}
-            metrics |= {"agreement": "class agreement, %"}
+            metrics |= {(2, "to_real"): "gFVD" if true else "distance to real clips"}
+            metrics |= {(2, "to_reconstructed"): "distance to reconstructions", (2, "agreement"): "class agreement, %"}
         found = {metric: [] for metric in metrics}
         printed = []
         for row, paper, vae_options, dit_options in rows:
             cells = []
             for metric in metrics:
-                options = (1, vae_options, "") if metric == "psnr" else (2, vae_options, dit_options)
+                options = (1, vae_options, "") if metric[0] == 1 else (2, vae_options, dit_options)
                 done = {seed: study.get(*options, seed) for seed in range(study.config.seeds)}
-                values = {seed: float(run[metric]) for seed, run in done.items() if run}
+                values = {seed: float(run[metric[1]]) for seed, run in done.items() if run}
                 found[metric].append((row, values))
                 cells.append(spread(list(values.values())))
             printed.append([row, paper, *cells, len(values)])
         print(f"\n**Table {name}, {title}.**", end=" ")
         for metric, columns in found.items():
             if shared := sorted(set.intersection(*(set(values) for _, values in columns))):  # seeds that all rows have
-                sign = -1 if metric.startswith("to_") else 1
+                sign = -1 if metric[1].startswith("to_") else 1
                 won = verdict([(row, [sign * values[seed] for seed in shared]) for row, values in columns])
                 print(f"By {metrics[metric]}: {won}.", end=" ")
                 panels[f"{name}: {title}", f"{metrics[metric]} {'↓' if sign < 0 else '↑'}"] = [

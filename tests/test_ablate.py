@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -101,6 +102,24 @@ def test_what_is_done_is_not_done_again(monkeypatch, tmp_path, capsys):
     calls.clear()  # clips and options of stage 2 do not change stage 1
     run(monkeypatch, tmp_path, "--seeds", "1", "--only", "3a", "--clips", "5")
     assert [call.split()[0] for call in calls] == ["dit", "dit", "dit"]
+
+
+def test_by_the_true_fvd_rows_of_stage_1_have_one_too(in_this_process, monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def load_detector(features, **kw):
+        asked.append(features)
+        return lambda frames: np.asarray(frames).reshape(len(frames), -1)[:, ::997] / 255.0
+
+    monkeypatch.setattr("fvd.load_detector", load_detector)
+    monkeypatch.setattr(evaluate, "train_classifier", lambda *a: None)
+    run(monkeypatch, tmp_path, "--seeds", "1", "--only", "2e", "--clips", "4")
+    assert "rFVD" not in capsys.readouterr().out and not asked
+    run(monkeypatch, tmp_path, "--seeds", "1", "--only", "2e", "--clips", "4", "--features", "i3d")
+    assert asked == ["i3d"] and "By rFVD: " in capsys.readouterr().out
+    with open(tmp_path / "runs.csv", newline="") as f:
+        distances = [row["to_real"] for row in csv.DictReader(f)]
+    assert distances[:3] == [""] * 3 and all(float(d) > 0 for d in distances[3:]) and len(set(distances[3:])) == 3
 
 
 def test_a_run_that_fails_names_its_command(monkeypatch, tmp_path):
