@@ -227,6 +227,8 @@ class Detector:
     `meta` says what the features are; Statistics keep it.
     """
 
+    TOGETHER = 32  # clips at a time, however many there are: one of 16 frames takes 80 MB
+
     def __init__(self, network, name, protocol="stylegan-v", device="cpu", size=SIZE):
         self.scripted = isinstance(network, torch.jit.ScriptModule)
         self.network = (network if self.scripted else network.fused()).to(device)
@@ -237,6 +239,10 @@ class Detector:
     def __call__(self, clips, names=None):
         """UserError for pixels or features that are not finite, with the names of the clips."""
         clips, names = torch.as_tensor(clips), names or [f"clip {i}" for i in range(len(clips))]
+        if len(clips) > self.TOGETHER:
+            starts = range(0, len(clips), self.TOGETHER)
+            parts = [self(clips[k : k + self.TOGETHER], names[k : k + self.TOGETHER]) for k in starts]
+            return np.concatenate(parts)
         if clips.is_floating_point():
             check_finite(clips, names, "pixels")
             clips = torch.as_tensor(video.to_frames(clips))
