@@ -455,6 +455,29 @@ def test_statistics_in_one_pass_and_merged_equal_numpys():
     assert np.array_equal(one.kept(), x)
 
 
+def test_many_clips_go_to_the_network_a_few_at_a_time(monkeypatch):
+    seen = []
+
+    class Mean(torch.nn.Module):
+        def fused(self):
+            return self
+
+        def forward(self, pixels):
+            seen.append(len(pixels))
+            return pixels.mean((2, 3, 4))
+
+    monkeypatch.setattr(fvd.Detector, "TOGETHER", 2)
+    detector = fvd.Detector(Mean(), "means", size=32)
+    clips = np.random.default_rng(0).integers(0, 256, (5, 16, 8, 8, 3), dtype=np.uint8)
+    features = detector(clips)
+    assert seen == [2, 2, 1] and features.shape == (5, 3) and features.dtype == np.float32
+    np.testing.assert_allclose(features, np.concatenate([detector(clip[None]) for clip in clips]), rtol=1e-5, atol=1e-6)
+    broken = torch.rand(5, 16, 3, 8, 8)
+    broken[3] = torch.nan
+    with pytest.raises(UserError, match="clip 3: there are pixels"):
+        detector(broken)
+
+
 def test_features_are_kept_up_to_a_number(monkeypatch):
     monkeypatch.setattr(moments, "KEPT", 20)
     stats = fvd.Statistics()
