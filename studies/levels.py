@@ -6,6 +6,10 @@ below it comes is what it has learned. Errors are shares of the variance of θ_0
 
 Then samples are drawn, and the nearest of the cached latents is searched for each. Where samples are further from them than
 held-out clips are, they are not yet like the data; where they are much nearer, they are copies.
+
+A denoiser that predicts frames (dit.py --cond-frames) is measured by the PSNR of the frames that are to come, beside a linear
+prediction of θ_0 from the given frames' tokens. A draw from what may happen is not the mean of what may happen: where the mean
+is off by a squared error e, a perfect draw is off by 2 e, 3 dB less.
 """
 
 from dataclasses import dataclass
@@ -21,6 +25,7 @@ from common.tables import table
 from common.utils import UserError, option
 from common.video import to_clip
 from vae import Config as Stage1
+from vae import psnr
 
 
 @dataclass
@@ -29,6 +34,7 @@ class Config:
     clips: int = option("input", 128, "held-out clips, spread over their set")
     levels: list = option("input", [0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0], "σ / α", nargs="+", type=float)
     samples: int = option("input", 256, "samples that are compared with the cached latents, spread over the classes")
+    draws: int = option("input", 8, "predictions of each clip, where frames are predicted")
     seed: int = option("input", 0, "of the noise")
 
 
@@ -70,25 +76,69 @@ def nearest(tokens, known):
     return (distance.median() / (flat - flat.mean(0)).square().sum(1).mean()).item()
 
 
+def regressions(given, known_given, known, strengths=(0.003, 0.03, 0.3, 3.0)):
+    """Linear predictions of θ_0 from the tokens of given frames [B, N, d]: a list of [B, N, d], one of each ridge strength.
+
+    known_given and known [n, N, d] are the latents that they are fitted to.
+    """
+    x, y, new = (z.double().flatten(1) for z in (known_given, known, given))
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    x, y, new = x - x_mean, y - y_mean, new - x_mean
+    covariance, both = x.T @ x, x.T @ y
+    ridge = covariance.diagonal().mean() * torch.eye(len(covariance))
+    found = [new @ torch.linalg.solve(covariance + strength * ridge, both) + y_mean for strength in strengths]
+    return [z.view_as(given).float() for z in found]
+
+
+@torch.no_grad()
+def predictions(model, vae, scale, clips, labels, latents, draws, refine):
+    """Rows (what, PSNR in dB of the frames that are to come, margin over copies of the last given frame), for held-out clips
+    [B, T, 3, H, W]; latents [n, 3, N, d] as they are cached."""
+    K, T = model.config.cond_frames, clips.shape[1]
+    known, known_given = (x if vae.principal is None else vae.principal(x) for x in (latents[:, 0], latents[:, 2]))
+    given = torch.cat([dit.encode_given(vae, part, K, refine) for part in clips.split(16)])
+
+    def frames(tokens):
+        return torch.cat([vae.decode(part, torch.arange(K, T)).clamp(-1, 1) for part in tokens.split(16)])
+
+    real, last = clips[:, K:], clips[:, K - 1 : K]
+    drawn = [frames(dit.generate(model, labels, guidance=1, seed=seed, given=scale * given) / scale) for seed in range(draws)]
+    linear = [psnr(real, frames(tokens)) for tokens in regressions(given, known_given, known)]
+    found = {
+        "copies of the last given frame": psnr(real, last.expand_as(real)),
+        "the mean of the given frames, standing still": psnr(real, clips[:, :K].mean(1, keepdim=True).expand_as(real)),
+        "the clip itself, encoded and decoded": psnr(real, frames(vae.encode(clips)[0])),
+        "linear, the best of its strengths": max(linear),
+        "one draw": sum(psnr(real, made) for made in drawn) / draws,
+        f"the mean of {draws} draws": psnr(real, torch.stack(drawn).mean(0)),
+    }
+    return [(name, value, value - found["copies of the last given frame"]) for name, value in found.items()]
+
+
 def main(argv=None):
     config = utils.parse_options(Config, __doc__, argv=argv)
     utils.check_positive(config, "clips", "samples")
     for path in config.ckpt:
         ckpt = checkpoints.load(path, "dit", "python dit.py")
         model, vae, scale = dit.load_dit(ckpt)
-        if model.config.cond_frames:
-            raise UserError(f"{path} predicts frames: this is about generation from noise")
         cache = Path(path).with_suffix(".latents") / "latents.npy"
         if not cache.is_file():
             raise UserError(f"there are no cached latents {cache}: dit.py writes them with --cache-latents")
-        known = torch.from_numpy(np.array(np.load(cache, mmap_mode="r")[:, 0])).float()
-        known = scale * (known if vae.principal is None else vae.principal(known))
+        cached = np.load(cache, mmap_mode="r")
         held_out = data.open_dataset(Stage1(**ckpt["vae"]["config"]), "test", ckpt["classes"])
         chosen = [held_out[i * len(held_out) // config.clips] for i in range(min(config.clips, len(held_out)))]
         labels = torch.tensor([label for _, label in chosen])
-        clips = torch.stack([to_clip(frames) for frames, _ in chosen]).split(32)
-        theta0 = torch.cat([dit.encode_batch(vae, part, 0, dit.refine_steps(ckpt))[:, 0] for part in clips])
-        print(f"\n{path}, {len(labels)} held-out clips, {len(known)} latents\n")
+        clips, refine = torch.stack([to_clip(frames) for frames, _ in chosen]), dit.refine_steps(ckpt)
+        print(f"\n{path}, {len(labels)} held-out clips, {len(cached)} latents\n")
+        if model.config.cond_frames:
+            latents = torch.from_numpy(np.array(cached)).float()
+            rows = predictions(model, vae, scale, clips, labels, latents, config.draws, refine)
+            about = f"PSNR of the {clips.shape[1] - model.config.cond_frames} frames to come, dB"
+            table(["prediction", about, "over copying, dB"], [[name, f"{a:.2f}", f"{b:+.2f}"] for name, a, b in rows])
+            continue
+        known = torch.from_numpy(np.array(cached[:, 0])).float()
+        known = scale * (known if vae.principal is None else vae.principal(known))
+        theta0 = torch.cat([dit.encode_batch(vae, part, 0, refine)[:, 0] for part in clips.split(32)])
         rows = errors(model, scale * theta0, labels, known, config.levels, config.seed)
         wanted = torch.arange(config.samples) % len(ckpt["classes"])
         drawn = torch.cat([dit.generate(model, y, guidance=1, seed=config.seed + i) for i, y in enumerate(wanted.split(64))])

@@ -57,3 +57,28 @@ def test_the_study_reads_a_checkpoint_and_its_latents(trained, tmp_path, monkeyp
     assert "from 6 samples" in lines[-1]
     with pytest.raises(utils.UserError, match="no cached latents"):
         levels.main(["--ckpt", shutil.copy("dit.pt", "alone.pt")])
+
+
+def test_the_linear_prediction_finds_what_is_linear():
+    generator = torch.Generator().manual_seed(0)
+    given, map_ = torch.randn(200, 2, 3, generator=generator) + 1, torch.randn(6, 6, generator=generator)
+    theta0 = (given.flatten(1) @ map_ + 4).view_as(given)
+    weak, *_, strong = levels.regressions(given[:7], given[7:], theta0[7:], (1e-6, 1e6))
+    torch.testing.assert_close(weak, theta0[:7], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(strong, theta0[7:].mean(0).expand(7, -1, -1), atol=1e-2, rtol=1e-2)  # knows the mean alone
+
+
+def test_predictions_are_beside_copies_and_a_linear_one(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = (
+        f"--ckpt {trained / 'vae.pt'} --batch-size 4 --num-latents 40 --principal 2 4 --cond-frames 3 --refine 0 --bf16 off"
+    )
+    dit.main([*options.split(), "--run-dir", "run", "--steps", "2"])
+    capsys.readouterr()
+    levels.main("--ckpt dit.pt --clips 4 --draws 2".split())
+    rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    found = {name.strip(): (float(value), float(margin)) for name, value, margin in rows[2:]}
+    assert len(found) == 6 and found["copies of the last given frame"][1] == 0
+    assert found["the mean of 2 draws"][0] >= found["one draw"][0] - 1e-6  # squared error is convex
+    for value, margin in found.values():
+        assert margin == pytest.approx(value - found["copies of the last given frame"][0], abs=0.011)
