@@ -5,7 +5,9 @@ covariance of the cached latents (the Wiener filter). A network above it wastes 
 below it comes is what it has learned. Errors are shares of the variance of θ_0.
 
 Then samples are drawn, and the nearest of the cached latents is searched for each. Where samples are further from them than
-held-out clips are, they are not yet like the data; where they are much nearer, they are copies.
+held-out clips are, they are not yet like the data; where they are much nearer, they are copies, or there is little else to
+make, as with Sprites. So the share of samples that are nearer to a held-out clip is counted as well: of copies it is 0, and of
+samples like the data it is the share of the held-out clips among all (take all of them: --clips).
 
 A denoiser that predicts frames (dit.py --cond-frames) is measured by the PSNR of the frames that are to come, beside a linear
 prediction of θ_0 from the given frames' tokens. A draw from what may happen is not the mean of what may happen: where the mean
@@ -74,6 +76,12 @@ def nearest(tokens, known):
     flat = known.flatten(1)
     distance = torch.cdist(tokens.flatten(1), flat).square().min(1).values
     return (distance.median() / (flat - flat.mean(0)).square().sum(1).mean()).item()
+
+
+def new(tokens, known, held_out):
+    """Share of tokens [B, N, d] that are nearer to one of held_out [m, N, d] than to any of known [n, N, d]."""
+    to_known, to_held_out = (torch.cdist(tokens.flatten(1), x.flatten(1)).min(1).values for x in (known, held_out))
+    return (to_held_out < to_known).float().mean().item()
 
 
 def regressions(given, known_given, known, strengths=(0.003, 0.03, 0.3, 3.0)):
@@ -147,6 +155,10 @@ def main(argv=None):
             f"{nearest(drawn, known):.3f} from {len(drawn)} samples, {nearest(scale * theta0, known):.3f} from held-out clips"
         )
         print(f"to the nearest cached latent: {distances}")
+        alike = len(theta0) / (len(theta0) + len(known))
+        print(
+            f"samples nearer to a held-out clip: {new(drawn, known, scale * theta0):.1%}; of samples like the data {alike:.1%}"
+        )
 
 
 if __name__ == "__main__":

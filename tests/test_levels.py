@@ -46,6 +46,14 @@ def test_the_nearest_latent_of_a_copy_is_itself_and_of_others_a_share_of_the_var
     assert levels.nearest(far, known) == pytest.approx(100**2 / variance.item(), rel=0.1)
 
 
+def test_samples_are_new_where_they_are_nearer_to_what_was_held_out():
+    known, held_out = torch.randn(2, 500, 2, 3, generator=torch.Generator().manual_seed(0))
+    assert levels.new(known[:9] + 1e-3, known, held_out) == 0 and levels.new(held_out[:9] + 1e-3, known, held_out) == 1
+    like = torch.randn(2000, 2, 3, generator=torch.Generator().manual_seed(1))
+    assert levels.new(like, known, held_out) == pytest.approx(0.5, abs=0.05)
+    assert levels.new(like, known, held_out[:125]) == pytest.approx(0.2, abs=0.05)
+
+
 def test_the_study_reads_a_checkpoint_and_its_latents(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = f"--ckpt {trained / 'vae.pt'} --batch-size 4 --num-latents 80 --refine 0 --bf16 off --run-dir run --steps 2"
@@ -53,8 +61,8 @@ def test_the_study_reads_a_checkpoint_and_its_latents(trained, tmp_path, monkeyp
     capsys.readouterr()
     levels.main("--ckpt dit.pt --clips 8 --levels 0.1 10 --samples 6".split())
     lines = capsys.readouterr().out.splitlines()
-    assert "8 held-out clips, 80 latents" in lines[1] and lines[-3].startswith("| 0.1") and lines[-2].startswith("| 10")
-    assert "from 6 samples" in lines[-1]
+    assert "8 held-out clips, 80 latents" in lines[1] and lines[-4].startswith("| 0.1") and lines[-3].startswith("| 10")
+    assert "from 6 samples" in lines[-2] and lines[-1].endswith("of samples like the data 9.1%")  # 8 of 80 + 8
     with pytest.raises(utils.UserError, match="no cached latents"):
         levels.main(["--ckpt", shutil.copy("dit.pt", "alone.pt")])
 
