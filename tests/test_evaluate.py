@@ -122,6 +122,11 @@ def test_stage_2_and_its_report(trained, tmp_path, detector, capsys):
             made.append(video.to_frames(vae.decode(tokens / scale, torch.arange(16))))
     value = fvd.frechet_distance_of(detector(real), detector(np.concatenate(made)))
     assert results["gFVD on random I3D features"]["value"] == pytest.approx(value, rel=1e-3)
+    # and beside them stand as many held-out clips, which are real
+    held_out = data.Shapes("test", 32, 16)
+    others = np.stack([held_out[i * len(held_out) // 20][0] for i in range(20)])
+    value = fvd.frechet_distance_of(detector(real), detector(others))
+    assert results["gFVD on random I3D features of real clips"]["value"] == pytest.approx(value, rel=1e-3)
 
 
 def test_the_worst_frame_finds_the_clip_that_dissolves():
