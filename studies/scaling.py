@@ -1,6 +1,6 @@
 """How far does size go? FVD against the FLOPs of training, for decoders and denoisers of three sizes, and for larger ones.
 
-python -m studies.scaling                     the built-in shapes: two hours of one core
+python -m studies.scaling                     the built-in shapes: two hours of a core
 python -m studies.scaling --report            prints and draws what is done
 
 Stage 1 is trained at each of WIDTHS, and judged by the FVD of reconstructions. Stage 2 is trained at each of DENOISERS, on the
