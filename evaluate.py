@@ -39,7 +39,7 @@ from common import checkpoints, plot, progress, utils, video, weights
 from common.utils import UserError, option
 from losses import LPIPS
 from vae import Config as Stage1
-from vae import fine_power, load_vae, reconstruct
+from vae import decode, fine_power, load_vae, reconstruct
 
 PSNRS = {
     "PSNR": "psnr",
@@ -174,8 +174,7 @@ class Scorer:
     def generate(self, model, vae, scale, seed, **sampling):
         """(clips [B, T, 3, H, W] of the labels, their tokens [B, N, d]), on the CPU."""
         tokens = dit.generate(model, self.labels, seed=seed, **sampling)
-        t = torch.arange(vae.nerv_config.num_frames, device=tokens.device)
-        return torch.cat([vae.decode(part / scale, t).cpu() for part in tokens.split(16)]), tokens.cpu()
+        return decode(vae, tokens / scale, torch.arange(vae.nerv_config.num_frames)), tokens.cpu()
 
 
 # ----------------------------------------------------------------------------------------------------------------- frames

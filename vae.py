@@ -576,5 +576,11 @@ def reconstruct(vae, clips, device, t=None, batch_size=16, refine=0):
     return torch.cat(out)
 
 
+@torch.no_grad()
+def decode(vae, tokens, t, batch_size=16):
+    """Tokens [B, N, d] of any number of videos -> their frames at positions t [T], on the CPU: [B, T, 3, H, W]."""
+    return torch.cat([vae.decode(part, t.to(part.device)).cpu() for part in tokens.split(batch_size)])
+
+
 if __name__ == "__main__":
     utils.run(main)

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 import data
-import dit
 import fvd
 import vae
 from common import checkpoints, utils
@@ -40,16 +39,6 @@ class Config:
     out: str = option("output", "out/between.png", "a sheet of the first pairs")
 
 
-@torch.no_grad()
-def encode(network, clips, device):
-    return torch.cat([network.encode(part.to(device))[0] for part in clips.split(16)])
-
-
-@torch.no_grad()
-def decode(network, tokens, t):
-    return torch.cat([network.decode(part, t.to(part.device)).float().cpu().clamp(-1, 1) for part in tokens.split(16)])
-
-
 def blended(frames, parts):
     """Frames [B, T, …] with parts - 1 blends of both neighbours between each two of them: [B, (T - 1) * parts + 1, …]."""
     t = torch.arange((frames.shape[1] - 1) * parts + 1) / parts
@@ -59,9 +48,9 @@ def blended(frames, parts):
 
 def between_frames(network, fine, stride, device):
     """Clips [B, (T - 1) * stride + 1, 3, H, W], of which stage 1 sees every stride-th frame -> rows (what, PSNR in dB)."""
-    T, shown = network.nerv_config.num_frames, torch.arange(fine.shape[1]) % stride == 0
-    made = decode(network, encode(network, fine[:, shown], device), torch.arange(fine.shape[1]) / stride)
-    assert made.shape == fine.shape and T == shown.sum()
+    t = torch.arange(fine.shape[1])
+    shown = t % stride == 0
+    made = vae.reconstruct(network, fine[:, shown], device, t / stride).clamp(-1, 1)
     blend, real = blended(made[:, shown], stride), blended(fine[:, shown], stride)
     return [
         ("frames that were shown", psnr(fine[:, shown], made[:, shown])),
@@ -80,13 +69,14 @@ def partners(labels):
     return found
 
 
+@torch.no_grad()
 def between_videos(network, clips, labels, detector, device):
     """Rows (what, FVD to the clips, fine detail in %), and the clips [B, T, 3, H, W] of all three kinds."""
-    tokens, partner = encode(network, clips, device), torch.from_numpy(partners(labels))
-    t, real = torch.arange(clips.shape[1]), detector(to_frames(clips))
+    tokens = torch.cat([network.encode(part.to(device))[0] for part in clips.split(16)])
+    t, partner, real = torch.arange(clips.shape[1]), torch.from_numpy(partners(labels)), detector(to_frames(clips))
     kinds = {
-        "reconstructions": decode(network, tokens, t),
-        "halfway between weights": decode(network, (tokens + tokens[partner]) / 2, t),
+        "reconstructions": vae.decode(network, tokens, t),
+        "halfway between weights": vae.decode(network, (tokens + tokens[partner]) / 2, t),
         "halfway between pixels": (clips + clips[partner]) / 2,
     }
     detail = fine_power(clips).mean()
@@ -101,12 +91,14 @@ def main(argv=None):
     config = utils.parse_options(Config, __doc__, argv=argv)
     utils.check_positive(config, "clips")
     device, ckpt = utils.pick_device(config.device), checkpoints.load(config.ckpt, ("vae", "dit"), "python vae.py")
-    network = (vae.load_vae(ckpt) if ckpt["stage"] == "vae" else dit.load_dit(ckpt)[1]).to(device)
-    about = ckpt if ckpt["stage"] == "vae" else ckpt["vae"]
-    source = Stage1(**about["config"] | {"cache_dir": config.cache_dir})
+    stage1 = ckpt if ckpt["stage"] == "vae" else ckpt["vae"]
+    network = vae.load_vae(stage1).to(device)
+    source = Stage1(**stage1["config"] | {"cache_dir": config.cache_dir})
     source.data_dir = config.data_dir or source.data_dir
     held_out = data.open_dataset(source, "test", ckpt["classes"])
     frames, labels = read(held_out, spread_over(held_out, config.clips))
+    if min(np.bincount(labels)[np.unique(labels)]) < 2:
+        raise UserError(f"--clips {config.clips}: pairs take two clips of each class")
     if source.stride > 1:
         long = dataclasses.replace(source, stride=1, num_frames=(source.num_frames - 1) * source.stride + 1)
         long = data.open_dataset(long, "test", ckpt["classes"])
@@ -115,8 +107,6 @@ def main(argv=None):
         rows = between_frames(network, fine, source.stride, device)
         table(["", "PSNR, dB"], [[name, f"{value:.2f}"] for name, value in rows])
         print()
-    if min(np.bincount(labels)[np.unique(labels)]) < 2:
-        raise UserError(f"--clips {config.clips}: pairs take two clips of each class")
     detector = fvd.load_detector(config.features, "videogpt", device=device)
     rows, shown = between_videos(network, to_clip(frames), labels, detector, device)
     print(f"{len(labels)} held-out clips, each with the next one of its class\n")

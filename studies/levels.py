@@ -27,7 +27,7 @@ from common.tables import table
 from common.utils import UserError, option
 from common.video import to_clip
 from vae import Config as Stage1
-from vae import psnr
+from vae import decode, psnr
 
 
 @dataclass
@@ -89,12 +89,12 @@ def regressions(given, known_given, known, strengths=(0.003, 0.03, 0.3, 3.0)):
 
     known_given and known [n, N, d] are the latents that they are fitted to.
     """
-    x, y, new = (z.double().flatten(1) for z in (known_given, known, given))
+    x, y, asked = (z.double().flatten(1) for z in (known_given, known, given))
     x_mean, y_mean = x.mean(0), y.mean(0)
-    x, y, new = x - x_mean, y - y_mean, new - x_mean
+    x, y, asked = x - x_mean, y - y_mean, asked - x_mean
     covariance, both = x.T @ x, x.T @ y
     ridge = covariance.diagonal().mean() * torch.eye(len(covariance))
-    found = [new @ torch.linalg.solve(covariance + strength * ridge, both) + y_mean for strength in strengths]
+    found = [asked @ torch.linalg.solve(covariance + strength * ridge, both) + y_mean for strength in strengths]
     return [z.view_as(given).float() for z in found]
 
 
@@ -107,7 +107,7 @@ def predictions(model, vae, scale, clips, labels, latents, draws, refine):
     given = torch.cat([dit.encode_given(vae, part, K, refine) for part in clips.split(16)])
 
     def frames(tokens):
-        return torch.cat([vae.decode(part, torch.arange(K, T)).clamp(-1, 1) for part in tokens.split(16)])
+        return decode(vae, tokens, torch.arange(K, T)).clamp(-1, 1)
 
     real, last = clips[:, K:], clips[:, K - 1 : K]
     drawn = [frames(dit.generate(model, labels, guidance=1, seed=seed, given=scale * given) / scale) for seed in range(draws)]

@@ -111,7 +111,7 @@ class Study:
         """FVD of clips [B, T, 3, H, W] to the held-out ones."""
         return float(fvd.frechet_distance_of(self.real_features, self.detector(to_frames(clips))))
 
-    def open(self, source, classes=None):
+    def open(self, source, classes):
         """Read the held-out clips, once, as training on `source` has them."""
         if self.detector is None:
             held_out = data.open_dataset(source, "test", classes)
@@ -141,19 +141,16 @@ class Study:
     def train2(self, size, steps):
         """Stage 2 of a denoiser -> its row of runs.csv. All have one cache of latents, which --out names."""
         c, path, began = self.config, self.out / "dit.pt", time.time()
-        first = self.out / f"vae_{WIDTHS['width 32']}_{max(c.vae_steps)}.pt"
         names = zip(("--width", "--depth", "--heads"), map(str, DENOISERS[size]))
-        argv = ["--ckpt", first, "--cache-dir", c.cache_dir, *shlex.split(c.dit_options), "--steps", steps, "--seed", c.seed]
+        argv = ["--ckpt", base(c), "--cache-dir", c.cache_dir, *shlex.split(c.dit_options), "--steps", steps, "--seed", c.seed]
         argv += [word for pair in names for word in pair]
         dit.main([*map(str, argv), "--out", str(path), "--run-dir", str(self.out / f"dit_{size.replace(' ', '')}_{steps}")])
         seconds = round(time.time() - began)
         ckpt = checkpoints.load(path, "dit", "python dit.py")
         model, network, scale = dit.load_dit(ckpt)
         self.open(vae.Config(**ckpt["vae"]["config"]), ckpt["classes"])
-        t = torch.arange(network.nerv_config.num_frames)
-        with torch.no_grad():
-            parts = [dit.generate(model, y, guidance=1, seed=c.seed + k) for k, y in enumerate(self.labels.split(64))]
-            made = torch.cat([network.decode(part / scale, t) for tokens in parts for part in tokens.split(16)])
+        parts = [dit.generate(model, y, guidance=1, seed=c.seed + k) for k, y in enumerate(self.labels.split(64))]
+        made = vae.decode(network, torch.cat(parts) / scale, torch.arange(network.nerv_config.num_frames))
         settings = ckpt["config"]
         return {
             "seconds": seconds,
@@ -168,6 +165,11 @@ def settings(c, stage):
     """All that a run of a stage depends on but its size and steps, as runs.csv has it."""
     first = f"{c.dataset} {c.data_dir} | {c.vae_options} | {c.clips} clips, {c.features}, seed {c.seed}"
     return first if stage == 1 else f"{first} | stage 1 of {max(c.vae_steps)} steps | {c.dit_options}"
+
+
+def base(c):
+    """The checkpoint of stage 1 that all denoisers have: nano's, trained the longest."""
+    return Path(c.out_dir) / f"vae_{WIDTHS['width 32']}_{max(c.vae_steps)}.pt"
 
 
 def larger_flops(stage, ckpt):
@@ -199,7 +201,7 @@ def report(config, rows):
             (_, a, b), (_, da, db) = law.found, law.errors
             print(f"\nFVD falls as (FLOPs per clip)^-{a:.2f} (± {da:.2f}) and as clips^-{b:.2f} (± {db:.2f}), standard errors;")
             print(f"single runs are {100 * (math.exp(math.sqrt(law.variance)) - 1):.0f} % from the law")
-            path = out / (f"vae_{WIDTHS['width 32']}_{max(config.vae_steps)}.pt" if stage == 1 else "dit.pt")
+            path = base(config) if stage == 1 else out / "dit.pt"
             if path.is_file():
                 flops = larger_flops(stage, checkpoints.load(path, ("vae", "dit")[stage - 1], "this study"))
                 for clips in (max(p[1] for p in points), 10 * max(p[1] for p in points)):
@@ -243,13 +245,7 @@ def main(argv=None):
         key = (str(stage), size, str(steps), settings(config, stage))
         if stage in config.stages and not config.report and key not in done:
             found = (study.train1, study.train2)[stage - 1](size, steps)
-            about = {
-                "stage": str(stage),
-                "size": size,
-                "steps": str(steps),
-                "settings": key[-1],
-                "revision": utils.git_revision(),
-            }
+            about = dict(zip(("stage", "size", "steps", "settings"), key)) | {"revision": utils.git_revision()}
             rows.append({name: str(value) for name, value in (about | found).items()})
             add_row(path, COLUMNS, rows[-1])
     report(config, rows)
