@@ -178,7 +178,7 @@ class Study:
 
     def stage1(self, vae_pt, vae_options, seed):
         start, config = time.time(), self.config
-        where = ["--dataset", config.dataset, *(["--data-dir", config.data_dir] if config.data_dir else [])]
+        where = ["--dataset", config.dataset, "--data-dir", config.data_dir]
         settings = [*shlex.split(config.vae_options), *shlex.split(vae_options), "--seed", seed]
         unfinished = vae_pt.with_suffix(".part")
         printed = self.call("vae", *where, *settings, "--out", unfinished, "--run-dir", vae_pt.with_suffix(""))

@@ -254,7 +254,7 @@ def train(method, lr, seed, config, out):
     vae_pt, dit_pt = out / "vae.pt", out / "dit.pt"
     common = ["--cache-dir", config.cache_dir, "--seed", seed, "--bf16", config.bf16]
     if method == "ours":
-        argv = ["--dataset", config.dataset, *(["--data-dir", config.data_dir] if config.data_dir else []), "--preset", "nano"]
+        argv = ["--dataset", config.dataset, "--data-dir", config.data_dir, "--preset", "nano"]
         argv += ["--resolution", config.resolution, "--num-frames", config.num_frames, *common]
         argv += [*shlex.split(config.vae_options), "--lr", METHODS[method][0] * lr, "--out", vae_pt]
         argv = list(map(str, argv))

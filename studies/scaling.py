@@ -122,7 +122,7 @@ class Study:
     def train1(self, size, steps):
         """Stage 1 of a width -> its row of runs.csv."""
         c, path, began = self.config, self.out / f"vae_{WIDTHS[size]}_{steps}.pt", time.time()
-        where = ["--dataset", c.dataset, *(["--data-dir", c.data_dir] if c.data_dir else []), "--cache-dir", c.cache_dir]
+        where = ["--dataset", c.dataset, "--data-dir", c.data_dir, "--cache-dir", c.cache_dir]
         argv = [*where, *shlex.split(c.vae_options), "--width", WIDTHS[size], "--steps", steps, "--seed", c.seed]
         vae.main([*map(str, argv), "--out", str(path), "--run-dir", str(path.with_suffix(""))])
         seconds = round(time.time() - began)

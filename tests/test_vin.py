@@ -234,9 +234,9 @@ def start(tmp_path_factory):
     vae.main([*f"--dataset shapes-long {TINY} --steps 1".split(), *made])
     made = ["--out", f"{cwd}/dit.pt", "--run-dir", f"{cwd}/dit"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(dit.SIZES, "nano", {"width": 48, "depth": 2, "heads": 3})
         patch.setattr(dit, "generate", lambda model, labels, **_: torch.zeros(len(labels), 32, 16))
-        dit.main([*f"--ckpt {cwd}/vae.pt --steps 1 --batch-size 2 --num-latents 4".split(), *made])
+        small = "--width 48 --depth 2 --heads 3 --steps 1 --batch-size 2 --num-latents 4"
+        dit.main([*f"--ckpt {cwd}/vae.pt {small}".split(), *made])
     return cwd
 
 
