@@ -6,7 +6,8 @@ python evaluate.py --ckpt dit.pt
 Stage 1: clips of the held-out set go through the autoencoder and back:    rFVD, PSNR, SSIM, LPIPS
 Stage 2: as many clips are generated as are taken of the training set:     gFVD, class agreement, diversity
 
-Beside gFVD stands that of real clips: held-out ones in the place of generated ones. With few clips it is far from zero.
+Beside gFVD stands that of held-out clips in the place of generated ones: of real clips (with few of them it is far from zero),
+and of their reconstructions, which a perfect stage 2 would have. What is above these is stage 2's, what is below is stage 1's.
 
 A clip is what training sees, at the training size. The work is cut into batches. Each is a file in --out-dir once it is done,
 so that an evaluation that was stopped goes on where it was, several processes (torchrun, one for each GPU) share it, and memory
@@ -415,8 +416,10 @@ def main(config=None, load_dit=dit.load_dit):
         measure = generate_batch(model, vae, scale, train_set, detector, judge, config, device)
         made = batches(work, "generated", indices, config.batch_size, measure, rank, world)
         results[f"g{name}"] = distance_result(made["real"], made["features"], protocol, config, paired=False)
-        # What no generator need be below: as many real clips, of which none was trained on, in the place of generated ones.
-        results[f"g{name} of real clips"] = distance_result(made["real"], decoded["real"], protocol, config, paired=False)
+        # What no generator need be below: as many clips that none was trained on, real and as stage 1 has them, in the place
+        # of generated ones.
+        for title, kind in (("reconstructions", "features"), ("real clips", "real")):
+            results[f"g{name} of {title}"] = distance_result(made["real"], decoded[kind], protocol, config, paired=False)
         if judge:
             results["class agreement"] = share_result(made["seen"] == made["labels"])
             results["class agreement of the real clips"] = share_result(made["seen_real"] == made["labels"])

@@ -14,7 +14,7 @@ import evaluate
 import fvd
 from common import checkpoints, utils, video
 from common.utils import UserError
-from vae import load_vae
+from vae import load_vae, reconstruct
 
 
 class Colors:
@@ -110,7 +110,8 @@ def test_stage_2_and_its_report(trained, tmp_path, detector, capsys):
     assert "class agreement" in capsys.readouterr().out
 
     # generated clips are those of dit.generate, a seed for each batch
-    model, vae, scale = dit.load_dit(checkpoints.load(trained / "dit.pt", "dit", ""))
+    ckpt = checkpoints.load(trained / "dit.pt", "dit", "")
+    model, vae, scale = dit.load_dit(ckpt)
     train_set = data.Shapes("train", 32, 16)
     indices = [i * len(train_set) // 20 for i in range(20)]
     real = np.stack([train_set[i][0] for i in indices])
@@ -122,11 +123,13 @@ def test_stage_2_and_its_report(trained, tmp_path, detector, capsys):
             made.append(video.to_frames(vae.decode(tokens / scale, torch.arange(16))))
     value = fvd.frechet_distance_of(detector(real), detector(np.concatenate(made)))
     assert results["gFVD on random I3D features"]["value"] == pytest.approx(value, rel=1e-3)
-    # and beside them stand as many held-out clips, which are real
+    # and beside them stand as many held-out clips, real and reconstructed
     held_out = data.Shapes("test", 32, 16)
     others = np.stack([held_out[i * len(held_out) // 20][0] for i in range(20)])
-    value = fvd.frechet_distance_of(detector(real), detector(others))
-    assert results["gFVD on random I3D features of real clips"]["value"] == pytest.approx(value, rel=1e-3)
+    refined = reconstruct(vae, video.to_clip(others), torch.device("cpu"), refine=dit.refine_steps(ckpt))
+    for title, clips in (("real clips", others), ("reconstructions", video.to_frames(refined))):
+        value = fvd.frechet_distance_of(detector(real), detector(clips))
+        assert results[f"gFVD on random I3D features of {title}"]["value"] == pytest.approx(value, rel=1e-3)
 
 
 def test_the_worst_frame_finds_the_clip_that_dissolves():
