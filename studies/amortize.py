@@ -7,6 +7,7 @@ checkpoint, with the squared error alone, and is then refined as any other. Time
 work does not count. Runs that are in runs.csv are not done again.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +137,11 @@ class Config:
     out_dir: str = option("output", "out/amortize", "runs.csv goes here")
 
 
+def learning_rate(share, peak):
+    """After a share of the time: a warm-up over a twentieth of it, then a cosine; a hundredth of the peak at either end."""
+    return peak * max(0.01, min(1, share / 0.05) * 0.5 * (1 + math.cos(math.pi * min(1, share))))
+
+
 def train(config, row, vae, step, train_set, seed):
     """Go on in the way of a row -> (steps, seconds of the process); what is trained changes in place."""
     loss, what, lr = ROWS[row]
@@ -153,7 +159,7 @@ def train(config, row, vae, step, train_set, seed):
         while share < 1:
             value = loss(vae, step, to_clip(next(batches)[0]))
             value.backward()
-            update(value, utils.learning_rate(share, 1.0, lr, 0.05))
+            update(value, learning_rate(share, lr))
             done, share = done + 1, (time.process_time() - start) / config.seconds
             bar.update(min(round(config.seconds), int(share * config.seconds)) - bar.n)
     network.requires_grad_(False).eval()

@@ -29,6 +29,11 @@ def test_a_learned_step_begins_as_none_and_is_told_the_size_of_the_gradient_once
     assert not torch.allclose(step(tokens, gradient), step(tokens, 1e4 * gradient), atol=0.01)
 
 
+def test_the_learning_rate_goes_by_the_clock():
+    rates = [amortize.learning_rate(share, 2.0) for share in (0, 0.025, 0.05, 0.5, 1, 3)]
+    assert rates == pytest.approx([0.02, 0.99, 1.99, 1.0, 0.02, 0.02], abs=0.01) and max(rates) <= 2
+
+
 def test_each_way_trains_what_it_says(stage1):
     clips, step = torch.rand(4, 16, 3, 32, 32) * 2 - 1, amortize.LearnedStep(stage1.token_shape)
     parts = {"encoder": stage1.encoder, "decoder": stage1.nerv, "step": step}
@@ -68,8 +73,7 @@ def test_rows_are_run_judged_and_not_run_again(stage1, tmp_path, monkeypatch, ca
         rows = list(csv.DictReader(file))
     assert [row["row"] for row in rows] == list(amortize.ROWS)
     assert [int(row["steps"]) for row in rows] == [0, 1, 1, 1, 1, 1]
-    quality = [float(row["psnr0"]) for row in rows]
-    assert len(set(quality)) == len(quality) and all(float(row["psnr3"]) > float(row["psnr0"]) for row in rows)
+    assert all(float(row["psnr3"]) > float(row["psnr0"]) for row in rows)
     monkeypatch.setattr(amortize, "train", lambda *args: pytest.fail("run again"))
     amortize.main()
     assert "| a learned step" in capsys.readouterr().out
