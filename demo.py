@@ -25,8 +25,7 @@ from common.utils import UserError, option
 from common.video import to_clip, write_sheet
 from common.weights import weights
 from evaluate import agreement, train_classifier
-from vae import Config as Stage1
-from vae import fine_power, psnr, reconstruct
+from vae import clips_of, fine_power, psnr, reconstruct
 
 
 @dataclass
@@ -100,9 +99,9 @@ def main():
 
     ckpt = checkpoints.load(dit_pt, "dit", "python demo.py")
     model, vae, scale = dit.load_dit(ckpt)
-    device, c, classes, stage1 = torch.device("cpu"), vae.nerv_config, ckpt["classes"], ckpt["vae"]["config"]
-    stage1 |= {"data_dir": config.data_dir or stage1.get("data_dir", "")}  # an export has none
-    train_set, test_set = (data.open_dataset(Stage1(**stage1), role, classes) for role in ("train", "test"))
+    device, c, classes = torch.device("cpu"), vae.nerv_config, ckpt["classes"]
+    source = clips_of(ckpt["vae"], data_dir=config.data_dir)
+    train_set, test_set = (data.open_dataset(source, role, classes) for role in ("train", "test"))
     clips, labels = data.fixed_clips(test_set, 20 * len(classes))
     guess, refine = reconstruct(vae, clips, device), dit.refine_steps(ckpt)
     decoded = reconstruct(vae, clips, device, refine=refine)  # from tokens as stage 2 learns them
@@ -112,7 +111,7 @@ def main():
     rows.append(("power of fine detail kept", f"{100 * fine_power(decoded).mean() / fine_power(clips).mean():.1f} %"))
     rows.append(("PSNR of each clip's own time average", f"{psnr(clips, still):.2f} dB"))
 
-    if stage1["dataset"] == "shapes":  # drawn at any time, so that what happens between and after the frames is known
+    if source.dataset == "shapes":  # drawn at any time, so that what happens between and after the frames is known
         few, length = range(64), c.num_frames
         encoded = torch.stack([to_clip(test_set[i][0]) for i in few])
         for name, t in (

@@ -27,8 +27,7 @@ from common.optim import make_optimizer
 from common.principal import Principal
 from common.utils import UserError, option
 from common.video import tile, to_clip, to_frames, write_sheet
-from vae import Attention, load_vae
-from vae import Config as Stage1
+from vae import Attention, clips_of, load_vae
 
 # ------------------------------------------------------------------------------------------------------------------ model
 
@@ -384,14 +383,14 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
     utils.make_parent(config.out)
     vae_ckpt = checkpoints.load(config.ckpt, "vae", "python vae.py")
     vae_ckpt.pop("training", None)  # stage 2 uses stage 1 and does not go on with it
-    stage1, classes = dataclasses.asdict(Stage1()) | vae_ckpt["config"], vae_ckpt["classes"]
-    config.dataset, config.data_dir = config.dataset or stage1["dataset"], config.data_dir or stage1["data_dir"]
+    classes = vae_ckpt["classes"]
     vae = load_vae(vae_ckpt).to(device)
     c, cond_frames = vae.nerv_config, config.cond_frames
     if not 0 <= cond_frames < c.num_frames:
         raise UserError(f"--cond-frames {cond_frames}: stage 1 has clips of {c.num_frames} frames, use 0 … {c.num_frames - 1}")
     # The clips of stage 1, but for what was said otherwise here.
-    source = Stage1(**stage1 | {"dataset": config.dataset, "data_dir": config.data_dir, "cache_dir": config.cache_dir})
+    source = clips_of(vae_ckpt, dataset=config.dataset, data_dir=config.data_dir, cache_dir=config.cache_dir)
+    config.dataset, config.data_dir = source.dataset, source.data_dir
     train_set = data.open_dataset(source, "train", classes)
     if list(train_set.classes) != classes:
         raise UserError(f"{config.ckpt} was trained on the classes {classes}, and {config.dataset} has {train_set.classes}")

@@ -39,8 +39,7 @@ import fvd
 from common import checkpoints, plot, progress, utils, video, weights
 from common.utils import UserError, option
 from losses import LPIPS
-from vae import Config as Stage1
-from vae import decode, fine_power, load_vae, reconstruct
+from vae import clips_of, decode, fine_power, load_vae, reconstruct
 
 PSNRS = {
     "PSNR": "psnr",
@@ -372,9 +371,7 @@ def main(config=None, load_dit=dit.load_dit):
     else:
         vae = load_vae(ckpt)
     vae.to(device).requires_grad_(False)
-    settings, classes = Stage1(**stage1["config"]), ckpt["classes"]
-    if config.data_dir:
-        settings.data_dir = config.data_dir
+    settings, classes = clips_of(stage1, data_dir=config.data_dir), ckpt["classes"]
     if config.square:
         left, top, right, bottom = config.square
         if not (0 <= left < right <= settings.resolution and 0 <= top < bottom <= settings.resolution):

@@ -278,6 +278,15 @@ def load_vae(ckpt, decoder=nerv.NeRV):
     return vae.eval().requires_grad_(False)
 
 
+def clips_of(ckpt, **own):
+    """The settings of the data that a stage-1 checkpoint is of, for all that comes after it; `own`: others, unless empty.
+
+    Clips are whole. Random squares (--crop-scale) teach the encoder what the few videos do not show; a generator would learn to
+    make them (augmentations "leak", Karras et al. 2020). Mirrored videos look like videos, and --flip stays.
+    """
+    return Config(**ckpt["config"] | {name: value for name, value in own.items() if value} | {"crop_scale": 1.0})
+
+
 def some_frames(train_set, seed, workers=-1, count=4096):
     """So many frames of training clips, two of each at random times, in [-1, 1]: [count, 3, H, W]."""
     generator, stream = torch.Generator().manual_seed(seed), data.Stream(len(train_set), 4, seed)

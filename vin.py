@@ -31,7 +31,7 @@ from common import checkpoints, utils
 from common.optim import make_optimizer
 from common.utils import UserError, option
 from common.video import tile, to_clip, to_frames, write_sheet
-from vae import Config as Stage1
+from vae import clips_of
 
 # ------------------------------------------------------------------------------------------------------------------ model
 
@@ -341,11 +341,9 @@ def main(argv=None, denoiser=VIN):
     if not 0 <= config.overlap <= (T - 1) // 2:
         raise UserError(f"--overlap {config.overlap}: chunks of {T} frames can share 0 to {(T - 1) // 2}")
     F_all = video_frames(C, T, config.overlap)  # frames of a video
-    settings = dataclasses.asdict(Stage1()) | ckpt["vae"]["config"]
-    for name in ("dataset", "data_dir"):
-        setattr(config, name, getattr(config, name) or ckpt["config"].get(name) or settings[name])
-    source = {"dataset": config.dataset, "data_dir": config.data_dir, "cache_dir": config.cache_dir, "num_frames": F_all}
-    source = Stage1(**settings | source)
+    own = {name: getattr(config, name) or ckpt["config"].get(name) for name in ("dataset", "data_dir")}
+    source = clips_of(ckpt["vae"], cache_dir=config.cache_dir, num_frames=F_all, **own)
+    config.dataset, config.data_dir = source.dataset, source.data_dir
     train_set = data.open_dataset(source, "train", classes)
     if list(train_set.classes) != classes:
         raise UserError(f"{config.ckpt} was trained on the classes {classes}, and {config.dataset} has {train_set.classes}")

@@ -369,7 +369,7 @@ def quality(config):
     ckpt = checkpoints.load(config.ckpt, "dit", "python demo.py")
     model, autoencoder, scale = dit.load_dit(ckpt)
     model, autoencoder, classes = model.to(device), autoencoder.to(device), ckpt["classes"]
-    train_set = data.open_dataset(vae.Config(**ckpt["vae"]["config"]), "train", classes)
+    train_set = data.open_dataset(vae.clips_of(ckpt["vae"]), "train", classes)
     scorer = evaluate.Scorer(train_set, len(classes), config.clips, device=device)
     ways, found = [("ddim", 20), ("ddim", 100), ("dpm", 10), ("dpm", 20)], {}
     for seed in range(config.repeats):

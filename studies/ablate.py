@@ -36,7 +36,7 @@ from common.tables import add_row, read_rows, table
 from common.utils import option
 from evaluate import Scorer
 from studies.variants import load_dit, load_vae
-from vae import Config as Stage1
+from vae import clips_of
 
 # Table -> (what it compares, rows (name, the paper's gFVD, options of vae.py, options of dit.py), best of the paper last);
 # without options a row is the base, which all tables share.
@@ -219,7 +219,7 @@ class Study:
     def judge(self, ckpt):
         """The Scorer, of the data that a stage-1 checkpoint was trained on; made when it is asked for first."""
         if not self.scorer:
-            c, train_set = self.config, data.open_dataset(Stage1(**ckpt["config"]), "train", ckpt["classes"])
+            c, train_set = self.config, data.open_dataset(clips_of(ckpt), "train", ckpt["classes"])
             self.scorer = Scorer(train_set, len(ckpt["classes"]), c.clips, c.judge_clips, self.device, c.features)
         return self.scorer
 

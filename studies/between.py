@@ -24,7 +24,6 @@ from common.tables import table
 from common.utils import UserError, option
 from common.video import to_clip, to_frames, write_sheet
 from evaluate import read, spread_over
-from vae import Config as Stage1
 from vae import fine_power, psnr
 
 
@@ -93,8 +92,7 @@ def main(argv=None):
     device, ckpt = utils.pick_device(config.device), checkpoints.load(config.ckpt, ("vae", "dit"), "python vae.py")
     stage1 = ckpt if ckpt["stage"] == "vae" else ckpt["vae"]
     network = vae.load_vae(stage1).to(device)
-    source = Stage1(**stage1["config"] | {"cache_dir": config.cache_dir})
-    source.data_dir = config.data_dir or source.data_dir
+    source = vae.clips_of(stage1, data_dir=config.data_dir, cache_dir=config.cache_dir)
     held_out = data.open_dataset(source, "test", ckpt["classes"])
     frames, labels = read(held_out, spread_over(held_out, config.clips))
     if min(np.bincount(labels)[np.unique(labels)]) < 2:

@@ -315,7 +315,7 @@ def run(method, lr, seed, config):
     ckpt = checkpoints.load(path, "dit", "python dit.py")
     clips, each = shown_clips(ckpt)
     torch.save(clips, out / "shown.pt")
-    train_set = data.open_dataset(vae.Config(**ckpt["vae"]["config"]), "train", ckpt["classes"])
+    train_set = data.open_dataset(vae.clips_of(ckpt["vae"]), "train", ckpt["classes"])
     nearest, _ = nearest_clips(clips, train_set)
     distances = [results[name] for name in results if "FVD" in name]  # of stage 1, of what is generated
     c = ckpt["dit_config"]

@@ -26,8 +26,7 @@ from common import checkpoints, utils
 from common.tables import table
 from common.utils import UserError, option
 from common.video import to_clip
-from vae import Config as Stage1
-from vae import decode, psnr
+from vae import clips_of, decode, psnr
 
 
 @dataclass
@@ -133,7 +132,7 @@ def main(argv=None):
         if not cache.is_file():
             raise UserError(f"there are no cached latents {cache}: dit.py writes them with --cache-latents")
         cached = np.load(cache, mmap_mode="r")
-        held_out = data.open_dataset(Stage1(**ckpt["vae"]["config"]), "test", ckpt["classes"])
+        held_out = data.open_dataset(clips_of(ckpt["vae"]), "test", ckpt["classes"])
         chosen = [held_out[i * len(held_out) // config.clips] for i in range(min(config.clips, len(held_out)))]
         labels = torch.tensor([label for _, label in chosen])
         clips, refine = torch.stack([to_clip(frames) for frames, _ in chosen]), dit.refine_steps(ckpt)

@@ -29,7 +29,6 @@ from common.drawn import MOTIONS
 from common.tables import add_row, read_rows, table
 from common.utils import UserError, option
 from evaluate import classify, train_classifier
-from vae import Config as Stage1
 
 # Row -> (which training, its options beside those of all).
 ROWS = {
@@ -175,7 +174,7 @@ class Study:
         self.T = self.vae.nerv_config.num_frames
         self.F = c.chunks * self.T
         stage1 = checkpoints.load(self.vae_pt, "vae", "python vae.py")
-        settings = Stage1(**stage1["config"])
+        settings = vae.clips_of(stage1)
         self.short = data.open_dataset(settings, "train")
         settings.num_frames = self.F
         long = data.open_dataset(settings, "test")

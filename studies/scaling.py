@@ -127,7 +127,7 @@ class Study:
         vae.main([*map(str, argv), "--out", str(path), "--run-dir", str(path.with_suffix(""))])
         seconds = round(time.time() - began)
         ckpt = checkpoints.load(path, "vae", "python vae.py")
-        network, settings = vae.load_vae(ckpt), vae.Config(**ckpt["config"])
+        network, settings = vae.load_vae(ckpt), vae.clips_of(ckpt)
         self.open(settings, ckpt["classes"])
         made = reconstruct(network, self.real, torch.device("cpu"))
         return {
@@ -148,7 +148,7 @@ class Study:
         seconds = round(time.time() - began)
         ckpt = checkpoints.load(path, "dit", "python dit.py")
         model, network, scale = dit.load_dit(ckpt)
-        self.open(vae.Config(**ckpt["vae"]["config"]), ckpt["classes"])
+        self.open(vae.clips_of(ckpt["vae"]), ckpt["classes"])
         parts = [dit.generate(model, y, guidance=1, seed=c.seed + k) for k, y in enumerate(self.labels.split(64))]
         made = vae.decode(network, torch.cat(parts) / scale, torch.arange(network.nerv_config.num_frames))
         settings = ckpt["config"]

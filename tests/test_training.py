@@ -21,6 +21,7 @@ import torch.distributed as dist
 from conftest import ROOT, script
 
 import data
+import dit
 import nerv
 import vae
 from common import checkpoints, memory, utils
@@ -641,3 +642,16 @@ def test_the_log_is_for_tensorboard_too_where_it_is_installed(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(2, 0.5), (4, 2.5)]
     assert events.Images("samples")[0].encoded_image_string[:6] == b"GIF89a"
     assert [row["loss"] for row in losses_of(tmp_path / "run")] == [0.5, 2.5]
+
+
+def test_what_comes_after_stage_1_sees_whole_clips(call, folder, monkeypatch):
+    where = f"--dataset folder --data-dir {folder} --preset nano --cache off --batch-size 2"
+    assert call("vae.py", f"{where} --steps 1 --stride 2 --num-frames 8 --flip --crop-scale 0.5") == 0
+    ckpt = checkpoints.load("vae.pt", "vae", "")
+    after = vae.clips_of(ckpt, data_dir="", cache_dir="elsewhere", num_frames=12)
+    assert ckpt["config"]["crop_scale"] == 0.5 and after.crop_scale == 1 and after.flip
+    assert (after.data_dir, after.cache_dir, after.num_frames, after.stride) == (str(folder), "elsewhere", 12, 2)
+    seen, read = [], dit.cached_latents
+    monkeypatch.setattr(dit, "cached_latents", lambda *args, **kw: seen.append(args[3]) or read(*args, **kw))
+    assert call("dit.py", "--steps 1 --batch-size 2 --num-latents 4 --refine 0 --principal 0 0 --ckpt vae.pt") == 0
+    assert (seen[0].size, seen[0].resolution, seen[0].flip) == (32, 32, True)
