@@ -7,6 +7,7 @@ checkpoint, with the squared error alone, and is then refined as any other. Time
 work does not count. Runs that are in runs.csv are not done again.
 """
 
+import copy
 import math
 import time
 from dataclasses import dataclass
@@ -143,12 +144,13 @@ def learning_rate(share, peak):
 
 
 def train(config, row, vae, step, train_set, seed):
-    """Go on in the way of a row -> (steps, seconds of the process); what is trained changes in place."""
+    """Go on in the way of a row -> (steps, seconds of the process); what is trained changes in place, into its average."""
     loss, what, lr = ROWS[row]
     if loss is None:
         return 0, 0
     network = {"both": vae, "encoder": vae.encoder, "step": step}[what]
     matrices = step.matrices() if what == "step" else vae.encoder.matrices() + (vae.nerv.matrices() if what == "both" else [])
+    ema = copy.deepcopy(network)
     network.requires_grad_(True).train()
     vae.encoder.norm.renorm = True  # as at the end of its training
     update = utils.FiniteStep(network, make_optimizer(network, matrices, 0.01), 1.0)
@@ -160,8 +162,10 @@ def train(config, row, vae, step, train_set, seed):
             value = loss(vae, step, to_clip(next(batches)[0]))
             value.backward()
             update(value, learning_rate(share, lr))
+            utils.update_ema(ema, network, min(0.99, (1 + done) / (10 + done)))  # as vae.py has it, batch norm's statistics too
             done, share = done + 1, (time.process_time() - start) / config.seconds
             bar.update(min(round(config.seconds), int(share * config.seconds)) - bar.n)
+    network.load_state_dict(ema.state_dict())
     network.requires_grad_(False).eval()
     return done, round(time.process_time() - start)
 
