@@ -6,8 +6,8 @@ python evaluate.py --ckpt dit.pt
 Stage 1: clips of the held-out set go through the autoencoder and back:    rFVD, PSNR, SSIM, LPIPS
 Stage 2: as many clips are generated as are taken of the training set:     gFVD, class agreement, diversity
 
-Beside gFVD stands that of held-out clips in the place of generated ones: of real clips (with few of them it is far from zero),
-and of their reconstructions, which a perfect stage 2 would have. What is above these is stage 2's, what is below is stage 1's.
+Beside gFVD stand two more, of held-out clips in the place of generated ones. That of their reconstructions is what a perfect
+stage 2 would have, that of the clips themselves what a perfect model would: with few clips it is far from zero.
 
 A clip is what training sees, at the training size. The work is cut into batches. Each is a file in --out-dir once it is done,
 so that an evaluation that was stopped goes on where it was, several processes (torchrun, one for each GPU) share it, and memory

@@ -27,16 +27,8 @@ from vae import Config as Stage1
 from vae import EncoderBlock, load_vae, psnr
 
 STEPS = (0, 3, 10, 80)  # of refinement
-COLUMNS = [
-    "row",
-    "seed",
-    "settings",
-    "revision",
-    "steps",
-    "seconds",
-    *(f"psnr{k}" for k in STEPS),
-    *(f"lpips{k}" for k in STEPS),
-]
+COLUMNS = ["row", "seed", "settings", "revision", "steps", "seconds"]
+COLUMNS += [f"{measure}{k}" for measure in ("psnr", "lpips") for k in STEPS]
 LOOKS = 3  # of a LearnedStep, one after the other
 
 
@@ -192,7 +184,7 @@ def main():
     config = utils.parse_options(Config, __doc__)
     utils.check_positive(config, "seconds", "batch_size", "seeds", "clips")
     ckpt = checkpoints.load(config.ckpt, "vae", "python vae.py")
-    source = Stage1(**ckpt["config"])
+    source = Stage1(**ckpt["config"])  # not vae.clips_of: stage 1 goes on, with random squares where it had them
     source.data_dir = config.data_dir or source.data_dir
     train_set, test_set = (data.open_dataset(source, role, ckpt["classes"]) for role in ("train", "test"))
     clips, _ = data.fixed_clips(test_set, config.clips)
