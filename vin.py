@@ -50,7 +50,7 @@ class VINConfig:
 
 
 SIZES = {name: {} for name in dit.SIZES}
-SIZES["nano"] = {"global_tokens": 32, "heads": 2}
+SIZES["nano"] = {"global_tokens": 8, "heads": 2}  # it diffuses four tokens a clip (dit.py --principal)
 
 
 def normalize(x):
@@ -65,6 +65,8 @@ class CrossAttention(nn.Module):
         self.heads, inner = heads, heads * head_width
         self.q, self.kv = nn.Linear(width, inner), nn.Linear(width, 2 * inner)
         self.out = nn.Linear(inner, width)
+        nn.init.orthogonal_(self.q.weight)  # keys begin as queries: what is alike is looked at from the first step
+        self.kv.weight.data[:inner] = self.q.weight.data
         if zero:
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)
@@ -84,7 +86,7 @@ class VIN(nn.Module):
         super().__init__()
         self.config, width, head_width = config, dit_config.width, dit_config.width // dit_config.heads
         self.dit = dit.DiT(dit_config)
-        self.query = nn.Parameter(torch.randn(config.global_tokens, width) * 0.5)
+        self.offset = nn.Parameter(torch.randn(config.global_tokens, width) * 0.1)  # of each query from a token's position
         self.read = CrossAttention(width, dit_config.heads, head_width)
         self.blocks = nn.ModuleList(dit.DiTBlock(width, dit_config.heads) for _ in range(config.depth))
         self.write = nn.ModuleList(CrossAttention(width, config.heads, head_width, zero=True) for _ in range(dit_config.depth))
@@ -111,7 +113,7 @@ class VIN(nn.Module):
 
         memory = normalize(x) + code + step_code[:, None]
         memory = memory.unflatten(0, (B, C)).flatten(1, 2)  # [B, C * N, width]
-        g = self.query.expand(B, -1, -1)
+        g = (self.dit.position[self.reads()] + self.offset).expand(B, -1, -1)
         g = g + self.read(normalize(g), self.read.kv(memory))  # [B, M, width]
         for block in self.blocks:
             g = block(g, condition.unflatten(0, (B, C)).mean(1))
@@ -131,6 +133,19 @@ class VIN(nn.Module):
             alpha, sigma = (schedule[step][..., None, None] for schedule in dit.noise_schedule(x.device))
             eps = torch.where(known, (tokens - alpha * given) / sigma, eps)
         return eps
+
+    def reads(self):
+        """Which of a chunk's N tokens each query begins at the position of, so that it reads that one of every chunk: [M].
+
+        Queries that begin anywhere look at all tokens alike, and take thousands of steps to learn not to (docs/long.md).
+        """
+        M, N = len(self.offset), self.dit.config.num_tokens
+        return torch.arange(M, device=self.offset.device) * N // M
+
+    def matrices(self):
+        """What Muon is for: the DiT's matrices, and the interface's of the same kinds."""
+        parts = nn.ModuleList([self.read, self.blocks, self.write]).named_parameters()
+        return self.dit.matrices() + [p for name, p in parts if p.ndim == 2 and "adaln" not in name]
 
     def near(self, place, N):
         """For places [B, C]: indices of the chunk before and of the one after, each [B, C], and which of the M global tokens
@@ -290,9 +305,12 @@ class Config:
     steps: int = option("training", 100_000, "optimizer steps")
     batch_size: int = option("training", 16, "videos per step, of all processes together")
     accumulate: int = option("training", 1, "parts of the batch that go through one after another, to save memory")
-    lr: float = option("training", 1e-4, "peak learning rate of AdamW, reached after the warm-up, then cosine decay")
+    optimizer: str = option(
+        "training", "adamw", "muon: for the matrices of attention and MLPs, AdamW for the rest", choices=["adamw", "muon"]
+    )
+    lr: float = option("training", 1e-4, "peak learning rate, reached after the warm-up, then cosine decay")
     warmup: int = option("training", 1000, "steps of linear warm-up")
-    weight_decay: float = option("training", 0.01, "of AdamW")
+    weight_decay: float = option("training", 0.01, "of the optimizer")
     grad_clip: float = option("training", 1.0, "largest norm of the gradient")
     min_snr_gamma: float = option("training", 5.0, "γ of the Min-SNR loss weight; 0 weights all steps alike")
     scheduled_sampling: float = option("training", 0.25, "share of steps that train on the model's own prediction too")
@@ -319,7 +337,7 @@ def preset_defaults(args):
         return {}
     defaults = {"refine": dit.refine_steps(ckpt)}
     if ckpt["config"]["preset"] == "nano":
-        defaults.update(steps=800, batch_size=8, lr=1e-3, warmup=50, ema=0.995)
+        defaults.update(steps=400, batch_size=64, optimizer="muon", lr=4e-3, warmup=50, ema=0.99)
         defaults.update(global_tokens=SIZES["nano"]["global_tokens"], cache_latents=True)
         defaults.update(num_latents=max(64, 4096 // max(1, args.chunks)))
     return defaults
@@ -354,7 +372,7 @@ def main(argv=None, denoiser=VIN):
     model = denoiser(start_model.config, vin_config).to(device)
     model.dit.load_state_dict(start_model.state_dict())
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = make_optimizer(model, [], config.weight_decay)
+    optimizer = make_optimizer(model, model.matrices() if config.optimizer == "muon" else [], config.weight_decay)
     parts = {"model": model, "step": utils.FiniteStep(model, optimizer, config.grad_clip)}  # what goes on, beside ema
     start = 0
     if resumed := checkpoints.resume(config, "vin", denoiser=denoiser):

@@ -83,6 +83,9 @@ class FullAttention(nn.Module):
             x = block(x, condition)
         return self.dit.read_out(x, condition).unflatten(1, (C, N))
 
+    def matrices(self):
+        return self.dit.matrices()
+
 
 # --------------------------------------------------------------------------------------------------------------- measures
 

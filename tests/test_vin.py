@@ -134,6 +134,20 @@ def test_the_interface_learns_what_chunks_have_in_common():
 
 
 @torch.no_grad()
+def test_queries_begin_at_the_tokens_they_read():
+    torch.manual_seed(0)
+    model = VIN(SIZES, VINConfig(global_tokens=12, heads=2))
+    reads = model.reads()
+    assert reads.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    queries, memory = vin.normalize(model.dit.position[reads])[None], vin.normalize(model.dit.position).repeat(3, 1)[None]
+    for n in range(6):  # a token that changes in all three chunks moves what its own two queries read more than any other's
+        changed = memory.clone()
+        changed[0, n::6] += 0.3 * torch.randn(24)
+        moved = (model.read(queries, model.read.kv(changed)) - model.read(queries, model.read.kv(memory)))[0].norm(dim=1)
+        assert moved[reads == n].min() > moved[reads != n].max()
+
+
+@torch.no_grad()
 def test_a_known_chunk_is_seen_clean_and_kept():
     model, (tokens, step, label) = trained_like(), noised(C=3)
     alpha, sigma = (schedule[step][..., None, None] for schedule in dit.noise_schedule())
