@@ -75,6 +75,8 @@ def main():
         where = ["--dataset", config.dataset] + (["--data-dir", config.data_dir] if config.data_dir else [])
         perceptual = ["--lpips", "alex"]  # what makes edges crisp
         perceptual += ["--lpips-weight", 0.3] if config.dataset == "shapes" else []  # docs/sharp.md; not tried elsewhere
+        # A quarter of nano's denoiser, on what the encoder says: as good on shapes in a third of the time (docs/results.md).
+        denoiser = ["--width", 96, "--heads", 3, "--refine", 0] if config.dataset == "shapes" else []
         try:
             weights("lpips-alex")
         except UserError as error:
@@ -85,7 +87,7 @@ def main():
             *shlex.split(config.vae_options),
         )  # fmt: skip
         seconds += call(
-            "stage 2, training", "dit.py", "--ckpt", vae_pt, "--out", dit_pt, "--run-dir", out / "dit",
+            "stage 2, training", "dit.py", *denoiser, "--ckpt", vae_pt, "--out", dit_pt, "--run-dir", out / "dit",
             *shlex.split(config.dit_options),
         )  # fmt: skip
         sampling = ["--ckpt", dit_pt, "--out-dir", out, "--guidance", config.guidance]
@@ -107,7 +109,8 @@ def main():
     decoded = reconstruct(vae, clips, device, refine=refine)  # from tokens as stage 2 learns them
     still = clips.mean(1, keepdim=True).expand_as(clips)
     rows.append(("PSNR of held-out reconstructions", f"{psnr(clips, guess):.2f} dB"))
-    rows.append((f"... with tokens refined in {refine} steps", f"{psnr(clips, decoded):.2f} dB"))
+    if refine:
+        rows.append((f"... with tokens refined in {refine} steps", f"{psnr(clips, decoded):.2f} dB"))
     rows.append(("power of fine detail kept", f"{100 * fine_power(decoded).mean() / fine_power(clips).mean():.1f} %"))
     rows.append(("PSNR of each clip's own time average", f"{psnr(clips, still):.2f} dB"))
 
