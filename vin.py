@@ -72,10 +72,10 @@ class CrossAttention(nn.Module):
             nn.init.zeros_(self.out.bias)
 
     def forward(self, x, kv, mask=None):
-        """kv = self.kv(memory) [B, K, 2 * inner]; mask [B, K] is True where there is something to look at."""
+        """kv = self.kv(memory) [B, K, 2 * inner]; mask [B, heads, K] is True where there is something to look at."""
         q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, L, head_width]
         k, v = kv.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])
+        x = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, :, None])
         return self.out(x.transpose(1, 2).flatten(2))
 
 
@@ -149,11 +149,16 @@ class VIN(nn.Module):
 
     def near(self, place, N):
         """For places [B, C]: indices of the chunk before and of the one after, each [B, C], and which of the M global tokens
-        and of the 2N tokens of these two each chunk has, [B * C, M + 2N]."""
+        and of the 2N tokens of these two each head of each chunk looks at, [B * C, heads, M + 2N].
+
+        Half of the heads look back and half ahead. Where a head sees both, what moves cancels in the mean of the two.
+        """
         found = [place[:, None] == place[..., None] + way for way in (-1, 1)]  # [B, C, C]
         there = torch.stack([match.any(2) for match in found], 2).flatten(0, 1)  # [B * C, 2]
-        mask = F.pad(there.repeat_interleave(N, 1), (self.config.global_tokens, 0), value=True)
-        return [match.int().argmax(2) for match in found], mask
+        head, way = torch.arange(self.config.heads, device=place.device), torch.arange(2, device=place.device)
+        looks = (head[:, None] % 2 == way) | (len(head) < 2)  # [heads, 2]
+        mask = (there[:, None] & looks).repeat_interleave(N, 2)  # [B * C, heads, 2N]
+        return [match.int().argmax(2) for match in found], F.pad(mask, (self.config.global_tokens, 0), value=True)
 
 
 def folded(model, chunks, place=None):

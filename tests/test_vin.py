@@ -88,8 +88,12 @@ def test_neighbours_are_found_by_their_places():
     model = trained_like(neighbours=True)
     (before, after), mask = model.near(torch.tensor([[7, 5, 6]]), 6)
     assert (before[0, 0], before[0, 2]) == (2, 1) and (after[0, 1], after[0, 2]) == (2, 0)
-    assert mask.shape == (3, 4 + 12) and mask[:, :4].all()
-    assert [row[4::6].tolist() for row in mask] == [[True, False], [False, True], [True, True]]
+    assert mask.shape == (3, 1, 4 + 12) and mask[..., :4].all()
+    assert [row[4::6].tolist() for row in mask[:, 0]] == [[True, False], [False, True], [True, True]]
+    model.config.heads = 2  # one looks back and one ahead
+    mask = model.near(torch.tensor([[7, 5, 6]]), 6)[1]
+    assert [row[4::6].tolist() for row in mask[:, 0]] == [[True, False], [False, False], [True, False]]
+    assert [row[4::6].tolist() for row in mask[:, 1]] == [[False, False], [False, True], [False, True]]
 
 
 @both
