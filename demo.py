@@ -75,7 +75,7 @@ def main():
         where = ["--dataset", config.dataset] + (["--data-dir", config.data_dir] if config.data_dir else [])
         perceptual = ["--lpips", "alex"]  # what makes edges crisp
         perceptual += ["--lpips-weight", 0.3] if config.dataset == "shapes" else []  # docs/sharp.md; not tried elsewhere
-        # A quarter of nano's denoiser, on what the encoder says: as good on shapes in a third of the time (docs/results.md).
+        # A quarter of nano's denoiser, on what the encoder says: as good on shapes in a fifth of the time (docs/results.md).
         denoiser = ["--width", 96, "--heads", 3, "--refine", 0] if config.dataset == "shapes" else []
         try:
             weights("lpips-alex")
@@ -106,7 +106,7 @@ def main():
     train_set, test_set = (data.open_dataset(source, role, classes) for role in ("train", "test"))
     clips, labels = data.fixed_clips(test_set, 20 * len(classes))
     guess, refine = reconstruct(vae, clips, device), dit.refine_steps(ckpt)
-    decoded = reconstruct(vae, clips, device, refine=refine)  # from tokens as stage 2 learns them
+    decoded = reconstruct(vae, clips, device, refine=refine) if refine else guess  # from tokens as stage 2 learns them
     still = clips.mean(1, keepdim=True).expand_as(clips)
     rows.append(("PSNR of held-out reconstructions", f"{psnr(clips, guess):.2f} dB"))
     if refine:
