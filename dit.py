@@ -47,6 +47,7 @@ class DiTConfig:
 
 SIZES = {name: {} for name in nerv.CONFIGS}  # the paper's denoiser is always DiT-L
 SIZES["nano"] = {"width": 192, "depth": 6, "heads": 6}
+COMPONENTS = {"nano": (4, 64)}  # principal components that a preset diffuses, as tokens, unless --principal says otherwise
 
 
 def modulate(x, shift, scale):
@@ -397,8 +398,9 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
     torch.manual_seed(config.seed)
     count = (config.num_latents or 10 * len(train_set)) if config.cache_latents else len(train_set)
     if min(config.principal) < 0:
-        enough = config.cache_latents and min(count, math.prod(vae.token_shape)) >= 4 * 64
-        config.principal = [4, 64] if enough and config.preset == "nano" else [0, 0]
+        usual = COMPONENTS.get(config.preset, (0, 0))
+        enough = config.cache_latents and min(count, math.prod(vae.token_shape)) >= math.prod(usual)
+        config.principal = list(usual) if enough else [0, 0]
     components = any(config.principal)
     size = tuple(config.principal) if components else vae.token_shape  # N and d of what is diffused
     if components:

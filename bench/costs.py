@@ -110,7 +110,8 @@ def long_videos(config):
     """GFLOP of the denoiser, once, on one video of C chunks, by formulas that tests hold against the counter."""
     rows = []
     for name in ("nano", "S"):
-        c = dit.DiTConfig(nerv.CONFIGS[name].num_tokens, nerv.CONFIGS[name].token_dim, **dit.SIZES[name])
+        whole = nerv.CONFIGS[name].num_tokens, nerv.CONFIGS[name].token_dim
+        c = dit.DiTConfig(*dit.COMPONENTS.get(name, whole), **dit.SIZES[name])
         for chunks in (1, 4, 8, 12, 16, 32, 200):
             alone, full = chunks * vin.dit_flops(c, c.num_tokens), vin.dit_flops(c, chunks * c.num_tokens)
             ours = [vin.flops(c, vin.VINConfig(neighbours=near, **vin.SIZES[name]), chunks) for near in (False, True)]
