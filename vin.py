@@ -187,6 +187,25 @@ def generate(model, labels, chunks, steps=20, guidance=2.0, sampler="dpm", seed=
     return tokens
 
 
+@torch.no_grad()
+def error_in_company(model, tokens, label, step=400):
+    """Mean squared error of ε at a diffusion step: (of videos, of the same chunks, each in the company of others').
+
+    tokens [B, C, N, d] at unit deviation, label [B, C]. All else is the same in both, noise too, and most of the others are of
+    the same class. So the two are equal where chunks do not hear of each other.
+    """
+    (B, C), order = label.shape, label[:, 0].argsort(stable=True)
+    noise = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(0)).to(tokens)
+    alpha, sigma = (schedule[step].item() for schedule in dit.noise_schedule())
+    row, chunk = torch.arange(B, device=order.device)[:, None], torch.arange(C, device=order.device)
+    errors = []
+    for apart in (0, 1):  # chunk c is of the video c further on
+        x, eps, kind = (part[order[(row + apart * chunk) % B], chunk] for part in (tokens, noise, label))  # [B, C, …]
+        made = model(alpha * x + sigma * eps, torch.full_like(kind, step), kind)
+        errors.append((made - eps).square().mean().item())
+    return errors
+
+
 def load_vin(ckpt, denoiser=VIN):
     """A checkpoint of vin.py -> (VIN with its averaged weights, VAE, latent scale), in evaluation mode."""
     with checkpoints.fitting(ckpt, denoiser=denoiser):
@@ -496,6 +515,11 @@ def main(argv=None, denoiser=VIN):
                 break
     if rank == 0:
         save(done, final=True)
+        if done > start and len(label) > C > 1:  # of the last batch
+            alike, mixed = error_in_company(ema, *(x.unflatten(0, (-1, C)) for x in (theta0, label)))
+            log.print(
+                f"error of the noise at diffusion step 400: {alike:.4f}, with each chunk in the company of others {mixed:.4f}"
+            )
         log.print(f"seams of samples {preview(done):.2f}, where 1 is as frames differ within chunks")
         log.print(f"wrote {config.out} after {done} steps, {time.time() - log.start:.0f} s; sheets are in {config.run_dir}")
         log.print(f"peak memory {utils.peak_memory(device):.2f} GiB")

@@ -137,6 +137,15 @@ def test_the_interface_learns_what_chunks_have_in_common():
     assert sum(losses[-20:]) / 20 < 0.4
 
 
+@both
+def test_other_company_is_noticed_by_those_who_hear_of_it(neighbours):
+    tokens, label = torch.randn(5, 3, 6, 5), torch.tensor([2, 0, 1, 0, 2])[:, None].expand(-1, 3)
+    alike, mixed = vin.error_in_company(trained_like(zero=True, neighbours=neighbours), tokens, label)
+    assert alike == pytest.approx(mixed, rel=1e-5)  # the same chunks, classes and noise
+    alike, mixed = vin.error_in_company(trained_like(neighbours=neighbours), tokens, label)
+    assert abs(alike - mixed) > 1e-4
+
+
 @torch.no_grad()
 def test_queries_begin_at_the_tokens_they_read():
     torch.manual_seed(0)
