@@ -56,6 +56,7 @@ class Config:
     train_chunks: int = option("training", 4, "of the videos that vin.py is trained with")
     seconds: float = option("training", 600.0, "of training of each row, beside as much of the denoiser that it starts from")
     stage1_options: str = option("training", "--steps 2000", "further options of vae.py, in quotes")
+    dit_options: str = option("training", "--width 96 --heads 3", "further options of dit.py, in quotes; more steps fit")
     stage2_options: str = option("training", "", "further options of dit.py and vin.py, in quotes")
     videos: int = option("judging", 36, "videos of each row")
     judge_clips: int = option("judging", 4096, "clips that the judge of the shape is trained on")
@@ -172,7 +173,7 @@ class Study:
         """Stage 1, and the denoiser that the rows start from."""
         c = self.config
         self.train(vae.main, self.vae_pt, f"--dataset shapes-long --preset nano {c.stage1_options}")
-        self.train(dit.main, self.dit_pt, f"--ckpt {self.vae_pt} {c.stage2_options}", c.seconds)
+        self.train(dit.main, self.dit_pt, f"--ckpt {self.vae_pt} {c.stage2_options} {c.dit_options}", c.seconds)
         _, self.vae, self.scale = dit.load_dit(checkpoints.load(self.dit_pt, "dit", "python dit.py"))
         self.T = self.vae.nerv_config.num_frames
         self.F = c.chunks * self.T
@@ -209,12 +210,12 @@ class Study:
         elif way == "one":
             first = self.out / "one_network_vae.pt"
             self.train(vae.main, first, f"--dataset shapes-long --preset nano {c.stage1_options} --num-frames {self.F}")
-            spent = self.train(dit.main, out, f"{options} --ckpt {first}", 2 * c.seconds)
+            spent = self.train(dit.main, out, f"{options} {c.dit_options} --ckpt {first}", 2 * c.seconds)
             model, network, scale = dit.load_dit(checkpoints.load(out, "dit", "python dit.py"))
             overlap, flops = 0, vin.dit_flops(model.config, model.config.num_tokens)
             sample = lambda k, seed: dit.generate(model, torch.tensor([k]), seed=seed, **how) / scale  # noqa: E731
         else:
-            spent = self.train(dit.main, out, f"{options} --ckpt {self.vae_pt}", 2 * c.seconds)
+            spent = self.train(dit.main, out, f"{options} {c.dit_options} --ckpt {self.vae_pt}", 2 * c.seconds)
             model, network, scale = dit.load_dit(checkpoints.load(out, "dit", "python dit.py"))
             overlap = model.config.cond_frames
             chunks = math.ceil((self.F - overlap) / (self.T - overlap))
@@ -272,7 +273,7 @@ def one_after_the_other(model, network, scale, label, chunks, seed, how):
 
 def settings(c):
     return (
-        f"{c.train_chunks} and {c.chunks} chunks, {c.seconds:g} s | {c.stage1_options} | {c.stage2_options} | "
+        f"{c.train_chunks} and {c.chunks} chunks, {c.seconds:g} s | {c.stage1_options} | {c.dit_options} {c.stage2_options} | "
         f"{c.videos} videos, {c.steps} steps, {c.features}, seed {c.seed}"
     )
 

@@ -60,7 +60,7 @@ def test_full_attention_starts_as_a_denoiser_of_all_tokens():
 
 
 def test_rows_train_sample_and_are_not_done_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(dit.SIZES, "nano", {"width": 48, "depth": 2, "heads": 3})
+    monkeypatch.setitem(dit.SIZES, "nano", {"depth": 2})
     monkeypatch.setattr(dit, "generate", lambda *args, generate=dit.generate, **kw: generate(*args, **kw | {"steps": 1}))
     monkeypatch.setattr(long.Study, "steps_within", lambda *args, **kw: 1)
     monkeypatch.setattr(long, "train_classifier", lambda *args: None)
@@ -68,7 +68,8 @@ def test_rows_train_sample_and_are_not_done_again(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(fvd, "load_detector", lambda *args, **kw: lambda clips: clips.reshape(len(clips), -1)[:, ::999])
     rows = ["reconstructed", "one after the other", "one network", "full attention", "interface, all three"]
     tiny = ["--stage1-options=--resolution 16 --num-frames 12 --batch-size 2 --steps 1 --decode-frames 1"]
-    tiny += ["--stage2-options=--batch-size 2 --num-latents 4 --refine 0", "--chunks", "3", "--train-chunks", "2"]
+    tiny += ["--stage2-options=--batch-size 2 --num-latents 4 --refine 0", "--dit-options=--width 48 --heads 3"]
+    tiny += ["--chunks", "3", "--train-chunks", "2"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["long.py", "--only", *rows, *tiny, "--videos", "2", "--steps", "1"])
     long.main()
