@@ -4,7 +4,7 @@ A long video is C chunks of T frames. Each has a network of its own, so that a v
 The denoiser of dit.py takes all chunks at once, as a batch, and at every diffusion step an interface tells them of each other:
 
     θ_t of all chunks [B, C * N, d]  --one cross-attention of M learned queries, self-attention-->  global tokens [B, M, width]
-    each chunk's tokens, in every block of the DiT, attend to these M tokens beside their own
+    each chunk's tokens, in every block of the DiT, attend to these M tokens beside their own, and to its neighbours'
 
 Cost is linear in C, and sampling may ask for more chunks than training had. What is added starts at zero: the first step is
 that of dit.pt.
@@ -43,7 +43,7 @@ class VINConfig:
     chunks: int = 4  # C of the training videos
     overlap: int = 0  # frames that neighbouring chunks share
     global_tokens: int = 64  # M
-    neighbours: bool = False  # tokens of the chunks before and after are attended to beside the global ones
+    neighbours: bool = True  # tokens of the chunks before and after are attended to beside the global ones
     places: int = 16  # of a chunk in a video that training sees
     depth: int = 2  # blocks of self-attention among the global tokens
     heads: int = 4  # of the attention that is added to each block of the DiT, as wide as the DiT's; more would cost more
@@ -324,7 +324,9 @@ class Config:
     chunks: int = option("model", 4, "C, networks of a training video, one after the other; sampling takes any number")
     overlap: int = option("model", 0, "frames that neighbouring chunks share, and fade over")
     global_tokens: int = option("model", VINConfig.global_tokens, "M, tokens of the interface")
-    neighbours: bool = option("model", False, "chunks see the tokens of the ones before and after too, in every block")
+    neighbours: bool = option(
+        "model", VINConfig.neighbours, "chunks see the tokens of the ones before and after too, in every block"
+    )
     places: int = option("model", VINConfig.places, "the first chunk is anywhere in so many; 0: always at the first")
     steps: int = option("training", 100_000, "optimizer steps")
     batch_size: int = option("training", 16, "videos per step, of all processes together")
@@ -361,7 +363,7 @@ def preset_defaults(args):
         return {}
     defaults = {"refine": dit.refine_steps(ckpt)}
     if ckpt["config"]["preset"] == "nano":
-        defaults.update(steps=400, batch_size=64, optimizer="muon", lr=4e-3, warmup=50, ema=0.99)
+        defaults.update(steps=1500, batch_size=64, optimizer="muon", lr=4e-3, warmup=50, ema=0.99)
         defaults.update(global_tokens=SIZES["nano"]["global_tokens"], cache_latents=True)
         defaults.update(num_latents=max(64, 4096 // max(1, args.chunks)))
     return defaults

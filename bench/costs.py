@@ -117,7 +117,7 @@ def long_videos(config):
             ours = [vin.flops(c, vin.VINConfig(neighbours=near, **vin.SIZES[name]), chunks) for near in (False, True)]
             shares = [f"{cost / 1e9:.2f} ({100 * (cost / full - 1):+.0f} %)" for cost in (alone, *ours)]
             rows.append([name, chunks, *shares, f"{full / 1e9:.2f}"])
-    table(["preset", "chunks", "by themselves", "interface", "interface, --neighbours", "full attention"], rows)
+    table(["preset", "chunks", "by themselves", "interface, --no-neighbours", "interface", "full attention"], rows)
 
 
 CARDS = (24, 40, 80, 141)  # GB

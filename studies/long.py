@@ -38,11 +38,11 @@ ROWS = {
     "one after the other": ("dit", "--cond-frames 4"),
     "one network": ("one", ""),
     "full attention": ("full", ""),
-    "interface": ("vin", ""),
-    "interface, overlap 2": ("vin", "--overlap 2"),
-    "interface, seam loss": ("vin", "--seam-weight 1"),
-    "interface, neighbours": ("vin", "--neighbours"),
-    "interface, all three": ("vin", "--overlap 2 --seam-weight 1 --neighbours"),
+    "interface": ("vin", "--no-neighbours"),
+    "interface, overlap 2": ("vin", "--no-neighbours --overlap 2"),
+    "interface, seam loss": ("vin", "--no-neighbours --seam-weight 1"),
+    "interface, neighbours": ("vin", ""),
+    "interface, all three": ("vin", "--overlap 2 --seam-weight 1"),
 }
 WINDOWS = ("start", "middle", "across")
 COLUMNS = ["row", "settings", "revision", "steps", "seconds", "gflop", "seam", "colour", "size", "shape", "path"]
