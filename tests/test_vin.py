@@ -319,7 +319,7 @@ OPTIONS = "--batch-size 4 --num-latents 8 --log-every 1"
 def trained(start):
     """vin.pt of two steps beside the others: every mechanism is on."""
     made = ["--out", f"{start}/vin.pt", "--run-dir", f"{start}/vin"]
-    options = f"{OPTIONS} --steps 2 --chunks 3 --overlap 2 --neighbours --seam-weight 1 --known 0.5"
+    options = f"{OPTIONS} --steps 2 --chunks 3 --overlap 2 --seam-weight 1 --known 0.5"
     vin.main(["--ckpt", f"{start}/dit.pt", *options.split(), *made])
     return start
 
@@ -431,9 +431,8 @@ def test_it_resumes_to_the_bit(start, call, monkeypatch):
 
 
 def test_two_processes_train_as_one(start, call, tmp_path):
-    options = (
-        f"--ckpt {start}/dit.pt --batch-size 4 --num-latents 5 --log-every 1 --steps 3 --chunks 2 --neighbours --known 0.5"
-    )
+    options = f"--ckpt {start}/dit.pt --batch-size 24 --num-latents 25 --log-every 1 --steps 3 --chunks 2 --known 0.5"
+    options += " --seam-weight 1"  # of every third video of the batch
     assert call("vin.py", f"{options} --out one.pt --run-dir one") == 0
     torchrun(2, ROOT / "vin.py", *options.split(), "--out", "two.pt", "--run-dir", "two", cwd=tmp_path)
     one, two = (losses_of(tmp_path / name) for name in ("one", "two"))
