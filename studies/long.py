@@ -11,6 +11,7 @@ steps of its own. A row that is done is a line of runs.csv.
 import math
 import shlex
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +121,8 @@ def subject(frames, chunk):
     """How far colour and size of the shape are from the first chunk's, means over the later chunks: (in [0, 1], relative)."""
     colour, side, _ = track(frames)
     parts = range(0, len(frames) - chunk + 1, chunk)
-    with np.errstate(all="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a chunk without a shape
         colours = np.array([np.nanmean(colour[k : k + chunk], 0) for k in parts])
         sides = np.array([np.nanmean(side[k : k + chunk]) for k in parts])
         apart = np.abs(colours[1:] - colours[0]).mean(), np.abs(sides[1:] / sides[0] - 1).mean()
