@@ -43,6 +43,7 @@ ROWS = {
     "interface, overlap 2": ("vin", "--no-neighbours --overlap 2"),
     "interface, seam loss": ("vin", "--no-neighbours --seam-weight 1"),
     "interface, neighbours": ("vin", ""),
+    "interface, neighbours, overlap 2": ("vin", "--overlap 2"),
     "interface, all three": ("vin", "--overlap 2 --seam-weight 1"),
 }
 WINDOWS = ("start", "middle", "across")
