@@ -151,6 +151,7 @@ class Study:
     def __init__(self, config):
         self.config, self.out = config, Path(config.out_dir)
         self.vae_pt, self.dit_pt = self.out / "vae.pt", self.out / "dit.pt"
+        self.dit_options = f"{config.stage2_options} {config.dit_options}"  # of every training of dit.py
 
     def train(self, main, out, options, seconds=0.0, **kw):
         """A training into out, for so many seconds where it says how many; returns (steps, seconds), or None if it is there."""
@@ -176,7 +177,7 @@ class Study:
         """Stage 1, and the denoiser that the rows start from."""
         c = self.config
         self.train(vae.main, self.vae_pt, f"--dataset shapes-long --preset nano {c.stage1_options}")
-        self.train(dit.main, self.dit_pt, f"--ckpt {self.vae_pt} {c.stage2_options} {c.dit_options}", c.seconds)
+        self.train(dit.main, self.dit_pt, f"--ckpt {self.vae_pt} {self.dit_options}", c.seconds)
         _, self.vae, self.scale = dit.load_dit(checkpoints.load(self.dit_pt, "dit", "python dit.py"))
         self.T = self.vae.nerv_config.num_frames
         self.F = c.chunks * self.T
@@ -200,10 +201,11 @@ class Study:
             made = vae.reconstruct(self.vae, clips, torch.device("cpu"))
             return video.to_frames(made.unflatten(0, (-1, c.chunks)).flatten(1, 2)), 0, (0, 0), 0
         out = self.out / ("".join(x if x.isalnum() else "_" for x in row) + ".pt")
-        options, how = f"{options} {c.stage2_options}", {"steps": c.steps}
+        how = {"steps": c.steps}
         if way in ("vin", "full"):
             network = FullAttention if way == "full" else vin.VIN
-            options += f" --ckpt {self.dit_pt} --chunks {c.train_chunks}" + (" --known 0" if way == "full" else "")
+            options += " --known 0" if way == "full" else ""
+            options += f" {c.stage2_options} --ckpt {self.dit_pt} --chunks {c.train_chunks}"
             spent = self.train(vin.main, out, options, c.seconds, denoiser=network)
             model, network, scale = vin.load_vin(checkpoints.load(out, "vin", "python vin.py"), network)
             overlap, sizes = model.config.overlap, model.dit.config
@@ -213,12 +215,12 @@ class Study:
         elif way == "one":
             first = self.out / "one_network_vae.pt"
             self.train(vae.main, first, f"--dataset shapes-long --preset nano {c.stage1_options} --num-frames {self.F}")
-            spent = self.train(dit.main, out, f"{options} {c.dit_options} --ckpt {first}", 2 * c.seconds)
+            spent = self.train(dit.main, out, f"{options} {self.dit_options} --ckpt {first}", 2 * c.seconds)
             model, network, scale = dit.load_dit(checkpoints.load(out, "dit", "python dit.py"))
             overlap, flops = 0, vin.dit_flops(model.config, model.config.num_tokens)
             sample = lambda k, seed: dit.generate(model, torch.tensor([k]), seed=seed, **how) / scale  # noqa: E731
         else:
-            spent = self.train(dit.main, out, f"{options} {c.dit_options} --ckpt {self.vae_pt}", 2 * c.seconds)
+            spent = self.train(dit.main, out, f"{options} {self.dit_options} --ckpt {self.vae_pt}", 2 * c.seconds)
             model, network, scale = dit.load_dit(checkpoints.load(out, "dit", "python dit.py"))
             overlap = model.config.cond_frames
             chunks = math.ceil((self.F - overlap) / (self.T - overlap))

@@ -139,6 +139,7 @@ def test_the_interface_learns_what_chunks_have_in_common():
 
 @both
 def test_other_company_is_noticed_by_those_who_hear_of_it(neighbours):
+    torch.manual_seed(0)
     tokens, label = torch.randn(5, 3, 6, 5), torch.tensor([2, 0, 1, 0, 2])[:, None].expand(-1, 3)
     alike, mixed = vin.error_in_company(trained_like(zero=True, neighbours=neighbours), tokens, label)
     assert alike == pytest.approx(mixed, rel=1e-5)  # the same chunks, classes and noise
