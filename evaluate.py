@@ -54,6 +54,7 @@ SHOWN = 8  # clips of each kind that are kept to be looked at
 class Config:
     ckpt: str = option("input", "dit.pt", "checkpoint of vae.py or dit.py")
     data_dir: str = option("input", "", "where its data set is, if not where it was")
+    cache_dir: str = option("input", "", "directory of caches, of features of real clips too, if not where they were")
     protocol: str = option("features", "stylegan-v", "of FVD: reference implementation to follow", choices=list(fvd.PROTOCOLS))
     features: str = option("features", "i3d", "trained network, or one of random weights", choices=["i3d", "random"])
     i3d: str = option("features", "", "file with the weights; default: those that fvd.py --get-weights fetches")
@@ -256,7 +257,28 @@ def read(dataset, indices):
     return np.stack(frames), np.array(labels)
 
 
-def reconstruct_batch(vae, dataset, detector, lpips, device, refine=0, square=()):
+def remembered(detector, directory):
+    """A detector of real clips, whose features are kept in a directory, each batch under the name of what is in it.
+
+    They take half of an evaluation, and are the same for every checkpoint of a data set.
+    """
+
+    def features(frames, names=None):
+        said = hashlib.sha256(json.dumps([detector.meta, frames.shape], sort_keys=True).encode())
+        said.update(np.ascontiguousarray(frames))
+        path = directory / f"{said.hexdigest()[:32]}.npy"
+        if not path.is_file():
+            found = detector(frames, names)
+            directory.mkdir(parents=True, exist_ok=True)
+            with open(path.with_suffix(f".{os.getpid()}"), "wb") as f:
+                np.save(f, found)
+            os.replace(f.name, path)
+        return np.load(path, allow_pickle=False)
+
+    return features
+
+
+def reconstruct_batch(vae, dataset, detector, known, lpips, device, refine=0, square=()):
     @torch.no_grad()
     def measure(indices, start):
         real, labels = read(dataset, indices)
@@ -274,14 +296,14 @@ def reconstruct_batch(vae, dataset, detector, lpips, device, refine=0, square=()
         if lpips:
             found["lpips"] = torch.stack([lpips(2 * b[None] - 1, 2 * a[None] - 1) for a, b in zip(x, y)])
         found = {name: value.cpu().numpy() for name, value in found.items()}
-        found |= {"labels": labels, "real": detector(real, names), "features": detector(made, names)}
+        found |= {"labels": labels, "real": known(real, names), "features": detector(made, names)}
         left = max(0, SHOWN - start)
         return found | {"shown_real": real[:left], "shown": made[:left]}
 
     return measure
 
 
-def generate_batch(model, vae, scale, dataset, detector, judge, config, device):
+def generate_batch(model, vae, scale, dataset, detector, known, judge, config, device):
     @torch.no_grad()
     def measure(indices, start):
         real, labels = read(dataset, indices)
@@ -290,7 +312,7 @@ def generate_batch(model, vae, scale, dataset, detector, judge, config, device):
         decoded = vae.decode(tokens / scale, torch.arange(real.shape[1], device=device))
         made = video.to_frames(decoded)
         real_clips, clips = video.to_clip(real), video.to_clip(made)  # both as files hold them
-        found = {"labels": labels, "real": detector(real, [dataset.name(i) for i in indices]), "features": detector(made)}
+        found = {"labels": labels, "real": known(real, [dataset.name(i) for i in indices]), "features": detector(made)}
         found |= {"worst_real": worst_frame(real_clips).numpy(), "worst": worst_frame(clips).numpy()}
         if judge:
             found |= {"seen_real": classify(judge, real_clips), "seen": classify(judge, clips)}
@@ -371,7 +393,7 @@ def main(config=None, load_dit=dit.load_dit):
     else:
         vae = load_vae(ckpt)
     vae.to(device).requires_grad_(False)
-    settings, classes = clips_of(stage1, data_dir=config.data_dir), ckpt["classes"]
+    settings, classes = clips_of(stage1, data_dir=config.data_dir, cache_dir=config.cache_dir), ckpt["classes"]
     if config.square:
         left, top, right, bottom = config.square
         if not (0 <= left < right <= settings.resolution and 0 <= top < bottom <= settings.resolution):
@@ -380,6 +402,7 @@ def main(config=None, load_dit=dit.load_dit):
     held_out, train_set = (data.open_dataset(settings, role, classes) for role in ("test", "train"))
     protocol = fvd.PROTOCOLS[config.protocol]
     detector = fvd.load_detector(config.features, config.protocol, config.i3d, config.allow_other_weights, config.seed, device)
+    known = remembered(detector, Path(settings.cache_dir) / "features") if settings.cache != "off" else detector
     lpips = None if config.lpips == "none" else LPIPS(config.lpips).to(device)
 
     # All that the batches depend on names their directory: what was measured of another checkpoint is not taken for this one's.
@@ -397,7 +420,7 @@ def main(config=None, load_dit=dit.load_dit):
     indices = spread_over(held_out, config.videos)
     if len(indices) < 2:
         raise UserError("a distance takes two held-out clips or more")
-    measure = reconstruct_batch(vae, held_out, detector, lpips, device, refine, config.square)
+    measure = reconstruct_batch(vae, held_out, detector, known, lpips, device, refine, config.square)
     decoded = batches(work, "reconstructed", indices, config.batch_size, measure, rank, world)
     results[f"r{name}"] = distance_result(decoded["real"], decoded["features"], protocol, config, paired=True)
     for title, kind in PSNRS.items():
@@ -410,7 +433,7 @@ def main(config=None, load_dit=dit.load_dit):
     if model:
         judge = load_judge(work / "judge.pt", train_set, len(classes), config, device) if len(classes) > 1 else None
         indices = spread_over(train_set, config.videos)
-        measure = generate_batch(model, vae, scale, train_set, detector, judge, config, device)
+        measure = generate_batch(model, vae, scale, train_set, detector, known, judge, config, device)
         made = batches(work, "generated", indices, config.batch_size, measure, rank, world)
         results[f"g{name}"] = distance_result(made["real"], made["features"], protocol, config, paired=False)
         # What no generator need be below: as many clips that none was trained on, real and as stage 1 has them, in the place

@@ -42,7 +42,7 @@ def detector(monkeypatch):
 
 def settings(trained, name, tmp_path, **kw):
     options = dict(out_dir=str(tmp_path / "eval"), videos=20, batch_size=4, bootstrap=20, judge_clips=64, steps=2)
-    options |= dict(lpips="none", device="cpu")
+    options |= dict(lpips="none", device="cpu", cache_dir=str(tmp_path / "cache"))
     return evaluate.Config(ckpt=str(trained / name), **options | kw)
 
 
@@ -152,8 +152,23 @@ def test_it_goes_on_where_it_was(trained, tmp_path, detector):
     judge = (work / "judge.pt").stat().st_mtime_ns
     detector.calls = 0
     assert run(config)["results"] == whole
-    assert detector.calls == 4  # real and made clips of two batches
+    assert detector.calls == 2  # made clips of two batches: those of real ones are remembered
     assert (work / "judge.pt").stat().st_mtime_ns == judge
+
+
+def test_features_of_real_clips_are_remembered_for_other_checkpoints(trained, tmp_path, detector):
+    run(settings(trained, "vae.pt", tmp_path))
+    assert detector.calls == 10  # five batches, real and made
+    detector.calls = 0
+    first = run(settings(trained, "dit.pt", tmp_path, out_dir=str(tmp_path / "other")))["results"]
+    assert detector.calls == 15  # made; real and generated of stage 2
+    detector.meta = detector.meta | {"features": "random others"}
+    detector.calls = 0
+    again = run(settings(trained, "dit.pt", tmp_path, out_dir=str(tmp_path / "other")))["results"]
+    assert detector.calls == 20 and again == first
+    detector.calls = 0
+    (tmp_path / "cache/features").rename(tmp_path / "cache/gone")
+    assert run(settings(trained, "vae.pt", tmp_path, videos=8))["results"]["PSNR"]["clips"] == 8 and detector.calls == 4
 
 
 def test_what_was_measured_otherwise_is_not_taken(trained, tmp_path, detector):
