@@ -1,6 +1,6 @@
 """What weights make of the space between: frames between frames, and videos between videos.
 
-python -m studies.between --ckpt vae.pt          one of vae.py, or of dit.py
+python -m studies.between --ckpt vae.pt          one of vae.py or of dit.py, ours or a rival's of studies/compare.py
 
 *Frames.* Where stage 1 was trained with --stride 2 or more, held-out files have frames that no network was ever shown. The
 network of a clip is asked for them, as t is a real number; beside it are blends of the two frames next to each.
@@ -24,6 +24,7 @@ from common.tables import table
 from common.utils import UserError, option
 from common.video import to_clip, to_frames, write_sheet
 from evaluate import read, spread_over
+from studies.compare import load_rival
 from vae import fine_power, psnr
 
 
@@ -75,7 +76,7 @@ def between_videos(network, clips, labels, detector, device):
     t, partner, real = torch.arange(clips.shape[1]), torch.from_numpy(partners(labels)), detector(to_frames(clips))
     kinds = {
         "reconstructions": vae.decode(network, tokens, t),
-        "halfway between weights": vae.decode(network, (tokens + tokens[partner]) / 2, t),
+        "halfway between tokens": vae.decode(network, (tokens + tokens[partner]) / 2, t),
         "halfway between pixels": (clips + clips[partner]) / 2,
     }
     detail = fine_power(clips).mean()
@@ -91,7 +92,7 @@ def main(argv=None):
     utils.check_positive(config, "clips")
     device, ckpt = utils.pick_device(config.device), checkpoints.load(config.ckpt, ("vae", "dit"), "python vae.py")
     stage1 = ckpt if ckpt["stage"] == "vae" else ckpt["vae"]
-    network = vae.load_vae(stage1).to(device)
+    network = load_rival(stage1).to(device)
     source = vae.clips_of(stage1, data_dir=config.data_dir, cache_dir=config.cache_dir)
     held_out = data.open_dataset(source, "test", ckpt["classes"])
     frames, labels = read(held_out, spread_over(held_out, config.clips))

@@ -248,7 +248,7 @@ def steps_within(seconds, main, argv, run_dir):
 
 
 def train(method, lr, seed, config, out):
-    """Both stages of a method in the time that there is -> (the checkpoint of dit.py, steps of both stages)."""
+    """Both stages of a method in the time that there is, into out/dit.pt -> steps of both stages."""
     began, seconds, steps = time.time(), 60 * config.minutes, [0, 0]
     torch.manual_seed(seed)
     vae_pt, dit_pt = out / "vae.pt", out / "dit.pt"
@@ -283,7 +283,7 @@ def train(method, lr, seed, config, out):
 
     steps[1] = steps_within(seconds - (time.time() - began), stage2, argv, out / "trial")
     stage2([*argv, "--steps", str(steps[1]), "--run-dir", str(out / "dit")])
-    return dit_pt, steps
+    return steps
 
 
 # ---------------------------------------------------------------------------------------------------------------- judging
@@ -300,13 +300,25 @@ def shown_clips(ckpt, count=8):
     return clips, (time.time() - began) / count
 
 
+def trained_once(method, lr, seed, config, out):
+    """Train a method, unless it has been: who stops a study while a run is judged need not train it again."""
+    path, wanted = out / "trained.json", settings(config, method)
+    if path.is_file() and (found := json.loads(path.read_text()))["settings"] == wanted:
+        return found
+    path.unlink(missing_ok=True)
+    began = time.time()
+    steps = train(method, lr, seed, config, out)
+    found = {"settings": wanted, "revision": utils.git_revision(), "seconds": round(time.time() - began), "steps": steps}
+    path.write_text(json.dumps(found))
+    return found
+
+
 def run(method, lr, seed, config):
     """Train a method, judge it, and return its row of runs.csv."""
     out = Path(config.out_dir) / f"{method}_{lr:g}_{seed}"
     out.mkdir(parents=True, exist_ok=True)
-    began = time.time()
-    path, steps = train(method, lr, seed, config, out)
-    seconds = round(time.time() - began)
+    trained = trained_once(method, lr, seed, config, out)
+    path = out / "dit.pt"
     judging = {"ckpt": str(path), "protocol": "videogpt", "features": config.features, "lpips": config.lpips}
     judging |= {"videos": config.videos, "judge_clips": config.judge_clips, "guidance": 1.0, "out_dir": str(out / "eval")}
     evaluate.main(evaluate.Config(**judging), load_dit)
@@ -329,8 +341,7 @@ def run(method, lr, seed, config):
         "nearest": f"{vae.psnr(clips, nearest):.2f}",
         "seconds a clip": f"{each:.2f}",
     }
-    about = {"settings": settings(config, method), "revision": utils.git_revision(), "seconds": seconds}
-    about |= {"steps": "+".join(map(str, steps)), "numbers": c["num_tokens"] * c["token_dim"]}
+    about = trained | {"steps": "+".join(map(str, trained["steps"])), "numbers": c["num_tokens"] * c["token_dim"]}
     return {"method": method, "lr": f"{lr:g}", "seed": str(seed)} | about | found
 
 

@@ -65,9 +65,9 @@ def test_partners_are_of_the_same_class_and_others():
 def test_halfway_between_videos_is_halfway_between_their_tokens():
     clips = torch.stack([torch.full((3, 3, 8, 8), level) for level in (-0.4, 0.4)])
     rows, shown = between.between_videos(Ramp(), clips, np.array([0, 0]), Pixels(), torch.device("cpu"))
-    assert [name for name, *_ in rows] == ["reconstructions", "halfway between weights", "halfway between pixels"]
+    assert [name for name, *_ in rows] == ["reconstructions", "halfway between tokens", "halfway between pixels"]
     assert rows[0][1] < 1e-4 < rows[1][1]  # two grey clips are not a dark one and a bright one
-    assert shown["halfway between weights"].abs().max() < 1e-6 and torch.equal(shown["other"], clips.flip(0))
+    assert shown["halfway between tokens"].abs().max() < 1e-6 and torch.equal(shown["other"], clips.flip(0))
 
 
 def test_a_run_on_files_of_which_training_left_out_every_second_frame(tmp_path, capsys, monkeypatch):

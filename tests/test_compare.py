@@ -1,6 +1,7 @@
 """The study of what one would use instead: its rivals, and one small run of each."""
 
 import csv
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -91,3 +92,9 @@ def test_a_method_is_trained_judged_and_not_trained_again(method, tmp_path, monk
     capsys.readouterr()
     compare.main(argv)
     assert method in capsys.readouterr().out
+    (tmp_path / "out/compare/runs.csv").unlink()  # as if it had been stopped while it was judged
+    compare.main(argv)
+    with open("out/compare/runs.csv", newline="") as file:
+        assert next(csv.DictReader(file)) == row | {"seconds a clip": ANY}
+    with pytest.raises(pytest.fail.Exception):
+        compare.main([*argv, "--minutes", "0.06"])  # other settings are another training
