@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import data
 import dit
@@ -69,7 +70,9 @@ class Config:
         "further options of dit.py for ours, in quotes",
     )
     rival_options: str = option(
-        "training", "--num-latents 4500 --principal 0 0 --batch-size 32", "those of dit.py for the others, in quotes"
+        "training",
+        "--num-latents 4500 --principal 0 0 --batch-size 32 --scheduled-sampling 0",
+        "those of dit.py for the others, in quotes",
     )
     videos: int = option("judging", 256, "clips of each kind, or all held-out ones")
     features: str = option("judging", "i3d", "of FVD; random takes no weights", choices=["i3d", "random"])
@@ -90,9 +93,13 @@ class Shape:
 
 
 class Pixels(nn.Module):
-    """No first stage: tokens are space-time patches of pixels, [B, T/2 * H/8 * W/8, 2 * 3 * 8 * 8]."""
+    """No first stage: tokens are space-time patches of pixels, [B, T/8 * H/8 * W/8, 8 * 3 * 8 * 8]."""
 
-    patch = (2, 8, 8)  # frames, pixels, pixels
+    patch = (
+        8,
+        8,
+        8,
+    )  # frames, pixels, pixels: of two frames, a step takes 3.5 times as long
 
     def __init__(self, num_frames, resolution):
         super().__init__()
@@ -120,7 +127,10 @@ class Pixels(nn.Module):
 
 
 class Frames(nn.Module):
-    """A convolutional KL autoencoder, frame by frame: tokens are the pixels of its latent frames, [B, T * H/8 * W/8, 4]."""
+    """A convolutional KL autoencoder, frame by frame: tokens are 2 × 2 pixels of its latent frames, [B, T * H/16 * W/16, 16].
+
+    2 × 2, as Latte has them: of one pixel, a step takes about four times as long.
+    """
 
     def __init__(self, num_frames, resolution):
         super().__init__()
@@ -136,19 +146,19 @@ class Frames(nn.Module):
             latent_channels=4,
             norm_num_groups=16,
         )
-        self.side = resolution // 8
-        self.nerv_config, self.token_shape = Shape(num_frames, resolution), (num_frames * self.side**2, 4)
+        self.side = resolution // 16
+        self.nerv_config, self.token_shape = Shape(num_frames, resolution), (num_frames * self.side**2, 16)
 
     def encode(self, video):
-        """video [B, T, 3, H, W] in [-1, 1] -> mean, logvar, each [B, T * H/8 * W/8, 4]."""
+        """video [B, T, 3, H, W] in [-1, 1] -> mean, logvar, each [B, T * H/16 * W/16, 16]."""
         posterior = self.net.encode(video.flatten(0, 1)).latent_dist
-        parts = (x.float().unflatten(0, (-1, video.shape[1])) for x in (posterior.mean, posterior.logvar))  # [B, T, 4, h, w]
-        return tuple(x.movedim(2, -1).flatten(1, 3) for x in parts)
+        parts = (F.pixel_unshuffle(x.float(), 2) for x in (posterior.mean, posterior.logvar))  # [B * T, 16, h, w]
+        return tuple(x.unflatten(0, (-1, video.shape[1])).movedim(2, -1).flatten(1, 3) for x in parts)
 
     def decode(self, tokens, t):
-        """tokens [B, T * H/8 * W/8, 4] -> frames [B, T, 3, H, W], all of them."""
-        x = tokens.unflatten(1, (-1, self.side, self.side)).movedim(-1, 2)  # [B, T, 4, h, w]
-        return self.net.decode(x.flatten(0, 1)).sample.unflatten(0, (len(tokens), -1))
+        """tokens [B, T * H/16 * W/16, 16] -> frames [B, T, 3, H, W], all of them."""
+        x = tokens.unflatten(1, (-1, self.side, self.side)).movedim(-1, 2)  # [B, T, 16, h, w]
+        return self.net.decode(F.pixel_shuffle(x.flatten(0, 1), 2)).sample.unflatten(0, (len(tokens), -1))
 
     def refine(self, tokens, video, steps):
         return tokens
@@ -168,7 +178,7 @@ def latte(num_frames):
 class CleanDiT(dit.DiT):
     """The denoiser of pixels: it says the clean tokens, and the noise is what is left (Li & He 2025, "Back to Basics").
 
-    A patch has 384 numbers, the transformer a width of 192: the noise of a patch does not go through it, and clean patches,
+    A patch has 1,536 numbers, the transformer a width of 192: the noise of a patch does not go through it, and clean patches,
     which are much alike, do.
     """
 

@@ -12,14 +12,14 @@ from studies import compare
 
 
 def test_pixels_lead_back_and_are_patches_in_order_of_time_and_place():
-    rival = compare.Pixels(4, 16)
-    assert rival.token_shape == (2 * 2 * 2, 2 * 3 * 8 * 8)
-    video = torch.rand(3, 4, 3, 16, 16) * 2 - 1
+    rival = compare.Pixels(16, 16)
+    assert rival.token_shape == (2 * 2 * 2, 8 * 3 * 8 * 8)
+    video = torch.rand(3, 16, 3, 16, 16) * 2 - 1
     tokens, logvar = rival.encode(video)
-    assert tokens.shape == (3, 8, 384) and logvar.exp().max() < 1e-6
-    assert torch.equal(rival.decode(tokens, torch.arange(4)), video)
+    assert tokens.shape == (3, 8, 1536) and logvar.exp().max() < 1e-6
+    assert torch.equal(rival.decode(tokens, torch.arange(16)), video)
     other = video.clone()
-    other[:, 3, 1, 2, 11] += 1  # the second pair of frames, upper right
+    other[:, 9, 1, 2, 11] += 1  # the second eight frames, upper right
     changed = (rival.encode(other)[0] != tokens).any(2).any(0)
     assert changed.tolist() == [False] * 5 + [True] + [False] * 2
 
@@ -51,14 +51,16 @@ def test_the_denoiser_of_pixels_says_the_clean_patch():
 def test_frames_go_through_the_autoencoder_one_by_one():
     pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    rival = compare.Frames(4, 16).eval()
-    assert rival.token_shape == (4 * 2 * 2, 4)
-    video = torch.rand(2, 4, 3, 16, 16) * 2 - 1
+    rival = compare.Frames(3, 32).eval()
+    assert rival.token_shape == (3 * 2 * 2, 16)
+    video = torch.rand(2, 3, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         tokens, logvar = rival.encode(video)
-        made = rival.decode(tokens, torch.arange(4))
+        made = rival.decode(tokens, torch.arange(3))
         alone, _ = compare.Frames.encode(rival, video[:, 2:3])
-    assert tokens.shape == logvar.shape == (2, 16, 4) and made.shape == video.shape
+        direct = rival.net.decode(rival.net.encode(video[:, 1]).latent_dist.mean).sample
+    assert tokens.shape == logvar.shape == (2, 12, 16) and made.shape == video.shape
+    torch.testing.assert_close(made[:, 1], direct, rtol=1e-4, atol=1e-5)  # tokens are folded back as they were cut
     torch.testing.assert_close(alone, tokens[:, 8:12], rtol=1e-4, atol=1e-5)
 
 
@@ -76,17 +78,17 @@ def test_a_method_is_trained_judged_and_not_trained_again(method, tmp_path, monk
         pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
     small = "--batch-size 4 --num-latents 16 --log-every 10"
-    argv = f"--dataset shapes --resolution 32 --num-frames 4 --minutes 0.05 --seeds 1 --lrs 1 --bf16 off --methods {method}"
+    argv = f"--dataset shapes --resolution 32 --num-frames 8 --minutes 0.05 --seeds 1 --lrs 1 --bf16 off --methods {method}"
     argv = [*argv.split(), *"--features random --lpips none --videos 4 --judge-clips 32".split()]
     argv += ["--vae-options", "--num-tokens 8 --token-dim 4 --batch-size 4 --lpips none", "--dit-options", small]
-    argv += ["--rival-options", small + " --principal 0 0"]
+    argv += ["--rival-options", small + " --principal 0 0 --scheduled-sampling 0"]
     monkeypatch.setattr(compare, "nearest_clips", lambda clips, train_set: (clips * 0, None))
     monkeypatch.setattr("fvd.load_detector", lambda *args: coarse)  # I3D would take most of the time
     compare.main(argv)
     with open("out/compare/runs.csv", newline="") as file:
         (row,) = csv.DictReader(file)
     assert row["method"] == method and float(row["gFVD"]) > 0
-    assert row["numbers"] == {"ours": "32", "frames": "256", "pixels": "12288"}[method]
+    assert row["numbers"] == {"ours": "32", "frames": "512", "pixels": "24576"}[method]
     assert (tmp_path / "out/compare/sheet.png").is_file()
     monkeypatch.setattr(compare, "train", lambda *args: pytest.fail("trained again"))
     capsys.readouterr()
