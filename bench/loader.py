@@ -109,7 +109,7 @@ def to_clips(frames, length):
 
 def on_all_cores(function, jobs):
     """function(*job) -> clips, of all jobs, as many at a time as there are cores; returns how many frames came."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(utils.cores()) as pool:
         return sum(len(clips) * clips.shape[1] for clips in pool.map(lambda job: function(*job), jobs))
 
 

@@ -234,6 +234,11 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def cores():
+    """How many cores this process may use: the machine's, or those that taskset leaves it."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def local_processes():
     """How many processes of a training share this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -98,10 +98,6 @@ class Config:
     out_dir: str = option("output", "out/ablate", "runs.csv, the plot and checkpoints go here")
 
 
-# Of the machine, or those that taskset leaves.
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def visible_gpus():
     """The names of this machine's GPUs, or of those that CUDA_VISIBLE_DEVICES leaves."""
     names, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
@@ -115,7 +111,8 @@ class Study:
         self.config, self.out = config, Path(config.out_dir)
         self.gpus = visible_gpus()
         self.device = torch.device("cuda" if self.gpus else "cpu")
-        self.jobs = config.jobs or len(self.gpus) or CORES
+        self.jobs = config.jobs or len(self.gpus) or utils.cores()
+        self.threads = max(1, utils.cores() // self.jobs)  # of a run
         self.lock, self.judging, self.places = threading.Lock(), threading.Lock(), queue.SimpleQueue()
         self.scorer, self.reconstructed = None, {}  # of a stage-1 checkpoint, features of the real clips
         self.training = {}  # stage-1 checkpoint -> lock of who trains it
@@ -154,7 +151,7 @@ class Study:
     def call(self, stage, *options):
         """Train "vae" or "dit" (studies/variants.py), on a GPU of its own where there are some; returns what it printed."""
         command = ["-m", "studies.variants", stage, *map(str, options)]
-        env = os.environ | {"OMP_NUM_THREADS": str(max(1, CORES // self.jobs))}
+        env = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
         env["PYTHONPATH"] = utils.python_path(Path(__file__).parent.parent)
         place = self.places.get()
         if self.gpus:
@@ -327,7 +324,7 @@ def main():
     utils.check_positive(config, "seeds", "clips", "judge_clips")
     study, names = Study(config), config.only or list(TABLES)
     if not study.gpus:
-        torch.set_num_threads(max(1, CORES // study.jobs))
+        torch.set_num_threads(study.threads)
     pool = ThreadPoolExecutor(study.jobs)
     try:
         list(pool.map(lambda run: study.run(*run), plan(names, 0 if config.report else config.seeds)))

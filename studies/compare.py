@@ -95,11 +95,7 @@ class Shape:
 class Pixels(nn.Module):
     """No first stage: tokens are space-time patches of pixels, [B, T/8 * H/8 * W/8, 8 * 3 * 8 * 8]."""
 
-    patch = (
-        8,
-        8,
-        8,
-    )  # frames, pixels, pixels: of two frames, a step takes 3.5 times as long
+    patch = (8, 8, 8)  # frames, pixels, pixels; with two frames a step takes 3.5 times as long
 
     def __init__(self, num_frames, resolution):
         super().__init__()
@@ -127,9 +123,8 @@ class Pixels(nn.Module):
 
 
 class Frames(nn.Module):
-    """A convolutional KL autoencoder, frame by frame: tokens are 2 × 2 pixels of its latent frames, [B, T * H/16 * W/16, 16].
-
-    2 × 2, as Latte has them: of one pixel, a step takes about four times as long.
+    """A convolutional KL autoencoder, frame by frame: tokens are 2 × 2 pixels of its latent frames, as Latte's are:
+    [B, T * H/16 * W/16, 16].
     """
 
     def __init__(self, num_frames, resolution):

@@ -172,7 +172,7 @@ def main():
     rows = [row for row in read_rows(path, COLUMNS) if row["settings"] == settings(config)]
     done = {(row["row"], int(row["seed"])) for row in rows}
     wanted = [(row, seed) for seed in range(config.seeds) for row in config.only or ROWS]
-    with ThreadPoolExecutor(config.jobs or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(config.jobs or utils.cores()) as pool:
         for row in pool.map(lambda key: run(config, *key), [key for key in wanted if key not in done]):
             add_row(path, COLUMNS, row)
             rows.append(row)

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import functools
+import os
 import shlex
 import subprocess
 import sys
@@ -215,3 +216,10 @@ class Brightness(torch.nn.Module):
     def forward(self, clips):
         brightness = clips.mean((1, 2, 3, 4))
         return torch.stack([-brightness, brightness], 1)
+
+
+def test_a_study_takes_the_cores_that_it_may_use(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {2, 3, 5, 7}, raising=False)
+    for jobs, found in ((0, (4, 1)), (1, (1, 4)), (8, (8, 1))):
+        study = ablate.Study(ablate.Config(out_dir=str(tmp_path), jobs=jobs))
+        assert (study.jobs, study.threads) == found
