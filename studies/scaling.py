@@ -1,6 +1,7 @@
 """How far does size go? FVD against the FLOPs of training, for decoders and denoisers of three sizes, and for larger ones.
 
 python -m studies.scaling                     the built-in shapes: two hours of a core
+python -m studies.scaling --larger            trains what the laws are asked about as well: for a GPU
 python -m studies.scaling --report            prints and draws what is done
 
 Stage 1 is trained at each of WIDTHS, and judged by the FVD of reconstructions. Stage 2 is trained at each of DENOISERS, on the
@@ -41,7 +42,7 @@ from nerv import NeRVConfig
 
 WIDTHS = {"width 16": 16, "width 32": 32, "width 48": 48}  # channels of the decoder; nano has 32
 DENOISERS = {"1 M": (96, 6, 3), "4 M": (192, 6, 6), "16 M": (384, 6, 12)}  # width, depth, heads; nano has 4 M
-LARGER = {1: ("width 128, as preset S has it", 128), 2: ("458 M, DiT-L", (1024, 24, 16))}  # what the laws are asked about
+LARGER = {1: {"width 128": 128}, 2: {"458 M, DiT-L": (1024, 24, 16)}}  # what the laws are asked about; preset S has 128
 COLUMNS = ["stage", "size", "steps", "settings", "revision", "seconds", "flops", "clips", "fvd", "psnr"]
 
 
@@ -51,6 +52,7 @@ class Config:
     data_dir: str = option("data", "", "where it is")
     cache_dir: str = option("data", "data/cache", "directory of the caches of decoded frames")
     report: bool = option("what", False, "run nothing, print and draw what is done")
+    larger: bool = option("what", False, "train what the laws are asked about as well, as long as they are asked about it")
     stages: list = option("what", [1, 2], "stages to run", nargs="+", type=int, choices=[1, 2])
     vae_steps: list = option("training", [250, 500, 1000], "steps of stage 1, one training each", nargs="+", type=int)
     dit_steps: list = option("training", [100, 200, 400], "steps of stage 2, one training each", nargs="+", type=int)
@@ -104,7 +106,7 @@ class Study:
     """The trainings and their judge, whose real clips are the same for all."""
 
     def __init__(self, config):
-        self.config, self.out = config, Path(config.out_dir)
+        self.config, self.out, self.device = config, Path(config.out_dir), utils.pick_device("auto")
         self.detector = None
 
     def judge(self, clips):
@@ -116,20 +118,21 @@ class Study:
         if self.detector is None:
             held_out = data.open_dataset(source, "test", classes)
             frames, labels = read(held_out, spread_over(held_out, self.config.clips))
-            self.detector = fvd.load_detector(self.config.features, "videogpt", device=utils.pick_device("auto"))
+            self.detector = fvd.load_detector(self.config.features, "videogpt", device=self.device)
             self.real, self.labels, self.real_features = to_clip(frames), torch.from_numpy(labels), self.detector(frames)
 
     def train1(self, size, steps):
         """Stage 1 of a width -> its row of runs.csv."""
-        c, path, began = self.config, self.out / f"vae_{WIDTHS[size]}_{steps}.pt", time.time()
+        width = (WIDTHS | LARGER[1])[size]
+        c, path, began = self.config, self.out / f"vae_{width}_{steps}.pt", time.time()
         where = ["--dataset", c.dataset, "--data-dir", c.data_dir, "--cache-dir", c.cache_dir]
-        argv = [*where, *shlex.split(c.vae_options), "--width", WIDTHS[size], "--steps", steps, "--seed", c.seed]
+        argv = [*where, *shlex.split(c.vae_options), "--width", width, "--steps", steps, "--seed", c.seed]
         vae.main([*map(str, argv), "--out", str(path), "--run-dir", str(path.with_suffix(""))])
         seconds = round(time.time() - began)
         ckpt = checkpoints.load(path, "vae", "python vae.py")
-        network, settings = vae.load_vae(ckpt), vae.clips_of(ckpt)
+        network, settings = vae.load_vae(ckpt).to(self.device), vae.clips_of(ckpt)
         self.open(settings, ckpt["classes"])
-        made = reconstruct(network, self.real, torch.device("cpu"))
+        made = reconstruct(network, self.real, self.device)
         return {
             "seconds": seconds,
             "flops": stage1_flops(network, settings.decode_frames),
@@ -141,15 +144,17 @@ class Study:
     def train2(self, size, steps):
         """Stage 2 of a denoiser -> its row of runs.csv. All have one cache of latents, which --out names."""
         c, path, began = self.config, self.out / "dit.pt", time.time()
-        names = zip(("--width", "--depth", "--heads"), map(str, DENOISERS[size]))
+        names = zip(("--width", "--depth", "--heads"), map(str, (DENOISERS | LARGER[2])[size]))
         argv = ["--ckpt", base(c), "--cache-dir", c.cache_dir, *shlex.split(c.dit_options), "--steps", steps, "--seed", c.seed]
         argv += [word for pair in names for word in pair]
-        dit.main([*map(str, argv), "--out", str(path), "--run-dir", str(self.out / f"dit_{size.replace(' ', '')}_{steps}")])
+        dit.main([*map(str, argv), "--out", str(path), "--run-dir", str(self.out / f"dit_{size.split()[0]}M_{steps}")])
         seconds = round(time.time() - began)
         ckpt = checkpoints.load(path, "dit", "python dit.py")
         model, network, scale = dit.load_dit(ckpt)
+        model, network = model.to(self.device), network.to(self.device)
         self.open(vae.clips_of(ckpt["vae"]), ckpt["classes"])
-        parts = [dit.generate(model, y, guidance=1, seed=c.seed + k) for k, y in enumerate(self.labels.split(64))]
+        labels = self.labels.to(self.device).split(64)
+        parts = [dit.generate(model, y, guidance=1, seed=c.seed + k) for k, y in enumerate(labels)]
         made = vae.decode(network, torch.cat(parts) / scale, torch.arange(network.nerv_config.num_frames))
         settings = ckpt["config"]
         return {
@@ -172,9 +177,15 @@ def base(c):
     return Path(c.out_dir) / f"vae_{WIDTHS['width 32']}_{max(c.vae_steps)}.pt"
 
 
+def asked(c, stage):
+    """For how many steps the law of a stage is asked about the larger network: as long as the longest run, and ten times."""
+    longest = max(c.vae_steps if stage == 1 else c.dit_steps)
+    return longest, 10 * longest
+
+
 def larger_flops(stage, ckpt):
     """FLOPs per clip of the network that the law of a stage is asked about; ckpt: of any run of the stage."""
-    size = LARGER[stage][1]
+    (size,) = LARGER[stage].values()
     if stage == 1:
         sizes = NeRVConfig(**ckpt["nerv_config"] | {"width": size})
         return stage1_flops(vae.VAE(sizes, vae.EncoderConfig(**ckpt["encoder_config"])), ckpt["config"]["decode_frames"])
@@ -195,19 +206,21 @@ def report(config, rows):
         lines = [[r["size"], r["steps"], f"{float(r['flops']) / 1e9:.3g}", f"{float(r['flops']) * int(r['clips']):.2e}",
                   f"{float(r['fvd']):.1f}", r["psnr"], r["seconds"]] for r in done]  # fmt: skip
         table(["size", "steps", "GFLOP per clip", "FLOP in all", name, "PSNR, dB", "seconds"], lines)
-        points = [(float(r["flops"]), int(r["clips"]), float(r["fvd"])) for r in done]
+        points = [(float(r["flops"]), int(r["clips"]), float(r["fvd"])) for r in done if r["size"] not in LARGER[stage]]
         law = Law(points) if len({p[0] for p in points}) > 1 and len({p[1] for p in points}) > 1 and len(points) > 3 else None
         if law:
             (_, a, b), (_, da, db) = law.found, law.errors
             print(f"\nFVD falls as (FLOPs per clip)^-{a:.2f} (± {da:.2f}) and as clips^-{b:.2f} (± {db:.2f}), standard errors;")
             print(f"single runs are {100 * (math.exp(math.sqrt(law.variance)) - 1):.0f} % from the law")
-            path = base(config) if stage == 1 else out / "dit.pt"
+            path, (larger,) = base(config) if stage == 1 else out / "dit.pt", LARGER[stage]
             if path.is_file():
                 flops = larger_flops(stage, checkpoints.load(path, ("vae", "dit")[stage - 1], "this study"))
-                for clips in (max(p[1] for p in points), 10 * max(p[1] for p in points)):
+                for steps in asked(config, stage):
+                    clips = steps * max(p[1] for p in points) // asked(config, stage)[0]
                     value, least, most = law(flops, clips)
-                    print(f"{LARGER[stage][0]}, {flops / 1e9:.3g} GFLOP per clip, {clips:,} clips: "
-                          f"predicted {value:.1f} ({least:.1f} to {most:.1f})")  # fmt: skip
+                    found = [f"{float(r['fvd']):.1f}" for r in done if (r["size"], int(r["steps"])) == (larger, steps)]
+                    print(f"{larger}, {flops / 1e9:.3g} GFLOP per clip, {clips:,} clips: predicted {value:.1f} "
+                          f"({least:.1f} to {most:.1f}), measured {', '.join(found) or 'not yet'}")  # fmt: skip
         panels.append((stage, name, done, law))
     if panels:
         draw(out / "scaling.png", panels)
@@ -220,9 +233,9 @@ def draw(path, panels):
     for ax, (stage, name, done, law) in zip(axes, panels):
         for k, size in enumerate(dict.fromkeys(row["size"] for row in done)):
             runs = sorted((int(r["clips"]), float(r["flops"]), float(r["fvd"])) for r in done if r["size"] == size)
-            total, colour = [clips * flops for clips, flops, _ in runs], (plot.BLUE, plot.RED, plot.GREEN)[k % 3]
-            ax.plot(total, [value for *_, value in runs], "os^"[k % 3], color=colour, label=size, markersize=5)
-            if law:
+            total, colour = [clips * flops for clips, flops, _ in runs], (plot.BLUE, plot.RED, plot.GREEN, plot.INK)[k % 4]
+            ax.plot(total, [value for *_, value in runs], "os^D"[k % 4], color=colour, label=size, markersize=5)
+            if law and size not in LARGER[stage]:
                 ax.plot(total, [law(flops, clips)[0] for clips, flops, _ in runs], "--", color=colour, linewidth=1)
         ax.set(xlabel=f"FLOPs of training, stage {stage}", ylabel=name)
         plot.logarithmic(ax.xaxis), plot.logarithmic(ax.yaxis)
@@ -240,6 +253,8 @@ def main(argv=None):
     rows = read_rows(path, COLUMNS)
     plan = [(1, size, steps) for steps in config.vae_steps for size in WIDTHS]
     plan += [(2, size, steps) for steps in config.dit_steps for size in DENOISERS]
+    if config.larger:
+        plan += [(stage, size, steps) for stage in (2, 1) for size in LARGER[stage] for steps in asked(config, stage)]
     done = {(row["stage"], row["size"], row["steps"], row["settings"]) for row in rows}
     for stage, size, steps in plan:
         key = (str(stage), size, str(steps), settings(config, stage))

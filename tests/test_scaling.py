@@ -41,15 +41,19 @@ def test_flops_grow_as_products_do():
 def test_a_small_study_runs_is_drawn_and_is_not_run_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scaling, "WIDTHS", {"width 16": 16, "width 32": 32})
     monkeypatch.setattr(scaling, "DENOISERS", {"tiny": (24, 1, 2)})
-    argv = ["--vae-steps", "1", "2", "--dit-steps", "1", "--clips", "2", "--features", "random", "--vae-options", TINY]
-    argv += ["--dit-options", "--num-latents 16 --refine 0 --batch-size 4 --principal 0 0", "--out-dir", str(tmp_path / "out")]
+    monkeypatch.setattr(scaling, "LARGER", {1: {"width 48": 48}, 2: {"small": (48, 1, 2)}})
+    argv = ["--larger", "--vae-steps", "1", "2", "--dit-steps", "1", "--clips", "2", "--features", "random"]
+    argv += ["--vae-options", TINY, "--dit-options", "--num-latents 16 --refine 0 --batch-size 4 --principal 0 0"]
+    argv += ["--out-dir", str(tmp_path / "out")]
     scaling.main(argv)
     printed = capsys.readouterr().out
-    assert "FVD falls as" in printed and "width 128" in printed and (tmp_path / "out" / "scaling.png").is_file()
+    assert "FVD falls as" in printed and printed.count("width 48, ") == 2 and "not yet" not in printed
+    assert (tmp_path / "out" / "scaling.png").is_file()
     with open(tmp_path / "out" / "runs.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["stage"], row["size"], row["clips"]) for row in rows] == [
         ("1", "width 16", "4"), ("1", "width 32", "4"), ("1", "width 16", "8"), ("1", "width 32", "8"), ("2", "tiny", "4"),
+        ("2", "small", "4"), ("2", "small", "40"), ("1", "width 48", "8"), ("1", "width 48", "80"),
     ]  # fmt: skip
     assert all(float(row["fvd"]) > 0 and float(row["flops"]) > 0 for row in rows)
     monkeypatch.setattr(scaling.Study, "train1", None)
