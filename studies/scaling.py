@@ -135,7 +135,7 @@ class Study:
         made = reconstruct(network, self.real, self.device)
         return {
             "seconds": seconds,
-            "flops": stage1_flops(network, settings.decode_frames),
+            "flops": stage1_flops(network.cpu(), settings.decode_frames),
             "clips": steps * settings.batch_size,
             "fvd": self.judge(made),
             "psnr": round(vae.psnr(self.real, made), 2),
