@@ -497,7 +497,7 @@ def explain(config):
         )
         tokens = vae.to(device).weight_tokens(tokens / scale)
         head, count = vae.nerv.to_rgb, vae.nerv_config.num_frames
-        kernel, edges = head.kernel(tokens)[0], "replicate" if head.antialias else "constant"
+        kernel, edges = head.kernel(tokens)[0], "replicate" if head.repeats else "constant"
         run = functools.partial(vae.nerv, tokens)
         title += " (its shared pictures are no kernels, and not in the maps)" if vae.nerv.pictures else ""
     elif container.Reader(path).header.get("kind") == "codec":

@@ -17,6 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+PADDINGS = ("zeros", "replicate")  # what is beyond the edge of a map
+
 
 @dataclass
 class NeRVConfig:
@@ -32,7 +34,8 @@ class NeRVConfig:
     stem_fraction: int = 1  # the first layer's generated block is [48/f, D/f]: f = 1 in S, 2 in B and L
     pos_dim: int = 16  # sinusoidal dimensions each for time, height and width
     pos_size: int = 8  # h = w of the position code (Table 2c)
-    antialias: bool = False  # a filter after each upsampling, and edges repeated: not the paper's, against meshes and rims
+    padding: str = "zeros"  # one of PADDINGS; "replicate" is more of the same: not the paper's, against dark rims
+    antialias: bool = False  # a filter after each upsampling: not the paper's, against a mesh; what is sharp it blurs
     pictures: int = 0  # K pictures that all videos share (Pictures, below): not the paper's, for videos of one scene
 
     def __post_init__(self):
@@ -46,6 +49,8 @@ class NeRVConfig:
             )
         if self.num_frames < 1 or self.num_tokens < 1 or self.token_dim < 1:
             raise ValueError("num_frames, num_tokens and token_dim must be positive")
+        if self.padding not in PADDINGS:
+            raise ValueError(f"padding {self.padding}: use {' or '.join(PADDINGS)}")
         if not 0 <= self.pictures <= self.num_tokens * self.token_dim:
             raise ValueError(
                 f"pictures {self.pictures}: each takes a number or more, and tokens are {self.num_tokens} x {self.token_dim}"
@@ -58,7 +63,7 @@ class NeRVConfig:
 
 
 CONFIGS = {
-    "nano": NeRVConfig(resolution=32, num_tokens=32, token_dim=16, width=32, last_factor=1, block=32, antialias=True),
+    "nano": NeRVConfig(resolution=32, num_tokens=32, token_dim=16, width=32, last_factor=1, block=32, padding="replicate"),
     "S": NeRVConfig(width=128),
     "B": NeRVConfig(width=256, stem_fraction=2),
     "L": NeRVConfig(width=512, stem_fraction=2),
@@ -104,7 +109,8 @@ class ModulatedConv(nn.Module):
     def __init__(self, config, in_ch, out_ch, kernel_size, block_in, block_out, upsample=False, gain=1.0):
         super().__init__()
         k = kernel_size
-        self.in_ch, self.out_ch, self.upsample, self.antialias = in_ch, out_ch, upsample, config.antialias
+        self.in_ch, self.out_ch, self.upsample = in_ch, out_ch, upsample
+        self.repeats, self.antialias = config.padding == "replicate", config.antialias
         self.kernel_shape = (out_ch, in_ch, k, k)
         self.block_shape = (block_out, block_in, k, k)
         entries = math.prod(self.block_shape)
@@ -160,7 +166,7 @@ class ModulatedConv(nn.Module):
         if x.is_cuda:
             weight = weight.contiguous()  # or cuDNN would take it for a wish to have every map channels-last
         padding = 1 if self.upsample else weight.shape[-1] // 2
-        if self.antialias and padding:  # beyond the edge is more of the same and not zero, which shows as a dark rim
+        if self.repeats and padding:  # beyond the edge is more of the same and not zero, which shows as a dark rim
             x = F.pad(x, (padding,) * 4, mode="replicate")
             padding = 3 if self.upsample else 0  # of a transposed convolution it is what is cut off
         if self.upsample:

@@ -312,7 +312,7 @@ def fine_power(frames):
 
 
 SIZES = ("resolution", "num_frames", "num_tokens", "token_dim", "width", "pos_size")  # of the decoder, as options
-DECODER = (*SIZES, "antialias", "pictures")
+DECODER = (*SIZES, "padding", "antialias", "pictures")
 
 
 @dataclass
@@ -336,7 +336,8 @@ class Config:
     token_dim: int = option("model", 128, "d, width of a token")
     width: int = option("model", 128, "D, channels of the decoder; its last block has 2D (nano: D)")
     pos_size: int = option("model", 8, "h = w of the position code (Table 2c)")
-    antialias: bool = option("model", False, "a filter after each upsampling, and edges repeated, not zero")
+    padding: str = option("model", "zeros", "beyond the edge of a map; nano repeats it", choices=nerv.PADDINGS)
+    antialias: bool = option("model", False, "a filter after each upsampling; on for the built-in shapes")
     pictures: int = option("model", 0, "pictures that all videos share, for videos of one scene; 0 is the paper's")
     mixing: int = option("model", 0, "heads of the encoder with which tokens read patches by fixed weights; 0 is the paper's")
     steps: int = option("training", 2_000_000, "optimizer steps")
@@ -387,7 +388,7 @@ def preset_defaults(args):
     defaults |= {"preset": name} | data.DEFAULTS.get(args.dataset, {})
     if name == "nano":  # small enough for two CPU cores, and nothing to download
         defaults.update(steps=2000, batch_size=16, decode_frames=2, lr=1.5e-3, warmup=50, kl_weight=1e-6, ema=0.99)
-        defaults.update(optimizer="muon", renorm=0.3)  # see docs/sharp.md
+        defaults.update(optimizer="muon", renorm=0.3, antialias=args.dataset in ("shapes", "shapes-long"))  # see docs/sharp.md
         defaults.update(
             lpips="none",
             lpips_weight=0.05,

@@ -3,7 +3,7 @@
 A checkpoint is one torch.save'd dictionary of tensors, numbers and strings, so that it loads with weights_only=True and never
 executes code:
 
-    format    "nerv-diffusion 4"
+    format    "nerv-diffusion 5"
     stage     "vae", "dit", "vin" or "codec"; "fit" is the state of fit.py, which has format and revision alone of the rest
     step      finished steps; with config["seed"] it says which clips and random numbers come next (Stream, step_generator)
     config    the settings of the script that wrote it, {name: value}
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from common.utils import UserError, git_revision
 
-FORMAT = "nerv-diffusion 4"
+FORMAT = "nerv-diffusion 5"
 
 
 def save(path, final=True, **content):

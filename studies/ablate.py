@@ -59,10 +59,9 @@ TABLES = {
         ("bilinear", 287, "--upsampling bilinear", ""), ("pixelshuffle", 254, "--upsampling pixelshuffle", ""),
         ("transposed", 248, "", ""),
     ]),
-    "2d-size": ("upsampling, at nano's kernel entries, and without the filter after transposed convolutions", [
+    "2d-size": ("upsampling, at nano's kernel entries", [
         ("bilinear, width 36", 287, "--upsampling bilinear --width 36", ""),
-        ("pixelshuffle, width 26", 254, "--upsampling pixelshuffle --width 26", ""),
-        ("transposed, no filter", 248, "--no-antialias", ""), ("transposed", 248, "", ""),
+        ("pixelshuffle, width 26", 254, "--upsampling pixelshuffle --width 26", ""), ("transposed", 248, "", ""),
     ]),
     "2e": ("side connection", [
         ("none", 248, "--side none", ""), ("skip", 235, "--side skip", ""), ("residual", 219, "", ""),

@@ -31,7 +31,7 @@ from vae import fine_power, load_vae, psnr, reconstruct
 
 # Name -> options of vae.py. "before" is nano as it was; each of the others is nano with one thing as it was, or one thing more.
 ROWS = {
-    "before": "--optimizer adamw --lr 1e-3 --renorm 1 --no-antialias --mixing 0",
+    "before": "--optimizer adamw --lr 1e-3 --renorm 1 --padding zeros --no-antialias --mixing 0",
     "nano": "",
     "adamw": "--optimizer adamw --lr 1e-3",
     "muon at 1e-3": "--lr 1e-3",
@@ -39,9 +39,10 @@ ROWS = {
     "batch norm throughout": "--renorm 1",
     "renorm from the middle on": "--renorm 0.5",
     "renorm from the start": "--renorm 0",
-    "no filter, zero edges": "--no-antialias",
+    "zero edges": "--padding zeros",
+    "no filter": "--no-antialias",
+    "filter": "--antialias",  # the shapes have it
     "LPIPS": "--lpips alex",
-    "LPIPS, no filter, zero edges": "--lpips alex --no-antialias",
     "LPIPS, twice the weight": "--lpips alex --lpips-weight 0.1",
     "LPIPS, the paper's weight": "--lpips alex --lpips-weight 1",
     "4 frames a step": "--decode-frames 4",
