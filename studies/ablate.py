@@ -48,11 +48,12 @@ TABLES = {
         ("none", 570, "--reuse none", ""), ("direct", 562, "--reuse direct", ""), ("multihead", 283, "", ""),
     ]),
     "2c": ("size of the position code", [
-        ("1 x 1", 283, "--pos-size 1", ""), ("4 x 4", 269, "--pos-size 4", ""), ("16 x 16", 277, "--pos-size 16", ""),
-        ("8 x 8", 254, "", ""),
+        ("1 x 1", 283, "--pos-size 1 --padding zeros", ""),  # with repeated edges hardly anything tells pixels apart
+        ("4 x 4", 269, "--pos-size 4", ""), ("16 x 16", 277, "--pos-size 16", ""), ("8 x 8", 254, "", ""),
     ]),
     "2c-size": ("size of the position code, at nano's 75 thousand kernel entries", [  # at one width, smaller codes have more
-        ("1 x 1, width 20", 283, "--pos-size 1 --width 20", ""), ("4 x 4, width 26", 269, "--pos-size 4 --width 26", ""),
+        ("1 x 1, width 20", 283, "--pos-size 1 --width 20 --padding zeros", ""),
+        ("4 x 4, width 26", 269, "--pos-size 4 --width 26", ""),
         ("16 x 16, width 46", 277, "--pos-size 16 --width 46", ""), ("8 x 8", 254, "", ""),
     ]),
     "2d": ("upsampling", [

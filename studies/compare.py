@@ -353,8 +353,8 @@ def run(method, lr, seed, config):
 def settings(config, method):
     """All that a run of a method depends on, as runs.csv has it."""
     own = f"{config.vae_options} | {config.dit_options}" if method == "ours" else f"{config.rival_options} | {config.lpips}"
-    size = f"{config.num_frames} x {config.resolution}"
-    return f"{config.dataset} {config.data_dir} {size} | {config.minutes:g} min, {config.first:g} | {own} | {config.videos}"
+    clips = f"{config.dataset} {config.data_dir} {config.num_frames} x {config.resolution}"
+    return f"{clips} | {config.minutes:g} min, {config.first:g}, bf16 {config.bf16} | {own} | {config.videos}"
 
 
 def main(argv=None):
