@@ -29,7 +29,8 @@ from common.cache import FrameCache, prepare
 from common.drawn import CELL, CLONE, Shapes, Sprites
 from common.utils import UserError, option
 
-DRAWN = ("shapes", "shapes-long", "sprites")  # small, and nothing of them is a file of a video
+SHAPES = ("shapes", "shapes-long")  # built in
+DRAWN = (*SHAPES, "sprites")  # small, and nothing of them is a file of a video
 DATASETS = (*DRAWN, "folder", "ucf", "kinetics", "taichi", "sky")
 # Options of each, unless named: the paper's stride; one loop at the size it is drawn at.
 DEFAULTS = {"taichi": {"stride": 4}, "sprites": {"resolution": CELL, "num_frames": 8}}
@@ -328,7 +329,7 @@ def open_dataset(config, role, classes=None):
     and a class that is not in it is an error. Small data sets are prepared at once (AUTO_CACHE); larger ones are read from
     their cache where there is one, and decoded as training goes where there is none.
     """
-    if config.dataset in ("shapes", "shapes-long"):
+    if config.dataset in SHAPES:
         period = LONG_PERIOD if config.dataset == "shapes-long" else 0
         return Shapes(role, config.resolution, config.num_frames, period=period)
     if config.dataset == "sprites":
@@ -500,7 +501,7 @@ def main():
         train, test = (open_dataset(config, role) for role in ("train", "test"))
         print(f"{len(train.characters)} characters to train on and {len(test.characters)} held out, in {train.root}")
         print(f"each in {len(train.classes)} classes: {', '.join(train.classes)}")
-    elif config.dataset not in ("shapes", "shapes-long"):
+    elif config.dataset not in SHAPES:
         root, items, _, notes = find_videos(config, "train")
         if config.prepare or config.verify:
             directory = cache_directory(config, root, decoded_size(config, "train"))

@@ -388,7 +388,7 @@ def preset_defaults(args):
     defaults |= {"preset": name} | data.DEFAULTS.get(args.dataset, {})
     if name == "nano":  # small enough for two CPU cores, and nothing to download
         defaults.update(steps=2000, batch_size=16, decode_frames=2, lr=1.5e-3, warmup=50, kl_weight=1e-6, ema=0.99)
-        defaults.update(optimizer="muon", renorm=0.3, antialias=args.dataset in ("shapes", "shapes-long"))  # see docs/sharp.md
+        defaults.update(optimizer="muon", renorm=0.3, antialias=args.dataset in data.SHAPES)  # see docs/sharp.md
         defaults.update(
             lpips="none",
             lpips_weight=0.05,
