@@ -74,6 +74,7 @@ class Config:
         "--num-latents 4500 --principal 0 0 --batch-size 32 --scheduled-sampling 0",
         "those of dit.py for the others, in quotes",
     )
+    frames_width: int = option("training", 32, "channels of the frames' autoencoder at full resolution, a multiple of 16")
     videos: int = option("judging", 256, "clips of each kind, or all held-out ones")
     features: str = option("judging", "i3d", "of FVD; random takes no weights", choices=["i3d", "random"])
     lpips: str = option("judging", "alex", "backbone of LPIPS, in the loss of frames too", choices=["vgg", "alex", "none"])
@@ -127,14 +128,14 @@ class Frames(nn.Module):
     [B, T * H/16 * W/16, 16].
     """
 
-    def __init__(self, num_frames, resolution):
+    def __init__(self, num_frames, resolution, width=32):
         super().__init__()
         try:
             from diffusers.models import AutoencoderKL
         except ImportError:
             raise UserError("the autoencoder is of diffusers: pip install -r studies/requirements.txt") from None
         self.net = AutoencoderKL(
-            block_out_channels=(32, 64, 128, 128),
+            block_out_channels=(width, 2 * width, 4 * width, 4 * width),
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
             layers_per_block=1,
@@ -192,7 +193,9 @@ def load_rival(ckpt):
     """The first stage of a checkpoint: a rival's, or ours."""
     if ckpt["decoder"] not in ("Pixels", "Frames"):
         return vae.load_vae(ckpt)
-    rival = {"Pixels": Pixels, "Frames": Frames}[ckpt["decoder"]](ckpt["config"]["num_frames"], ckpt["config"]["resolution"])
+    clips = ckpt["config"]["num_frames"], ckpt["config"]["resolution"]
+    frames = ckpt["decoder"] == "Frames"
+    rival = Frames(*clips, len(ckpt["ema"]["net.encoder.conv_in.weight"])) if frames else Pixels(*clips)
     rival.load_state_dict(ckpt["ema"])
     return rival.eval().requires_grad_(False)
 
@@ -270,8 +273,10 @@ def train(method, lr, seed, config, out):
         settings |= {"resolution": config.resolution, "num_frames": config.num_frames}
         source = vae.Config(**settings)
         train_set = data.open_dataset(source, "train")
-        network = {"frames": Frames, "pixels": Pixels}[method](config.num_frames, config.resolution)
-        if method == "frames":
+        if method == "pixels":
+            network = Pixels(config.num_frames, config.resolution)
+        else:
+            network = Frames(config.num_frames, config.resolution, config.frames_width)
             network, steps[0] = train_frames(network, train_set, config, METHODS[method][0] * lr, seed, config.first * seconds)
         checkpoints.save(
             vae_pt, True, stage="vae", step=steps[0], config=dataclasses.asdict(source), classes=list(train_set.classes),
@@ -353,6 +358,7 @@ def run(method, lr, seed, config):
 def settings(config, method):
     """All that a run of a method depends on, as runs.csv has it."""
     own = f"{config.vae_options} | {config.dit_options}" if method == "ours" else f"{config.rival_options} | {config.lpips}"
+    own += f" | width {config.frames_width}" if method == "frames" else ""
     clips = f"{config.dataset} {config.data_dir} {config.num_frames} x {config.resolution}"
     return f"{clips} | {config.minutes:g} min, {config.first:g}, bf16 {config.bf16} | {own} | {config.videos}"
 
