@@ -407,12 +407,11 @@ def report(rows, config):
     columns = ["rFVD", "PSNR", "LPIPS", "gFVD", "agreement", "diversity", "nearest", "seconds a clip"]
     lines = [[runs[0]["method"], runs[0]["lr"], runs[0]["numbers"], *(spread(runs, name) for name in columns)] for runs in best]
     table(["method", "lr", "numbers", *columns], lines)
-    out, clips, titles = Path(config.out_dir), [], []
-    shown = [torch.load(out / f"{row['method']}_{row['lr']}_{row['seed']}" / "shown.pt") for row, *_ in best]
-    for k in range(min(2, len(shown[0]))):
-        clips += [generated[k] for generated in shown]
-        titles += [runs[0]["method"] for runs in best]
-    write_sheet(out / "sheet.png", clips, titles)
+    out = Path(config.out_dir)
+    paths = {row["method"]: out / f"{row['method']}_{row['lr']}_{row['seed']}" / "shown.pt" for row, *_ in best}
+    shown = {method: torch.load(path) for method, path in paths.items() if path.is_file()}  # not of runs made elsewhere
+    if shown:
+        write_sheet(out / "sheet.png", [clips[k] for k in range(2) for clips in shown.values()], [*shown] * 2)
 
 
 if __name__ == "__main__":

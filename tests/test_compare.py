@@ -1,6 +1,7 @@
 """The study of what one would use instead: its rivals, and one small run of each."""
 
 import csv
+from pathlib import Path
 from unittest.mock import ANY
 
 import numpy as np
@@ -8,7 +9,10 @@ import pytest
 import torch
 
 import dit
+from common.tables import read_rows
 from studies import compare
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_pixels_lead_back_and_are_patches_in_order_of_time_and_place():
@@ -72,6 +76,13 @@ def coarse(frames, names=None):
 coarse.meta = {"features": "random frames"}
 
 
+def test_the_committed_runs_of_the_comparison_can_be_gone_on_with():
+    rows = read_rows(ROOT / "docs" / "compare.csv", compare.COLUMNS)
+    config = compare.Config(minutes=30, bf16="off")
+    found = {(row["method"], row["lr"]) for row in rows if row["settings"] == compare.settings(config, row["method"])}
+    assert found == {("frames", "0.5"), ("frames", "1"), ("frames", "2"), ("pixels", "1")}
+
+
 @pytest.mark.parametrize("method", compare.METHODS)
 def test_a_method_is_trained_judged_and_not_trained_again(method, tmp_path, monkeypatch, capsys):
     if method == "frames":
@@ -94,6 +105,10 @@ def test_a_method_is_trained_judged_and_not_trained_again(method, tmp_path, monk
     capsys.readouterr()
     compare.main(argv)
     assert method in capsys.readouterr().out
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/runs.csv").write_bytes((tmp_path / "out/compare/runs.csv").read_bytes())  # of runs made elsewhere
+    compare.main([*argv, "--out-dir", "other"])
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["runs.csv"]
     (tmp_path / "out/compare/runs.csv").unlink()  # as if it had been stopped while it was judged
     compare.main(argv)
     with open("out/compare/runs.csv", newline="") as file:
