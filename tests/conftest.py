@@ -28,6 +28,8 @@ import vae  # noqa: E402
 import vin  # noqa: E402
 from common import utils, video  # noqa: E402
 
+SMALL_DIT = ("--width", "48", "--depth", "2")  # for tests that are not about the denoiser: nano's takes seconds to sample
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "weights: takes pretrained weights, which make test-weights fetches first")
@@ -46,7 +48,14 @@ PROGRAMS = {f"{module.__name__}.py": module for module in (vae, dit, vin, sample
 
 
 @pytest.fixture
-def call(monkeypatch, tmp_path):
+def few_held_out(monkeypatch):
+    """Trainings of this process show and measure nine held-out clips, one of each shape, and not 64, which take seconds."""
+    fixed_clips = data.fixed_clips
+    monkeypatch.setattr(data, "fixed_clips", lambda dataset, count: fixed_clips(dataset, min(count, 9)))
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path, few_held_out):
     """call("vae.py", "--steps 2 …") runs a script in this process, in a directory of its own; returns the exit status."""
     monkeypatch.chdir(tmp_path)
 
@@ -86,7 +95,7 @@ def trained(tmp_path_factory):
     """A directory in which vae.py and dit.py have run for two steps: vae.pt, dit.pt, runs/vae, runs/dit."""
     cwd = tmp_path_factory.mktemp("trained")
     tiny = ("--steps", 2, "--batch-size", 4, "--seed", 1)
-    for args in (("vae.py", *tiny), ("dit.py", *tiny, "--num-latents", 8)):
+    for args in (("vae.py", *tiny), ("dit.py", *tiny, "--num-latents", 8, *SMALL_DIT)):
         done = script(*args, cwd=cwd)
         assert done.returncode == 0, done.stderr
     return cwd

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, script, write_mp4
+from conftest import ROOT, SMALL_DIT, script, write_mp4
 from PIL import Image
 
 import data
@@ -196,7 +196,10 @@ def interrupt(cwd, program, *args):
 
 def test_ctrl_c_leaves_checkpoints_that_work(tmp_path, call):
     said, saved = [], []
-    for program, stage, options in (("vae.py", "vae", ()), ("dit.py", "dit", ("--num-latents", "8"))):
+    for program, stage, options in (
+        ("vae.py", "vae", ("--num-frames", "4")),
+        ("dit.py", "dit", ("--num-latents", "8", *SMALL_DIT)),
+    ):
         status, out, err = interrupt(tmp_path, program, *options)
         assert status == 0 and "Traceback" not in err and messages(err) == []
         said.append(int(re.search(r"interrupted after (\d+) steps", out)[1]))

@@ -88,10 +88,10 @@ def test_a_method_is_trained_judged_and_not_trained_again(method, tmp_path, monk
     if method == "frames":
         pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
-    small = "--batch-size 4 --num-latents 16 --log-every 10"
+    small = "--batch-size 4 --num-latents 16 --log-every 10 --width 48 --depth 2"
     argv = f"--dataset shapes --resolution 32 --num-frames 8 --minutes 0.05 --seeds 1 --lrs 1 --bf16 off --methods {method}"
     argv = [*argv.split(), *"--features random --lpips none --videos 4 --judge-clips 32".split()]
-    argv += ["--vae-options", "--num-tokens 8 --token-dim 4 --batch-size 4 --lpips none", "--dit-options", small]
+    argv += ["--vae-options", "--num-tokens 8 --token-dim 4 --width 8 --batch-size 4 --lpips none", "--dit-options", small]
     argv += ["--rival-options", small + " --principal 0 0 --scheduled-sampling 0", "--frames-width", "16"]
     monkeypatch.setattr(compare, "nearest_clips", lambda clips, train_set: (clips * 0, None))
     monkeypatch.setattr("fvd.load_detector", lambda *args: coarse)  # I3D would take most of the time

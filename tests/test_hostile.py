@@ -120,7 +120,8 @@ def test_a_training_goes_through_and_one_with_bad_files_only_says_so(tmp_path, m
         write_mp4(tmp_path / "videos" / f"{i}", counting_clip(20))
     for name in ("a.mp4", "z.mp4"):
         (tmp_path / "videos" / name).write_text("no")
-    options = ("--preset", "nano", "--steps", 2, "--batch-size", 4, "--cache", mode, "--dataset", "folder", "--data-dir")
+    options = ("--preset", "nano", "--num-frames", 4, "--steps", 2, "--batch-size", 4, "--cache", mode)
+    options += ("--dataset", "folder", "--data-dir")
     done = script("vae.py", *options, "videos", cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "vae.pt").is_file(), done.stderr
     (tmp_path / "bad").mkdir()

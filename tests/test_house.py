@@ -1,15 +1,12 @@
 """The house in order: which files there are, who imports whom, and that each script says what it can do."""
 
 import ast
-import os
 import re
-import subprocess
+import runpy
 import sys
 
 import pytest
 from conftest import ROOT
-
-from common import utils
 
 ROOMS = ("common", "bench", "studies")
 FILES = {
@@ -52,12 +49,15 @@ def test_no_import_runs_in_a_circle_or_back_up():
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help(name, tmp_path):
-    command = [sys.executable, str(ROOT / f"{name}.py")] if "." not in name else [sys.executable, "-m", name]
-    env = os.environ | {"PYTHONPATH": utils.python_path(ROOT)}
-    done = subprocess.run([*command, "--help"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stderr == "" and not list(tmp_path.iterdir())
-    options = re.split(r"\n  --", done.stdout)[1:]
+def test_help(name, tmp_path, monkeypatch, capsys):
+    (path,) = (path for path, module in FILES.items() if module == name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(path), run_name="__main__")
+    printed = capsys.readouterr()
+    assert end.value.code == 0 and printed.err == "" and not list(tmp_path.iterdir())
+    options = re.split(r"\n  --", printed.out)[1:]
     if name == "studies.variants":  # all others are those of vae.py and dit.py
         return
     assert len(options) > 3 and all("(default:" in " ".join(option.split()) for option in options)

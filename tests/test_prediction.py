@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import script, write_mp4
+from conftest import SMALL_DIT, script, write_mp4
 
 import data
 import dit
@@ -25,7 +25,7 @@ def predictor(trained, tmp_path_factory):
     """A directory with a dit.pt of a few steps that goes on from 5 frames."""
     cwd = tmp_path_factory.mktemp("predictor")
     options = ("--ckpt", trained / "vae.pt", "--cond-frames", 5, "--steps", 4, "--batch-size", 8, "--num-latents", 16)
-    done = script("dit.py", *options, cwd=cwd)
+    done = script("dit.py", *options, *SMALL_DIT, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return cwd
 
@@ -89,8 +89,8 @@ def test_training_drops_the_class_alone_and_both_together(trained, tmp_path, mon
 
     monkeypatch.setattr(dit, "diffusion_loss", keep)
     monkeypatch.chdir(tmp_path)
-    options = "--cond-frames 5 --steps 1 --batch-size 512 --num-latents 64 --drop-condition 0.25 --preset nano"
-    monkeypatch.setattr("sys.argv", ["dit.py", "--ckpt", f"{trained}/vae.pt", *options.split()])
+    options = "--cond-frames 5 --steps 1 --batch-size 512 --num-latents 64 --refine 0 --drop-condition 0.25"
+    monkeypatch.setattr("sys.argv", ["dit.py", "--ckpt", f"{trained}/vae.pt", *options.split(), *SMALL_DIT])
     monkeypatch.setattr(dit, "generate", lambda model, labels, **_: torch.zeros(len(labels), 32, 16))
     dit.main()
     ((labels, given),) = seen
