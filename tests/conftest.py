@@ -55,7 +55,7 @@ def few_held_out(monkeypatch):
 
 
 @pytest.fixture
-def call(monkeypatch, tmp_path, few_held_out):
+def call(monkeypatch, tmp_path):
     """call("vae.py", "--steps 2 …") runs a script in this process, in a directory of its own; returns the exit status."""
     monkeypatch.chdir(tmp_path)
 

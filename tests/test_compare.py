@@ -1,18 +1,16 @@
 """The study of what one would use instead: its rivals, and one small run of each."""
 
 import csv
-from pathlib import Path
 from unittest.mock import ANY
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import dit
 from common.tables import read_rows
 from studies import compare
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_pixels_lead_back_and_are_patches_in_order_of_time_and_place():

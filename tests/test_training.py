@@ -27,7 +27,7 @@ import vae
 from common import checkpoints, memory, utils
 from common.utils import UserError
 
-TINY = "--resolution 16 --num-frames 4 --num-tokens 8 --token-dim 8"  # CPUs without bfloat16 take 50 times as long for it
+TINY = "--resolution 16 --num-frames 4 --num-tokens 8 --token-dim 8"  # CPUs without bfloat16 emulate it
 ADVERSARIAL = "--gan-weight 0.1 --gan-start 2 --gan-warmup 1 --gan-every 2 --r1-every 1 --gan-width 2"
 
 
@@ -132,7 +132,7 @@ def check_it_resumes(call, monkeypatch, program, options, steps):
 
 
 @pytest.mark.parametrize("name, threads", [*((name, 1) for name in RESUMES), ("stage 1, discriminator, bfloat16", 2)])
-def test_what_resumes_to_the_bit(call, trained, monkeypatch, name, threads):
+def test_what_resumes_to_the_bit(call, trained, few_held_out, monkeypatch, name, threads):
     program, options = RESUMES[name].split(maxsplit=1)
     if program == "dit.py":
         options += f" --ckpt {trained}/vae.pt {' '.join(SMALL_DIT)}"
