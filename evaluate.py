@@ -137,8 +137,8 @@ def load_judge(path, train_set, num_classes, config, device):
     """The judge of this evaluation, trained by the first process at the first call."""
     if utils.rank() == 0 and not path.is_file():
         judge = train_classifier(train_set, num_classes, config.judge_clips, device)
-        torch.save(judge.state_dict(), part := path.with_suffix(".part"))
-        os.replace(part, path)
+        with utils.whole_file(path) as f:
+            torch.save(judge.state_dict(), f)
     utils.wait_for_all()
     judge = Classifier(num_classes)
     judge.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -156,10 +156,15 @@ class Scorer:
     """
 
     def __init__(self, train_set, num_classes, count, judge_clips=4096, device="cpu", features="random"):
-        self.judge = train_classifier(train_set, num_classes, judge_clips, device)
+        self.train_judge = functools.partial(train_classifier, train_set, num_classes, judge_clips, device)
         self.detector = fvd.load_detector(features, device=device)
         self.frames, labels = read(train_set, spread_over(train_set, count))
         self.real, self.labels = self.detector(self.frames), torch.as_tensor(labels, device=device)
+
+    @functools.cached_property
+    def judge(self):
+        """Trained when it is asked for first: tables of stage 1 alone go without."""
+        return self.train_judge()
 
     def __call__(self, clips, reconstructed=None):
         features = self.detector(video.to_frames(clips))
@@ -236,9 +241,9 @@ def batches(directory, kind, indices, batch_size, measure, rank, world):
     with bar:
         for k, (path, part) in enumerate(zip(paths, parts)):
             if k % world == rank and not path.is_file():
-                with open(path.with_suffix(".part"), "wb") as f:
-                    np.savez(f, **measure(part, k * batch_size))
-                os.replace(f.name, path)
+                found = measure(part, k * batch_size)
+                with utils.whole_file(path) as f:
+                    np.savez(f, **found)
             bar.update(len(part))
     utils.wait_for_all()
     loaded = [dict(np.load(path, allow_pickle=False)) for path in paths]
@@ -270,7 +275,7 @@ def remembered(detector, directory):
         if not path.is_file():
             found = detector(frames, names)
             directory.mkdir(parents=True, exist_ok=True)
-            with open(path.with_suffix(f".{os.getpid()}"), "wb") as f:
+            with open(path.with_suffix(f".{os.getpid()}"), "wb") as f:  # another evaluation may be at the same batch
                 np.save(f, found)
             os.replace(f.name, path)
         return np.load(path, allow_pickle=False)

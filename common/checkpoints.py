@@ -18,7 +18,6 @@ all of stage 1. An export (`sample.py --export`) is a checkpoint too, without `t
 
 import contextlib
 import dataclasses
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,28 +26,22 @@ import torch
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from common.utils import UserError, git_revision
+from common.utils import UserError, git_revision, whole_file
 
 FORMAT = "nerv-diffusion 5"
 
 
 def save(path, final=True, **content):
-    """Write a checkpoint beside path and rename it, so that a kill at any moment leaves the old one or the new one.
+    """Write a checkpoint, so that a kill at any moment leaves the old one or the new one.
 
     Where it cannot be written (a full disk), the old one stays: UserError if final, else a line, and training goes on.
     """
     path = Path(path)
-    part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as f:
+        with whole_file(path) as f:
             torch.save({"format": FORMAT, "revision": git_revision(), **content}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch's writer covers errors of the disk with its own
-        with contextlib.suppress(OSError):
-            part.unlink()
         while not isinstance(error, OSError) and error.__context__ is not None:
             error = error.__context__
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]

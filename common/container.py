@@ -17,9 +17,8 @@ import json
 import os
 import struct
 import zlib
-from pathlib import Path
 
-from common.utils import UserError
+from common.utils import UserError, whole_file
 from common.video import printable
 
 MAGIC, VERSION = b"NeRV", 1
@@ -66,16 +65,12 @@ def write(path, header, chunks):
     head += varint(len(chunks))
     for chunk in chunks:
         head += varint(len(chunk)) + struct.pack("<I", zlib.crc32(chunk))
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
     try:
-        with open(part, "wb") as file:
+        with whole_file(path) as file:
             file.write(START.pack(MAGIC, VERSION, len(head), zlib.crc32(head)) + head)
             file.writelines(chunks)
             length = file.tell()
-        os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise UserError(f"cannot write {printable(path)}: {error.strerror}") from None
     return length
 

@@ -1,8 +1,6 @@
 """Mean and covariance of features, gathered batch by batch, kept in a file: what the Fréchet distance of fvd.py is taken of."""
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 
@@ -66,16 +64,13 @@ class Statistics:
 
     def save(self, path):
         """Write an .npz, whole or not at all."""
-        path = Path(path)
         utils.make_parent(path)
-        part = path.with_name(path.name + ".part")
         arrays = {"n": self.n, "mean": self.mean, "scatter": self.scatter, "meta": json.dumps(self.meta)}
         if self.features is not None:
             arrays["features"] = self.kept()
         try:
-            with open(part, "wb") as f:
+            with utils.whole_file(path) as f:
                 np.savez(f, **arrays)
-            os.replace(part, path)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from None
 

@@ -364,6 +364,24 @@ def make_parent(path):
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
+@contextlib.contextmanager
+def whole_file(path):
+    """Inside a `with`, a binary file beside path, which gets its name once it is whole and on the disk.
+
+    A kill at any moment leaves the old file or the new one, an error the old one. Of several processes, one may write it.
+    """
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
 def python_path(directory):
     """PYTHONPATH of a program that is to find modules in a directory first, and then all that this one finds."""
     return os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])

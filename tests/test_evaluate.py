@@ -148,7 +148,7 @@ def test_it_goes_on_where_it_was(trained, tmp_path, detector):
     work = next(Path(config.out_dir).glob("work-*"))
     (work / "reconstructed-00003.npz").unlink()
     (work / "generated-00001.npz").unlink()
-    (work / "generated-00002.part").write_bytes(b"half")
+    (work / "generated-00002.npz.part").write_bytes(b"half")
     judge = (work / "judge.pt").stat().st_mtime_ns
     detector.calls = 0
     assert run(config)["results"] == whole
