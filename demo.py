@@ -10,6 +10,7 @@ PSNR alone cannot tell a moving square from a moving smudge.
 
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -72,6 +73,7 @@ def main():
         return time.time() - start
 
     if not config.skip_training:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the script that runs ends with this one
         where = ["--dataset", config.dataset] + (["--data-dir", config.data_dir] if config.data_dir else [])
         perceptual = ["--lpips", "alex"]  # what makes edges crisp
         perceptual += ["--lpips-weight", 0.3] if config.dataset == "shapes" else []  # docs/sharp.md; not tried elsewhere
