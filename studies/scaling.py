@@ -215,8 +215,8 @@ def report(config, rows):
             path, (larger,) = base(config) if stage == 1 else out / "dit.pt", LARGER[stage]
             if path.is_file():
                 flops = larger_flops(stage, checkpoints.load(path, ("vae", "dit")[stage - 1], "this study"))
-                longest = max(p[1] for p in points)
-                for steps, clips in zip(asked(config, stage), (longest, 10 * longest)):
+                for steps in asked(config, stage):
+                    clips = steps * (int(done[0]["clips"]) // int(done[0]["steps"]))
                     value, least, most = law(flops, clips)
                     found = [f"{float(r['fvd']):.1f}" for r in done if (r["size"], int(r["steps"])) == (larger, steps)]
                     print(f"{larger}, {flops / 1e9:.3g} GFLOP per clip, {clips:,} clips: predicted {value:.1f} "
