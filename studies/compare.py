@@ -74,7 +74,7 @@ class Config:
         "--num-latents 4500 --principal 0 0 --batch-size 32 --scheduled-sampling 0",
         "those of dit.py for the others, in quotes",
     )
-    frames_width: int = option("training", 32, "channels of the frames' autoencoder at full resolution, a multiple of 16")
+    frames_width: int = option("training", 16, "channels of the frames' autoencoder at full resolution, a multiple of 16")
     videos: int = option("judging", 256, "clips of each kind, or all held-out ones")
     features: str = option("judging", "i3d", "of FVD; random takes no weights", choices=["i3d", "random"])
     lpips: str = option("judging", "alex", "backbone of LPIPS, in the loss of frames too", choices=["vgg", "alex", "none"])
@@ -128,7 +128,7 @@ class Frames(nn.Module):
     [B, T * H/16 * W/16, 16].
     """
 
-    def __init__(self, num_frames, resolution, width=32):
+    def __init__(self, num_frames, resolution, width=16):
         super().__init__()
         try:
             from diffusers.models import AutoencoderKL

@@ -76,9 +76,14 @@ coarse.meta = {"features": "random frames"}
 
 def test_the_committed_runs_of_the_comparison_can_be_gone_on_with():
     rows = read_rows(ROOT / "docs" / "compare.csv", compare.COLUMNS)
-    config = compare.Config(minutes=30, bf16="off")
-    found = {(row["method"], row["lr"]) for row in rows if row["settings"] == compare.settings(config, row["method"])}
-    assert found == {("frames", "0.5"), ("frames", "1"), ("frames", "2"), ("pixels", "1")}
+
+    def found(**options):
+        config = compare.Config(bf16="off", **options)
+        return {(row["method"], row["lr"]) for row in rows if row["settings"] == compare.settings(config, row["method"])}
+
+    assert found() == {("ours", "1"), ("frames", "1"), ("pixels", "1")}
+    assert found(minutes=30) == {("frames", "1"), ("pixels", "1")}
+    assert found(minutes=30, frames_width=32) == {("frames", "0.5"), ("frames", "1"), ("frames", "2"), ("pixels", "1")}
 
 
 @pytest.mark.parametrize("method", compare.METHODS)
