@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from common import progress, video
-from common.utils import UserError
+from common.utils import UserError, whole_file
 
 FORMAT = "nerv-diffusion frames 1"
 
@@ -76,10 +76,9 @@ def prepare(directory, root, videos, size, fps=0.0, workers=0):
             return 0
 
         # Forget what a run that was stopped left behind: half a line, frames without a line.
-        with open(directory / "index.part", "w") as index:
+        with whole_file(directory / "index.jsonl") as index:
             for line in [{"format": FORMAT, "key": key}, *(entries[name] for name in entries if name not in set(todo))]:
-                index.write(json.dumps(line) + "\n")
-        os.replace(directory / "index.part", directory / "index.jsonl")
+                index.write(json.dumps(line).encode() + b"\n")
         ends = {}
         for e in entries.values():
             if "frames" in e:

@@ -18,6 +18,7 @@ all of stage 1. An export (`sample.py --export`) is a checkpoint too, without `t
 
 import contextlib
 import dataclasses
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,6 +42,8 @@ def save(path, final=True, **content):
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as f:
             torch.save({"format": FORMAT, "revision": git_revision(), **content}, f)
+            f.flush()
+            os.fsync(f.fileno())
     except (OSError, RuntimeError) as error:  # torch's writer covers errors of the disk with its own
         while not isinstance(error, OSError) and error.__context__ is not None:
             error = error.__context__

@@ -366,7 +366,7 @@ def make_parent(path):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Inside a `with`, a binary file beside path, which gets its name once it is whole and on the disk.
+    """Inside a `with`, a binary file beside path, which gets its name once it is whole.
 
     A kill at any moment leaves the old file or the new one, an error the old one. Of several processes, one may write it.
     """
@@ -374,12 +374,11 @@ def whole_file(path):
     try:
         with open(part, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(part, path)
-    finally:
+    except BaseException:
         with contextlib.suppress(OSError):
             part.unlink()
+        raise
 
 
 def python_path(directory):

@@ -128,7 +128,7 @@ class Frames(nn.Module):
     [B, T * H/16 * W/16, 16].
     """
 
-    def __init__(self, num_frames, resolution, width=16):
+    def __init__(self, num_frames, resolution, width):
         super().__init__()
         try:
             from diffusers.models import AutoencoderKL

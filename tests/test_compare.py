@@ -53,7 +53,7 @@ def test_the_denoiser_of_pixels_says_the_clean_patch():
 def test_frames_go_through_the_autoencoder_one_by_one():
     pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    rival = compare.Frames(3, 32).eval()
+    rival = compare.Frames(3, 32, 16).eval()
     assert rival.token_shape == (3 * 2 * 2, 16)
     video = torch.rand(2, 3, 3, 32, 32) * 2 - 1
     with torch.no_grad():
