@@ -74,6 +74,20 @@ def coarse(frames, names=None):
 coarse.meta = {"features": "random frames"}
 
 
+@pytest.mark.parametrize("seconds,trials,fit", [(60, [30], 120), (2000, [30, 300], 40_000)])
+def test_a_trial_tells_how_many_steps_fit_if_it_is_no_moment(seconds, trials, fit, tmp_path):
+    """Seventy steps of half a second, in which clips are drawn for the first time, then twenty a second."""
+    done = []
+
+    def training(argv):
+        done.append(int(argv[argv.index("--steps") + 1]))
+        rows = [f"{step},{0.5 * min(step, 70) + 0.05 * max(0, step - 70)}\n" for step in range(10, done[-1] + 1, 10)]
+        (tmp_path / "losses.csv").write_text("".join(["step,seconds\n", *rows]))
+
+    assert compare.steps_within(seconds, training, [], tmp_path) == pytest.approx(fit, rel=0.01)
+    assert done == trials
+
+
 def test_the_committed_runs_of_the_comparison_can_be_gone_on_with():
     rows = read_rows(ROOT / "docs" / "compare.csv", compare.COLUMNS)
 
