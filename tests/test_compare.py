@@ -95,7 +95,7 @@ def test_the_committed_runs_of_the_comparison_can_be_gone_on_with():
         config = compare.Config(bf16="off", **options)
         return {(row["method"], row["lr"]) for row in rows if row["settings"] == compare.settings(config, row["method"])}
 
-    assert found() == {("ours", "1"), ("frames", "1"), ("pixels", "1")}
+    assert found() == {("ours", "1"), ("frames", "1"), ("frames", "2"), ("pixels", "1"), ("pixels", "2")}
     assert found(minutes=30) == {("frames", "1"), ("pixels", "1")}
     assert found(minutes=30, frames_width=32) == {("frames", "0.5"), ("frames", "1"), ("frames", "2"), ("pixels", "1")}
 
