@@ -53,7 +53,7 @@ class Config:
     cache_dir: str = option("data", "data/cache", "directory of the caches of decoded frames")
     methods: list = option("what", list(METHODS), "methods to run", nargs="+", choices=list(METHODS))
     seeds: int = option("what", 3, "runs of each method with each learning rate")
-    lrs: list = option("what", [0.5, 1.0, 2.0], "learning rates, as shares of each method's own", nargs="+", type=float)
+    lrs: list = option("what", [1.0, 2.0, 4.0], "learning rates, as shares of each method's own", nargs="+", type=float)
     minutes: float = option("training", 60.0, "of all stages of a run together, with what is encoded between them")
     first: float = option("training", 0.6, "share of the time that the first stage gets, where there is one")
     resolution: int = option("training", 64, "height and width in pixels")
