@@ -1,6 +1,6 @@
 """Train both stages on the built-in shapes, sample, interpolate, and judge the result; `make demo` calls this.
 
-    python demo.py                                 ten minutes on two CPU cores; everything lands in out/demo/
+    python demo.py                                 ten minutes on two fast CPU cores; everything lands in out/demo/
     python demo.py --skip-training                 judge what is there
     python demo.py --dataset folder --data-dir PATH/train --vae-options "--resolution 64 --steps 6000" …
 
