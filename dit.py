@@ -350,8 +350,8 @@ def diffusion_loss(model, theta0, labels, given, step, noise, alpha, sigma, gamm
     """Weighted squared error of the predicted noise, mean over the batch (Eq. 2).
 
     theta0 [B, N, d] at unit deviation; given [B, N, d] or None; diffusion steps [B]; noise [B, N, d]; gamma of Min-SNR, 0 for
-    none; scheduled adds the second pass of scheduled sampling, for which steps are at least 1. further(θ_0 that the model
-    predicts [B, N, d], diffusion steps [B]) is added to each pass (vin.py).
+    none; scheduled: so many steps back is the second pass of scheduled sampling, for which steps are at least that, 0 for none.
+    further(θ_0 that the model predicts [B, N, d], diffusion steps [B]) is added to each pass (vin.py).
     """
 
     def error(x, eps, noise, step):
@@ -370,9 +370,10 @@ def diffusion_loss(model, theta0, labels, given, step, noise, alpha, sigma, gamm
     if scheduled:
         # Scheduled sampling (§3.3): take one step back with the model's own prediction, as sampling will, and learn from
         # there as well. The target is the noise that leads from the true θ_0 to where the model has got.
-        a, s = at(alpha, step - 1), at(sigma, step - 1)
+        then = step - int(scheduled)
+        a, s = at(alpha, then), at(sigma, then)
         x = reverse_step(x, eps.detach().float(), at(alpha, step), at(sigma, step), a, s)
-        loss = loss + error(x, model(x, step - 1, labels, given), (x - a * theta0) / s, step - 1)
+        loss = loss + error(x, model(x, then, labels, given), (x - a * theta0) / s, then)
     return loss
 
 
