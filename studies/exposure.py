@@ -110,7 +110,7 @@ def judge(model, known, labels, samples):
         parts = [dit.generate(model, y, steps, 1, sampler, seed=i) for i, y in enumerate(wanted.split(256))]
         made = torch.cat(parts).flatten(1).double().numpy()
         found[f"{sampler}_distance"] = round(fvd.frechet_distance_of(made, flat), 4)
-        found[f"{sampler}_variance"] = round(made.var(0).sum() / flat.var(0).sum(), 4)
+        found[f"{sampler}_variance"] = round(float(made.var(0).sum() / flat.var(0).sum()), 4)
     return found
 
 
