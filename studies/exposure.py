@@ -139,10 +139,8 @@ def main(argv=None):
     known = torch.from_numpy(np.load(directory / "latents.npy")[:, 0]).float()
     known = scale * (known if vae.principal is None else vae.principal(known))
     labels = torch.from_numpy(np.load(directory / "labels.npy")).long()
-    out, settings = (
-        Path(config.out_dir),
-        f"{config.steps} steps of {config.batch_size}, lr {config.lr:g}, share {config.share:g}",
-    )
+    settings = f"{config.steps} steps of {config.batch_size}, lr {config.lr:g}, share {config.share:g}"
+    out = Path(config.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     for seed in range(config.seeds):
         for back in config.back:
