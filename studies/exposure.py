@@ -29,7 +29,9 @@ from common import checkpoints, progress, utils
 from common.optim import make_optimizer
 from common.tables import add_row, read_rows, table
 from common.utils import UserError, option
+from studies.levels import cached, diffused
 
+LEVELS = (100, 300, 500, 900)  # steps of the schedule that are shown
 SAMPLERS = {"dpm": 20, "ddim": 20, "ddpm": 50}  # sampler -> steps
 COLUMNS = ["back", "seed", "settings", "revision", "seconds"] + [f"{n}_{m}" for n in SAMPLERS for m in ("distance", "variance")]
 
@@ -47,6 +49,12 @@ class Config:
     out_dir: str = option("output", "out/exposure", "runs.csv goes here")
 
 
+def shown(back, step):
+    """r - 1 of a second pass that is so many steps back from a step of the schedule: the share of its error the model sees."""
+    alpha, sigma = dit.noise_schedule()
+    return (sigma[step] / alpha[step] / (sigma[step - back] / alpha[step - back]) - 1).item()
+
+
 class Linear:
     """The best denoiser of normally distributed numbers, trained with a second pass: ε̂ = c x, for dit.generate.
 
@@ -55,7 +63,7 @@ class Linear:
     """
 
     def __init__(self, variances, back, share=0.25):
-        self.config = SimpleNamespace(num_tokens=1, token_dim=len(variances), num_classes=1)
+        self.config, self.variances = SimpleNamespace(num_tokens=1, token_dim=len(variances), num_classes=1), variances
         alpha, sigma = dit.noise_schedule()
         total = alpha.square()[:, None] * variances + sigma.square()[:, None]  # [1000, d], the variance of x
         self.c = torch.zeros_like(total)
@@ -72,12 +80,11 @@ class Linear:
     def __call__(self, x, step, label, given):
         return self.c[step][:, None] * x
 
-
-def kept_variance(variances, back, sampler, steps, share=0.25):
-    """Variance of what Linear generates, as a share of variances [d]: [d]."""
-    made = dit.generate(Linear(variances, back, share), torch.zeros(1, dtype=torch.long), steps, 1, sampler, seed=0)[0, 0]
-    begun = torch.randn(len(variances), generator=torch.Generator().manual_seed(0))  # a deterministic sampler scales this
-    return (made / begun).square() / variances
+    def kept_variance(self, sampler, steps):
+        """Variance of what a deterministic sampler makes with it, as a share of variances [d]: [d]."""
+        made = dit.generate(self, torch.zeros(1, dtype=torch.long), steps, 1, sampler, seed=0)[0, 0]
+        begun = torch.randn(len(made), generator=torch.Generator().manual_seed(0))  # which the sampler scales
+        return (made / begun).square() / self.variances
 
 
 def train(config, like, theta0, labels, back, seed):
@@ -120,25 +127,20 @@ def main(argv=None):
     if not all(0 <= back < dit.NUM_STEPS for back in config.back):
         raise UserError(f"--back {config.back}: there are {dit.NUM_STEPS} steps")
 
-    alpha, sigma = dit.noise_schedule()
-    levels, variances, backs = (100, 300, 500, 900), torch.tensor([1.0, 0.1, 0.01]), [b for b in config.back if 0 < b <= 100]
-    ratios = [[(sigma[t] / alpha[t] / (sigma[t - b] / alpha[t - b]) - 1).item() for t in levels] for b in backs]
     print("r - 1, the share of its error that the second pass shows the model:\n")
-    table(["steps back", *(f"at {t}" for t in levels)], [[b, *(f"{r:.3f}" for r in row)] for b, row in zip(backs, ratios)])
+    rows = [[b, *(f"{shown(b, t):.3f}" if t >= b else "" for t in LEVELS)] for b in config.back if b]
+    table(["steps back", *(f"at {t}" for t in LEVELS)], rows)
     print("\nvariance of samples of the best model of normal data, as a share of the data's:\n")
-    which = [("dpm", 20), ("ddim", 20), ("ddim", 1000)]
+    which, variances = [("dpm", 20), ("ddim", 20), ("ddim", 1000)], torch.tensor([1.0, 0.1, 0.01])
     header = [f"{name} {steps}: {v:g}" for name, steps in which for v in variances.tolist()]
-    rows = [torch.cat([kept_variance(variances, b, *w, config.share) for w in which]).tolist() for b in config.back]
-    table(["steps back", *header], [[b, *(f"{value:.3f}" for value in row)] for b, row in zip(config.back, rows)])
+    best = {b: Linear(variances, b, config.share) for b in config.back}
+    rows = [[b, *(f"{value:.3f}" for w in which for value in linear.kept_variance(*w))] for b, linear in best.items()]
+    table(["steps back", *header], rows)
 
     ckpt = checkpoints.load(config.ckpt, "dit", "python dit.py")
     like, vae, scale = dit.load_dit(ckpt)
-    directory = Path(config.ckpt).with_suffix(".latents")
-    if not (directory / "latents.npy").is_file():
-        raise UserError(f"there are no cached latents in {directory}: dit.py writes them with --cache-latents")
-    known = torch.from_numpy(np.load(directory / "latents.npy")[:, 0]).float()
-    known = scale * (known if vae.principal is None else vae.principal(known))
-    labels = torch.from_numpy(np.load(directory / "labels.npy")).long()
+    latents, labels = cached(config.ckpt)
+    known, labels = diffused(latents, vae, scale), torch.from_numpy(np.array(labels))
     settings = f"{config.steps} steps of {config.batch_size}, lr {config.lr:g}, share {config.share:g}"
     out = Path(config.out_dir)
     out.mkdir(parents=True, exist_ok=True)

@@ -122,29 +122,40 @@ def predictions(model, vae, scale, clips, labels, latents, draws, refine):
     return [(name, value, value - found["copies of the last given frame"]) for name, value in found.items()]
 
 
+def cached(path):
+    """What dit.py cached beside its checkpoint: latents [n, 2 or 3, N, d] and labels [n], memory-mapped; else UserError."""
+    directory = Path(path).with_suffix(".latents")
+    cache = directory / "latents.npy"
+    if not cache.is_file():
+        raise UserError(f"there are no cached latents {cache}: dit.py writes them with --cache-latents")
+    return np.load(cache, mmap_mode="r"), np.load(directory / "labels.npy", mmap_mode="r")
+
+
+def diffused(latents, vae, scale):
+    """Cached latents [n, 2 or 3, N, d] -> the θ_0 that stage 2 learns from, without the posterior's noise."""
+    known = torch.from_numpy(np.array(latents[:, 0])).float()
+    return scale * (known if vae.principal is None else vae.principal(known))
+
+
 def main(argv=None):
     config = utils.parse_options(Config, __doc__, argv=argv)
     utils.check_positive(config, "clips", "samples")
     for path in config.ckpt:
         ckpt = checkpoints.load(path, "dit", "python dit.py")
         model, vae, scale = dit.load_dit(ckpt)
-        cache = Path(path).with_suffix(".latents") / "latents.npy"
-        if not cache.is_file():
-            raise UserError(f"there are no cached latents {cache}: dit.py writes them with --cache-latents")
-        cached = np.load(cache, mmap_mode="r")
+        latents, _ = cached(path)
         held_out = data.open_dataset(clips_of(ckpt["vae"]), "test", ckpt["classes"])
         chosen = [held_out[i * len(held_out) // config.clips] for i in range(min(config.clips, len(held_out)))]
         labels = torch.tensor([label for _, label in chosen])
         clips, refine = torch.stack([to_clip(frames) for frames, _ in chosen]), dit.refine_steps(ckpt)
-        print(f"\n{path}, {len(labels)} held-out clips, {len(cached)} latents\n")
+        print(f"\n{path}, {len(labels)} held-out clips, {len(latents)} latents\n")
         if model.config.cond_frames:
-            latents = torch.from_numpy(np.array(cached)).float()
-            rows = predictions(model, vae, scale, clips, labels, latents, config.draws, refine)
+            whole = torch.from_numpy(np.array(latents)).float()
+            rows = predictions(model, vae, scale, clips, labels, whole, config.draws, refine)
             about = f"PSNR of the {clips.shape[1] - model.config.cond_frames} frames to come, dB"
             table(["prediction", about, "over copying, dB"], [[name, f"{a:.2f}", f"{b:+.2f}"] for name, a, b in rows])
             continue
-        known = torch.from_numpy(np.array(cached[:, 0])).float()
-        known = scale * (known if vae.principal is None else vae.principal(known))
+        known = diffused(latents, vae, scale)
         theta0 = torch.cat([dit.encode_batch(vae, part, 0, refine)[:, 0] for part in clips.split(32)])
         rows = errors(model, scale * theta0, labels, known, config.levels, config.seed)
         wanted = torch.arange(config.samples) % len(ckpt["classes"])

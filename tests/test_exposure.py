@@ -19,6 +19,16 @@ def test_without_a_second_pass_the_best_linear_denoiser_is_the_posterior_mean():
 
 
 @pytest.mark.parametrize("back", [1, 50])
+def test_the_second_pass_shows_the_model_a_share_of_its_error(back):
+    (alpha, sigma), step, generator = dit.noise_schedule(), 500, torch.Generator().manual_seed(0)
+    theta0, noise, error = torch.randn(3, 7, dtype=torch.float64, generator=generator)
+    a, s, a_next, s_next = (x.double() for x in (alpha[step], sigma[step], alpha[step - back], sigma[step - back]))
+    landed = dit.reverse_step(a * theta0 + s * noise, noise - error, a, s, a_next, s_next)
+    target = (landed - a_next * theta0) / s_next
+    torch.testing.assert_close(target - noise, exposure.shown(back, step) * error, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("back", [1, 50])
 def test_of_a_second_pass_alone_a_denoiser_learns_the_noise_of_where_it_comes_from(back):
     # Of unit variance x' = cos(Δ) x, with the angles of tan = σ / α, and E[θ_0 | x'] is still α x: ε̂ = σ / cos(Δ) x'.
     alpha, sigma = (x.double() for x in dit.noise_schedule())
@@ -54,9 +64,8 @@ def test_the_linear_denoiser_is_where_the_loss_of_training_is_least():
 
 
 def test_a_sampler_keeps_the_variance_but_for_its_steps_and_the_second_pass_takes_some():
-    fine = exposure.kept_variance(VARIANCES, 0, "ddim", 1000)
-    torch.testing.assert_close(fine[:2], torch.ones(2), atol=0.01, rtol=0)
-    shares = [exposure.kept_variance(VARIANCES, back, "ddim", 1000) for back in (0, 1, 10, 50)]
+    shares = [exposure.Linear(VARIANCES, back).kept_variance("ddim", 1000) for back in (0, 1, 10, 50)]
+    torch.testing.assert_close(shares[0][:2], torch.ones(2), atol=0.01, rtol=0)
     for more, less in zip(shares, shares[1:]):
         assert (less < more).all()
     assert (shares[0] - shares[1])[:2].max() < 0.005 < 0.05 < (shares[0] - shares[3]).min()
