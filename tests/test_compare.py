@@ -92,13 +92,16 @@ def test_the_committed_runs_of_the_comparison_can_be_gone_on_with():
     rows = read_rows(ROOT / "docs" / "compare.csv", compare.COLUMNS)
 
     def found(**options):
-        config = compare.Config(bf16="off", **options)
+        config = compare.Config(**{"bf16": "off"} | options)
         return {(row["method"], row["lr"]) for row in rows if row["settings"] == compare.settings(config, row["method"])}
 
     rivals = {("frames", "1"), ("frames", "2"), ("frames", "4"), *(("pixels", lr) for lr in "1248")}
     assert found() == {("ours", "1")} | rivals
     plain = "--num-tokens 64 --token-dim 64 --lpips alex --kl-weight 2e-8"
     assert found(vae_options=plain) == {("ours", "1"), ("ours", "2"), ("ours", "4")} | rivals
+    at_four = {("frames", "4"), ("pixels", "4")}
+    assert found(minutes=12, bf16="on") == {("ours", "1")} | at_four
+    assert found(minutes=12, bf16="on", vae_options=plain) == {("ours", "1"), ("ours", "2")} | at_four
     assert found(minutes=30) == {("frames", "1"), ("pixels", "1")}
     assert found(minutes=30, frames_width=32) == {("frames", "0.5"), ("frames", "1"), ("frames", "2"), ("pixels", "1")}
 
