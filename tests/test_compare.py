@@ -91,8 +91,8 @@ def test_a_trial_tells_how_many_steps_fit_if_it_is_no_moment(seconds, trials, fi
 def test_the_committed_runs_of_the_comparison_can_be_gone_on_with():
     rows = read_rows(ROOT / "docs" / "compare.csv", compare.COLUMNS)
 
-    def found(**options):
-        config = compare.Config(**{"bf16": "off"} | options)
+    def found(bf16="off", **options):
+        config = compare.Config(bf16=bf16, **options)
         return {(row["method"], row["lr"]) for row in rows if row["settings"] == compare.settings(config, row["method"])}
 
     rivals = {("frames", "1"), ("frames", "2"), ("frames", "4"), *(("pixels", lr) for lr in "1248")}
