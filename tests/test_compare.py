@@ -102,6 +102,9 @@ def test_the_committed_runs_of_the_comparison_can_be_gone_on_with():
     at_four = {("frames", "4"), ("pixels", "4")}
     assert found(minutes=12, bf16="on") == {("ours", "1")} | at_four
     assert found(minutes=12, bf16="on", vae_options=plain) == {("ours", "1"), ("ours", "2")} | at_four
+    assert found(minutes=12, bf16="on", first=0.35) == found(minutes=12, bf16="on", first=0.75) == {("frames", "4")}
+    assert found(minutes=24, bf16="on", frames_width=32) == {("ours", "1")} | at_four
+    assert found(minutes=24, bf16="on", vae_options=plain) == {("ours", "2"), ("pixels", "4")}
     assert found(minutes=30) == {("frames", "1"), ("pixels", "1")}
     assert found(minutes=30, frames_width=32) == {("frames", "0.5"), ("frames", "1"), ("frames", "2"), ("pixels", "1")}
 
