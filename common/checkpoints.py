@@ -139,6 +139,16 @@ def load(path, stage, made_by):
     return ckpt
 
 
+def load_finished(path, stage, made_by):
+    """load, for a study that trains in its own process: UserError for a training that a signal cut short."""
+    ckpt = load(path, stage, made_by)
+    if ckpt["step"] < (steps := ckpt["config"]["steps"]):
+        raise UserError(
+            f"{path} was interrupted after {ckpt['step']} of {steps} steps; start again to go on with what is not done"
+        )
+    return ckpt
+
+
 @contextlib.contextmanager
 def fitting(ckpt, **network):
     """Turn what goes wrong when a network is built from a checkpoint of another configuration into a UserError.

@@ -273,8 +273,13 @@ def train(method, lr, seed, config, out):
         argv += ["--resolution", config.resolution, "--num-frames", config.num_frames, *common]
         argv += [*shlex.split(config.vae_options), "--lr", METHODS[method][0] * lr, "--out", vae_pt]
         argv = list(map(str, argv))
-        steps[0] = steps_within(config.first * seconds, vae.main, argv, out / "trial")
-        vae.main([*argv, "--steps", str(steps[0]), "--run-dir", str(out / "vae")])
+
+        def stage1(argv):
+            vae.main(argv)
+            checkpoints.load_finished(vae_pt, "vae", "this study")
+
+        steps[0] = steps_within(config.first * seconds, stage1, argv, out / "trial")
+        stage1([*argv, "--steps", str(steps[0]), "--run-dir", str(out / "vae")])
     else:
         settings = {"dataset": config.dataset, "data_dir": config.data_dir, "cache_dir": config.cache_dir, "preset": "nano"}
         settings |= {"resolution": config.resolution, "num_frames": config.num_frames}
@@ -297,6 +302,7 @@ def train(method, lr, seed, config, out):
 
     def stage2(argv):
         dit.main(argv, denoiser_of(method, config.num_frames), load_rival)
+        checkpoints.load_finished(dit_pt, "dit", "this study")
 
     steps[1] = steps_within(seconds - (time.time() - began), stage2, argv, out / "trial")
     stage2([*argv, "--steps", str(steps[1]), "--run-dir", str(out / "dit")])

@@ -129,7 +129,7 @@ class Study:
         argv = [*where, *shlex.split(c.vae_options), "--width", width, "--steps", steps, "--seed", c.seed]
         vae.main([*map(str, argv), "--out", str(path), "--run-dir", str(path.with_suffix(""))])
         seconds = round(time.time() - began)
-        ckpt = checkpoints.load(path, "vae", "python vae.py")
+        ckpt = checkpoints.load_finished(path, "vae", "python vae.py")
         network, settings = vae.load_vae(ckpt).to(self.device), vae.clips_of(ckpt)
         self.open(settings, ckpt["classes"])
         made = reconstruct(network, self.real, self.device)
@@ -149,7 +149,7 @@ class Study:
         argv += [word for pair in names for word in pair]
         dit.main([*map(str, argv), "--out", str(path), "--run-dir", str(self.out / f"dit_{size.split()[0]}M_{steps}")])
         seconds = round(time.time() - began)
-        ckpt = checkpoints.load(path, "dit", "python dit.py")
+        ckpt = checkpoints.load_finished(path, "dit", "python dit.py")
         model, network, scale = dit.load_dit(ckpt)
         model, network = model.to(self.device), network.to(self.device)
         self.open(vae.clips_of(ckpt["vae"]), ckpt["classes"])

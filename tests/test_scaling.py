@@ -8,6 +8,7 @@ import torch
 import dit
 import vae
 import vin
+from common import utils
 from common.utils import UserError
 from nerv import NeRVConfig
 from studies import scaling
@@ -59,6 +60,14 @@ def test_a_small_study_runs_is_drawn_and_is_not_run_again(tmp_path, monkeypatch,
     monkeypatch.setattr(scaling.Study, "train1", None)
     monkeypatch.setattr(scaling.Study, "train2", None)
     scaling.main(argv)  # reads what is done
+
+
+def test_a_training_that_a_signal_cut_short_is_no_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils.Interrupt, "stop", lambda self: True)  # as SIGTERM in the first step
+    argv = ["--stages", "1", "--vae-steps", "2", "--clips", "2", "--features", "random", "--vae-options", TINY]
+    with pytest.raises(UserError, match="interrupted after 1 of 2 steps; start again"):
+        scaling.main([*argv, "--out-dir", str(tmp_path)])
+    assert not (tmp_path / "runs.csv").is_file()
 
 
 def test_a_denoiser_has_the_size_asked_for_and_heads_divide_it(tmp_path):
