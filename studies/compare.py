@@ -257,7 +257,7 @@ def steps_within(seconds, main, argv, run_dir):
         with open(run_dir / "losses.csv", newline="") as file:
             rows = [(int(row["step"]), float(row["seconds"])) for row in csv.DictReader(file)]
         (first, start), (last, end) = rows[len(rows) // 2 - 1], rows[-1]
-        if end > 0.01 * seconds:
+        if end > 0.01 * seconds and end > start:  # losses.csv has tenths of a second
             return max(1, int((seconds - (time.time() - began)) * (last - first) / (end - start)))
         steps *= 10
 

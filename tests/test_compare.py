@@ -88,6 +88,17 @@ def test_a_trial_tells_how_many_steps_fit_if_it_is_no_moment(seconds, trials, fi
     assert done == trials
 
 
+def test_a_trial_too_short_for_its_clock_is_followed_by_a_longer_one(tmp_path):
+    """A thousand steps a second after half a second, which losses.csv has in tenths of a second."""
+
+    def training(argv):
+        steps = int(argv[argv.index("--steps") + 1])
+        rows = [f"{step},{0.5 + round(step / 1000, 1)}\n" for step in range(10, steps + 1, 10)]
+        (tmp_path / "losses.csv").write_text("".join(["step,seconds\n", *rows]))
+
+    assert compare.steps_within(10, training, [], tmp_path) == pytest.approx(10_000, rel=0.5)
+
+
 def test_the_committed_runs_of_the_comparison_can_be_gone_on_with():
     rows = read_rows(ROOT / "docs" / "compare.csv", compare.COLUMNS)
 
