@@ -14,6 +14,7 @@ import itertools
 import math
 import os
 import random
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,8 +49,9 @@ def find_folder(root, role, split):
     """
     if (root / "train").is_dir():
         root = root / "train"
-    if role == "test" and root.name == "train":
-        root = next((root.parent / name for name in TEST_NAMES if (root.parent / name).is_dir()), root)
+    if role == "test":
+        held_out = (root.parent / name for name in TEST_NAMES) if root.name == "train" else ()
+        root = next((place for place in held_out if place.is_dir()), None) or nothing_held_out(root)
     paths, others = video.list_videos(root)
     items = [(path, parts[0] if len(parts := path.relative_to(root).parts) > 1 else "") for path in paths]
     notes = [f"{n} files {suffix or 'without a suffix'}" for suffix, n in sorted(others.items())]
@@ -62,6 +64,8 @@ def find_ucf(root, role, split):
     everything = [(path, path.parent.name) for path in sorted(root.glob("*/v_*_g*_c*.*"))]
     classes = sorted({name for _, name in everything})
     if not split:
+        if role == "test":
+            nothing_held_out(root)
         return root, everything, classes, []
     name = f"{role}list{split:02d}.txt"
     folders = [p / q for p in (root, root.parent) for q in ("ucfTrainTestlist", "")]
@@ -74,20 +78,23 @@ def find_ucf(root, role, split):
 
 
 def find_kinetics(root, role, split):
-    """Kinetics: a CSV (label, youtube_id, time_start, time_end) and train/, val/ with files per class or flat.
+    """Kinetics: train/ and val/, with files per class or flat, and a CSV for each (label, youtube_id, time_start, time_end).
 
-    Files are ID_START_END.mp4 with six digits each, or ID.mp4; many are gone. Without a CSV, classes are the sub-folders.
+    Files are ID_START_END.mp4 with six digits each, or ID.mp4; many are gone. Without a CSV, classes are the sub-folders. val/
+    comes before test/, whose labels some releases keep back.
     """
     root = locate(root, "Kinetics", lambda p: any((p / name).is_dir() for name in ("train", "val", "validate")))
-    names = ("train",) if role == "train" else TEST_NAMES
+    names = ("train",) if role == "train" else ("val", "validate", "validation", "test")
     folder = next((root / name for name in names if (root / name).is_dir()), root / "train")
     paths, _ = video.list_videos(folder)
-    tables = [p for p in (*root.glob("*.csv"), *root.glob("*/*.csv")) if any(n in p.stem for n in (folder.name, *names))]
-    if not tables:
+    rows = kinetics_rows(root, folder.name)
+    if not rows:
         items = [(path, path.relative_to(folder).parts[0]) for path in paths if path.parent != folder]
+        if paths and not items:
+            raise UserError(
+                f"{folder} has no sub-folders, and no {folder.name}.csv with label and youtube_id names the classes"
+            )
         return root, items, sorted({name for _, name in items}), []
-    with open(sorted(tables)[0], newline="", encoding="utf-8") as f:
-        rows = [row for row in csv.DictReader(f) if row.get("label")]
     by_stem, items = {path.stem: path for path in paths}, []
     for row in rows:
         start, end = (int(float(row.get(k) or 0)) for k in ("time_start", "time_end"))
@@ -97,10 +104,24 @@ def find_kinetics(root, role, split):
     return root, items, sorted({row["label"] for row in rows}), missing(rows, items)
 
 
+def kinetics_rows(root, folder):
+    """The labelled rows of the table of a folder of Kinetics: kinetics600_train.csv, validate.csv, …; [] where none is."""
+    names = {folder} if folder in ("train", "test") else {"val", "validate", "validation"}
+    for path in sorted(path for pattern in ("*.csv", "*.txt", "*/*.csv", "*/*.txt") for path in root.glob(pattern)):
+        words = re.findall("[a-z]+", path.stem.lower())
+        if names & set(words) and "holdout" not in words:
+            with open(path, newline="", encoding="utf-8", errors="replace") as f:
+                rows = [row for row in csv.DictReader(f) if row.get("label") and row.get("youtube_id")]
+            if rows:
+                return rows
+    return []
+
+
 def find_taichi(root, role, split):
     """TaiChi-HD: train/ and test/ with MP4s or folders of frames; one class. The paper takes every fourth frame."""
     root = locate(root, "TaiChi-HD", lambda p: (p / "train").is_dir())
-    folder = next((root / n for n in TEST_NAMES if (root / n).is_dir()), root) if role == "test" else root / "train"
+    names = TEST_NAMES if role == "test" else ()
+    folder = next((root / n for n in names if (root / n).is_dir()), root / "train")
     return root, [(path, "taichi") for path in video.list_videos(folder)[0]], ["taichi"], []
 
 
@@ -143,6 +164,12 @@ LOOKS = {
     "TaiChi-HD": "it should hold train/ and test/ with MP4s or folders of frames",
     "Sky Timelapse": "it should hold sky_train/ and sky_test/",
 }
+
+
+def nothing_held_out(root):
+    """Say that the role "test" has no videos of its own, and give the directory back."""
+    report(f"nothing is held out of {root}: its own videos stand in for what is called held out")
+    return root
 
 
 def missing(listed, items):
@@ -258,12 +285,10 @@ class Videos:
 
     def decode(self, k, start):
         path = self.items[k][0]
-        frames = video.read_frames(path, self.size, start, self.span, self.fps)[:: self.stride]
-        if len(frames) < self.num_frames and start:  # the header promises more than there is
-            frames = video.read_frames(path, self.size, 0, self.span, self.fps)[:: self.stride]
-        if len(frames) < self.num_frames:
-            raise video.BadVideo(path, self.too_short((len(frames) - 1) * self.stride + 1))
-        return frames
+        frames = video.read_clip(path, self.size, start, self.span, self.fps)
+        if len(frames) < self.span:
+            raise video.BadVideo(path, self.too_short(len(frames)))
+        return frames[:: self.stride]
 
     def vary(self, frames, rng):
         """A random square of the frames [T, H, W, 3], the same in all of them, at the training size; mirrored or not."""
@@ -399,7 +424,7 @@ def endless(dataset, stream, workers=-1, device=None):
     device it is pinned, and a copy to the GPU that was begun by then (`to(device, non_blocking=True)`) is waited for.
     """
     pin = device is not None and device.type == "cuda"
-    workers = workers if workers > 0 else max(1, os.cpu_count() // utils.local_processes())
+    workers = workers if workers > 0 else max(1, utils.cores() // utils.local_processes())
     shape, free, ahead = dataset[0][0].shape, [], collections.deque()
     copying = collections.deque()  # pinned batches, each with an event after the copy to the GPU
 
@@ -470,7 +495,7 @@ def describe(root, items, notes, span, skipped):
         except video.BadVideo as error:
             skipped.setdefault(os.path.relpath(item[0], root), error.reason)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(utils.cores()) as pool:
         collections.deque(progress.bar(pool.map(look, items), "looking", len(items), "video"), maxlen=0)
     counts = collections.Counter(name for path, name in items if path in infos)
     yield f"{len(infos)} videos of {len(counts)} classes in {root}"
@@ -502,16 +527,19 @@ def main():
         print(f"{len(train.characters)} characters to train on and {len(test.characters)} held out, in {train.root}")
         print(f"each in {len(train.classes)} classes: {', '.join(train.classes)}")
     elif config.dataset not in SHAPES:
-        root, items, _, notes = find_videos(config, "train")
-        if config.prepare or config.verify:
-            directory = cache_directory(config, root, decoded_size(config, "train"))
+        directories = {}
+        for role in ("test", "train") if config.prepare or config.verify else ():
+            root, items, _, _ = find_videos(config, role)
+            directory, size = cache_directory(config, root, decoded_size(config, role)), decoded_size(config, role)
             if config.prepare:
-                prepare(directory, root, [path for path, _ in items], decoded_size(config, "train"), config.fps)
+                prepare(directory, root, [path for path, _ in items], size, config.fps, retry=True)
+            directories[directory] = None
+        for directory in directories:
             cache = FrameCache(directory, config.verify)
             skipped, size = cache.skipped, sum(view.nbytes for view in cache.files.values()) / 2**30
-            print(
-                f"{directory} holds {len(cache.entries)} videos, {size:.2f} GiB" + (", all as written" if config.verify else "")
-            )
+            said = ", all as written" if config.verify else ""
+            print(f"{directory} holds {len(cache.entries)} videos, {size:.2f} GiB{said}")
+        root, items, _, notes = find_videos(config, "train")
         for line in describe(root, items, notes, (config.num_frames - 1) * config.stride + 1, skipped):
             print(line)
     if config.preview:

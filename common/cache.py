@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import progress, video
+from common import progress, utils, video
 from common.utils import UserError, whole_file
 
 FORMAT = "nerv-diffusion frames 1"
@@ -56,23 +56,35 @@ def crc_of(path, begin, length):
     return crc
 
 
-def prepare(directory, root, videos, size, fps=0.0, workers=0):
+def prepare(directory, root, videos, size, fps=0.0, workers=0, retry=False):
     """Decode videos (paths below root) into the cache at directory; those that are in it already stay as they are.
 
     Uses all cores unless told otherwise, a decoder process on each; memory does not grow with the length of a video. Files
-    that cannot be decoded are noted with their reason. Returns the number of videos that were not there before.
+    that cannot be decoded are noted with their reason, and tried anew with retry. Returns the number of videos that were not
+    there before. A cache that lacks nothing may be where nobody can write. UserError where one that lacks something is.
     """
-    directory, workers, frame_bytes = Path(directory), workers or os.cpu_count(), size * size * 3
-    directory.mkdir(parents=True, exist_ok=True)
+    directory, workers, frame_bytes = Path(directory), workers or utils.cores(), size * size * 3
     paths = {os.path.relpath(path, root): path for path in videos}
     key = {"root": video.printable(Path(root).resolve()), "size": size, "fps": fps}
-    with contextlib.ExitStack() as stack:
-        fcntl.flock(stack.enter_context(open(directory / "lock", "w")), fcntl.LOCK_EX)  # another process may be at it
+
+    def lacking():
         header, entries, complete = read_index(directory)
         if header and header != {"format": FORMAT, "key": key}:
             raise UserError(f"{directory} is a cache of {header}, not of {key}: remove it, or name another with --cache-dir")
-        todo = [name for name in paths if entries.get(name, {}).get("bytes") != file_size(paths[name])]
-        if complete and not todo:
+        again = {name for name, entry in entries.items() if retry and "skipped" in entry}
+        todo = [name for name in paths if name in again or entries.get(name, {}).get("bytes") != file_size(paths[name])]
+        return todo, entries, complete and not todo
+
+    if lacking()[-1]:
+        return 0
+    with contextlib.ExitStack() as stack:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(open(directory / "lock", "w")), fcntl.LOCK_EX)  # another process may be at it
+        except OSError as error:
+            raise UserError(f"cannot write the cache {directory}: {error.strerror}") from None
+        todo, entries, nothing = lacking()
+        if nothing:
             return 0
 
         # Forget what a run that was stopped left behind: half a line, frames without a line.
@@ -175,9 +187,12 @@ def write_frames(path, size, fps, file, threads=1):
 
 
 def file_size(path):
-    """Bytes of a file, or the number of a directory's entries: what tells that a video is another one than it was."""
+    """Bytes of a file, or of all files of a directory: what tells that a video is another one than it was."""
     with contextlib.suppress(OSError):
-        return len(os.listdir(path)) if os.path.isdir(path) else os.stat(path).st_size
+        if not os.path.isdir(path):
+            return os.stat(path).st_size
+        with os.scandir(path) as entries:
+            return sum(entry.stat().st_size for entry in entries)
     return -1
 
 

@@ -8,6 +8,7 @@ None), with rotation and pixel aspect as players show them. Frames are evenly sp
 read at its nominal one.
 """
 
+import contextlib
 import errno
 import functools
 import math
@@ -65,18 +66,22 @@ def list_videos(root):
     """All videos under a directory: (paths in order, {suffix: count} of the files that are none).
 
     A path is a video file, a directory of frames, an animated image, or a strip: one image with square frames side by side
-    or below each other, as MoCoGAN's data come. Hidden files are left out.
+    or below each other, as MoCoGAN's data come. Links are followed. Hidden files and directories are left out, and so are
+    stills beside videos, which are thumbnails.
     """
-    videos, others = [], {}
-    for directory, folders, files in os.walk(root):
-        folders.sort()
+    videos, others, above = [], {}, {os.fspath(root): {os.path.realpath(root)}}  # a link may lead back up
+    for directory, folders, files in os.walk(root, followlinks=True):
+        real = {f: os.path.realpath(os.path.join(directory, f)) for f in folders}
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and real[f] not in above[directory])
+        above |= {os.path.join(directory, f): above[directory] | {real[f]} for f in folders}
         files = sorted((f for f in files if not f.startswith(".")), key=natural)
         images = [f for f in files if f.lower().endswith(IMAGE_SUFFIXES)]
-        videos += [Path(directory, f) for f in files if f.lower().endswith(VIDEO_SUFFIXES)]
+        own = [Path(directory, f) for f in files if f.lower().endswith(VIDEO_SUFFIXES)]
         if images and image_kind(Path(directory, images[0])) != "still":
-            videos += [Path(directory, f) for f in images]
-        elif len(images) > 1:
-            videos.append(Path(directory))
+            own += [Path(directory, f) for f in images]
+        elif len(images) > 1 and not own:
+            own.append(Path(directory))
+        videos += own
         for f in files:
             if not f.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES):
                 others[Path(f).suffix] = others.get(Path(f).suffix, 0) + 1
@@ -95,7 +100,7 @@ def image_kind(path):
             short, long = sorted(image.size)
             if getattr(image, "n_frames", 1) > 1:
                 return "animated"
-            return "strip" if long >= 2 * short and long % short == 0 else "still"
+            return "strip" if long >= 3 * short and long % short == 0 else "still"
     except Exception:  # whatever a damaged file makes the library raise
         return "still"
 
@@ -135,12 +140,13 @@ def probe(path):
         return Info(long // short, 0.0, short, short)
     check_readable(path)
     text, _ = run_decoder(path, [*decoder("info"), *source(path)])  # without an output it describes its input
-    video = next((line for line in text.splitlines() if " Video: " in line and "attached pic" not in line), None)
+    streams = [line for line in text.splitlines() if re.match(r"\s*Stream #", line)]  # a title may say " Video: " as well
+    video = next((line for line in streams if " Video: " in line and "attached pic" not in line), None)
     if video is None:
         raise BadVideo(path, explain(text) if " Audio: " not in text else NO_PICTURES)
     size = re.search(r"\b(\d+)x(\d+)\b", re.sub(r"\b0x[0-9A-Fa-f]+", "", video))
     width, height = (int(x) for x in size.groups()) if size else (0, 0)
-    rate = re.search(r"([\d.]+)(k?) tbr", video)
+    rate = re.search(r"([\d.]+)(k?) " + ("fps" if "mpeg1video" in video else "tbr"), video)  # whose tbr counts fields
     fps = float(rate[1]) * (1000 if rate[2] else 1) if rate else 25.0
     fps = fps if fps <= FASTEST else 30.0
     if duration := re.search(r"Duration: (\d+):(\d+):([\d.]+)", text):
@@ -175,6 +181,15 @@ def read_frames(path, size, start=0, count=None, fps=0.0):
     if len({frame.shape for frame in frames}) > 1:
         raise BadVideo(path, "its frames have different sizes")
     return np.stack(frames)
+
+
+def read_clip(path, size, start, count, fps=0.0):
+    """read_frames, but from the first frame where the header promises more than there is: a longer sound, a file cut off."""
+    if start:
+        with contextlib.suppress(BadVideo):
+            if len(frames := read_frames(path, size, start, count, fps)) == count:
+                return frames
+    return read_frames(path, size, 0, count, fps)
 
 
 def whole_video(path):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, write_mp4
+from PIL import Image
 from test_data import counting_clip, numbers
 
 from common import cache, checkpoints, video
@@ -55,6 +56,43 @@ def test_nothing_is_decoded_twice_and_what_is_new_or_changed_is(tmp_path, videos
     opened = ready(tmp_path, [*videos, new])
     assert sorted(decoded) == ["3.mp4", "new.mp4"]
     assert len(opened.frames("new.mp4")) == 8 and len(opened.frames("3.mp4")) == 6 and len(opened.frames("4.mp4")) == 14
+
+
+def test_frames_that_were_made_anew_are_seen(tmp_path, videos):
+    frames = tmp_path / "videos" / "frames"
+    frames.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    for i in range(3):
+        Image.new("RGB", (32, 32)).save(frames / f"{i}.png")
+    opened = ready(tmp_path, [*videos, frames])
+    assert not opened.frames("frames").any()
+    for i, frame in enumerate(noise):
+        Image.fromarray(frame).save(frames / f"{i}.png")  # as many files, of the same names
+    assert np.array_equal(ready(tmp_path, [*videos, frames]).frames("frames"), noise)
+
+
+def test_what_did_not_work_is_tried_anew_when_asked(tmp_path, videos, monkeypatch):
+    def hangs(path, *args):
+        raise video.BadVideo(path, "the decoder hangs")
+
+    with monkeypatch.context() as slow:
+        slow.setattr(video, "run_decoder", hangs)
+        assert set(ready(tmp_path, videos[:3]).skipped.values()) == {"the decoder hangs"}
+    assert prepare(tmp_path / "cache", tmp_path / "videos", videos[:3], 32) == 0
+    assert prepare(tmp_path / "cache", tmp_path / "videos", videos[:3], 32, retry=True) == 3
+    assert len(FrameCache(tmp_path / "cache").entries) == 3
+
+
+def test_a_complete_cache_is_not_written_to_and_another_place_is_one_line(tmp_path, videos, monkeypatch):
+    ready(tmp_path, videos)
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cache.fcntl, "flock", refuse)
+    assert prepare(tmp_path / "cache", tmp_path / "videos", videos, 32) == 0
+    with pytest.raises(UserError, match="cannot write the cache.*Permission"):
+        prepare(tmp_path / "cache", tmp_path / "videos", videos, 32, retry=True)
 
 
 @pytest.mark.parametrize("lines", [1, 2, 4, 6])
