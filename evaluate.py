@@ -7,7 +7,9 @@ Stage 1: clips of the held-out set go through the autoencoder and back:    rFVD,
 Stage 2: as many clips are generated as are taken of the training set:     gFVD, class agreement, diversity
 
 Beside gFVD stand two more, of held-out clips in the place of generated ones. That of their reconstructions is what a perfect
-stage 2 would have, that of the clips themselves what a perfect model would: with few clips it is far from zero.
+stage 2 would have, that of the clips themselves what a perfect model would: with few clips it is far from zero. Where fewer
+are held out than generated, both are too high, and their count tells. Where none are (all of UCF-101, as in the paper), rFVD is
+of the middles of training videos, and the two are left out.
 
 A clip is what training sees, at the training size. The work is cut into batches. Each is a file in --out-dir once it is done,
 so that an evaluation that was stopped goes on where it was, several processes (torchrun, one for each GPU) share it, and memory
@@ -55,7 +57,9 @@ class Config:
     ckpt: str = option("input", "dit.pt", "checkpoint of vae.py or dit.py")
     data_dir: str = option("input", "", "where its data set is, if not where it was")
     cache_dir: str = option("input", "", "directory of caches, of features of real clips too, if not where they were")
-    protocol: str = option("features", "stylegan-v", "of FVD: reference implementation to follow", choices=list(fvd.PROTOCOLS))
+    protocol: str = option(
+        "features", "stylegan-v", "of FVD: reference to follow in resizing and statistics", choices=list(fvd.PROTOCOLS)
+    )
     features: str = option("features", "i3d", "trained network, or one of random weights", choices=["i3d", "random"])
     i3d: str = option("features", "", "file with the weights; default: those that fvd.py --get-weights fetches")
     allow_other_weights: bool = option("features", False, "take a state dict that is none of the known ones")
@@ -351,7 +355,7 @@ def share_result(hits):
 
 def distance_result(real, made, protocol, config, paired):
     """The Fréchet distance of features [B, 400], with its bootstrap interval."""
-    result = {"value": fvd.frechet_distance_of(real, made, protocol.ddof), "clips": len(real), "unit": ""}
+    result = {"value": fvd.frechet_distance_of(real, made, protocol.ddof), "clips": min(len(real), len(made)), "unit": ""}
     if config.bootstrap:
         ends = fvd.bootstrap(real, made, protocol.ddof, config.bootstrap, seed=config.seed, paired=paired)
         result |= dict(zip(("low", "high"), ends))
@@ -405,6 +409,7 @@ def main(config=None, load_dit=dit.load_dit):
             raise UserError(f"--square {left} {top} {right} {bottom}: frames are {settings.resolution} x {settings.resolution}")
     refine = dit.refine_steps(ckpt, config.refine)
     held_out, train_set = (data.open_dataset(settings, role, classes) for role in ("test", "train"))
+    shared = {path for path, _ in getattr(held_out, "items", ())} & {path for path, _ in getattr(train_set, "items", ())}
     protocol = fvd.PROTOCOLS[config.protocol]
     detector = fvd.load_detector(config.features, config.protocol, config.i3d, config.allow_other_weights, config.seed, device)
     known = remembered(detector, Path(settings.cache_dir) / "features") if settings.cache != "off" else detector
@@ -414,6 +419,7 @@ def main(config=None, load_dit=dit.load_dit):
     key = {name: getattr(config, name) for name in ("videos", "batch_size", "seed", "lpips", "guidance", "steps", "sampler")}
     key |= detector.meta | {"networks": utils.fingerprint(nn.ModuleList([vae, *([model] if model else [])]))}
     key |= {"data": str(settings.data_dir), "refine": refine, "square": config.square, "judge_clips": config.judge_clips}
+    key |= {"clips": [[each.name(i) for i in range(len(each))] for each in (held_out, train_set)], "code": utils.git_revision()}
     out = Path(config.out_dir)
     work = out / f"work-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
     try:
@@ -441,9 +447,9 @@ def main(config=None, load_dit=dit.load_dit):
         measure = generate_batch(model, vae, scale, train_set, detector, known, judge, config, device)
         made = batches(work, "generated", indices, config.batch_size, measure, rank, world)
         results[f"g{name}"] = distance_result(made["real"], made["features"], protocol, config, paired=False)
-        # What no generator need be below: as many clips that none was trained on, real and as stage 1 has them, in the place
-        # of generated ones.
-        for title, kind in (("reconstructions", "features"), ("real clips", "real")):
+        # What no generator need be below: clips that none was trained on, real and as stage 1 has them, in the place of
+        # generated ones.
+        for title, kind in (("reconstructions", "features"), ("real clips", "real")) if not shared else ():
             results[f"g{name} of {title}"] = distance_result(made["real"], decoded[kind], protocol, config, paired=False)
         if judge:
             results["class agreement"] = share_result(made["seen"] == made["labels"])
@@ -464,8 +470,10 @@ def main(config=None, load_dit=dit.load_dit):
         "trained": f"{ckpt['step']} steps of stage {2 if model else 1}, revision {ckpt['revision'] or 'unknown'}",
         "evaluated": f"revision {utils.git_revision() or 'unknown'}, {time.strftime('%Y-%m-%d')}, {time.time() - began:.0f} s",
         "command": "python evaluate.py " + shlex.join(sys.argv[1:]),
-        "data": f"{settings.dataset} {settings.data_dir}: {len(held_out)} held-out and {len(train_set)} training videos",
-        "clips": f"{settings.num_frames} frames of {settings.resolution} x {settings.resolution}, stride {settings.stride}",
+        "data": f"{settings.dataset} {settings.data_dir}: {len(train_set)} training videos, "
+        + (f"and {len(held_out)} of them in the place of held-out ones" if shared else f"{len(held_out)} held out"),
+        "clips": f"{settings.num_frames} frames of {settings.resolution} x {settings.resolution}, stride {settings.stride}, "
+        "one of each video: the middle where held out, anywhere in training",
         "tokens": f"of reconstructions: refined in {refine} steps" if refine else "of reconstructions: as encoded",
         "features": f"{detector.meta['features']}, protocol {config.protocol}{fvd.loops(settings.num_frames)}",
     }

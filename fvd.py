@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from common import progress, utils, video, weights
-from common.moments import Statistics
+from common.moments import KEPT, Statistics
 from common.utils import UserError, option
 
 SIZE = 224  # height and width that I3D was trained on
@@ -443,10 +443,9 @@ def read_clip(path, config, start):
     span = (config.frames - 1) * config.stride + 1
     spare = video.probe(path).frames - span
     # Its name decides, not its place: a video that cannot be read must not move the clips of the others.
-    begin = random.Random(f"{config.seed} {Path(path).name}").randint(0, spare) if start == "random" and spare > 0 else 0
-    frames = video.read_frames(path, None, begin, span)
-    if len(frames) < span and begin:  # the header promises more than there is
-        frames = video.read_frames(path, None, 0, span)
+    name = f"{config.seed} ".encode() + os.fsencode(Path(path).name)
+    begin = random.Random(name).randint(0, spare) if start == "random" and spare > 0 else 0
+    frames = video.read_clip(path, None, begin, span)
     if len(frames) < span:
         raise video.BadVideo(path, f"it has {len(frames)} frames, and a clip takes {span} (--frames, --stride)")
     return frames[:: config.stride]
@@ -496,7 +495,7 @@ def measure(root, detector, config, start="first"):
         stats.add(detector(np.stack([clip for _, clip in batch]), names))
         batch.clear()
 
-    total, workers = min(config.videos, len(paths)), config.workers or os.cpu_count()
+    total, workers = min(config.videos, len(paths)), config.workers or utils.cores()
     bar = progress.bar(desc=Path(root).name or str(root), total=total, unit="video")
     with bar, contextlib.closing(ahead(read, paths, workers)) as clips:
         for path, clip in clips:
@@ -556,9 +555,12 @@ def main():
     if len(places) != 2:
         raise UserError("name two folders of videos first, or an .npz of --save-stats for one: python fvd.py real/ generated/")
     stored = {place: Statistics.load(place, PROTOCOLS) for place in places if place.endswith(".npz")}
-    for place in places:
-        if place not in stored:
-            list_videos(place)  # a wrong name shows before hours of work
+    for place in places:  # what is wrong shows before hours of work
+        count = stored[place].n if place in stored else min(config.videos, len(list_videos(place)))
+        if config.infinity and count > KEPT:
+            raise UserError(
+                f"--infinity takes features, which are kept of up to {KEPT} videos, and {place} has {count}: --videos {KEPT}"
+            )
     detector, device = None, utils.pick_device(config.device)
     if len(stored) < len(places):
         detector = load_detector(config.features, config.protocol, config.i3d, config.allow_other_weights, config.seed, device)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_mp4
 
 import data
 import dit
@@ -178,6 +179,35 @@ def test_what_was_measured_otherwise_is_not_taken(trained, tmp_path, detector):
     config.videos = 16
     assert run(config)["results"]["PSNR"]["clips"] == 16 and detector.calls == 8
     assert len(list(Path(config.out_dir).glob("work-*"))) == 2
+
+
+def test_clips_and_code_that_changed_are_measured_anew(trained, tmp_path, detector, monkeypatch):
+    config = settings(trained, "vae.pt", tmp_path)
+    run(config)
+    monkeypatch.setattr(data.Shapes, "__len__", lambda self: 45)  # half of the clips are gone
+    run(config)
+    monkeypatch.setattr(utils, "git_revision", lambda: "another")
+    run(config)
+    assert len(list(Path(config.out_dir).glob("work-*"))) == 3
+
+
+def test_nothing_is_called_held_out_where_nothing_is(trained, tmp_path, detector):
+    """All of UCF-101, say: what is tested are the videos that were trained on, and they are no floor of gFVD."""
+    for i in range(4):
+        write_mp4(tmp_path / "clips" / "square_updown" / str(i), torch.rand(16, 3, 32, 32) * 2 - 1)
+    ckpt = checkpoints.load(trained / "dit.pt", "dit", "")
+    ckpt["vae"]["config"] |= {"dataset": "folder", "data_dir": str(tmp_path / "clips")}
+    torch.save(ckpt, tmp_path / "dit.pt")
+    found = run(settings(tmp_path, "dit.pt", tmp_path))
+    assert "gFVD on random I3D features" in found["results"] and not any(" of recon" in name for name in found["results"])
+    assert "4 of them in the place of held-out ones" in found["about"]["data"]
+    write_mp4(tmp_path / "clips" / "train" / "square_updown" / "5", torch.rand(16, 3, 32, 32) * 2 - 1)
+    (tmp_path / "clips" / "square_updown").rename(tmp_path / "clips" / "train" / "square_updown" / "more")
+    for i in range(2):
+        write_mp4(tmp_path / "clips" / "test" / "square_updown" / str(i), torch.rand(16, 3, 32, 32) * 2 - 1)
+    results = run(settings(tmp_path, "dit.pt", tmp_path))["results"]
+    clips = {name: results[f"gFVD on random I3D features{name}"]["clips"] for name in ("", " of real clips")}
+    assert clips == {"": 5, " of real clips": 2}  # fewer are held out, and their count says so
 
 
 def test_processes_share_the_batches(tmp_path, monkeypatch):

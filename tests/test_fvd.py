@@ -1,6 +1,7 @@
 """FVD, PSNR and SSIM against independent implementations, closed forms and known values; weights; the command line."""
 
 import math
+import os
 import re
 import subprocess
 import time
@@ -682,9 +683,12 @@ def number(text):
     return float(re.search(r"^FVD on random I3D features +([\d.e+-]+)", text, re.MULTILINE)[1])
 
 
-def test_two_folders_are_compared(call, folders):
+def test_two_folders_are_compared(call, folders, monkeypatch):
     status, out, err = call(f"{folders}/real {folders}/generated --batch-size 3 --bootstrap 20 --infinity --videos 8")
     assert status == 2 and "eight videos of each set or more, and there are 4" in err
+    monkeypatch.setattr(fvd, "KEPT", 4)
+    status, out, err = call(f"{folders}/real {folders}/generated --infinity")
+    assert status == 2 and "kept of up to 4 videos" in err and "real has 5" in err
     status, out, err = call(f"{folders}/real {folders}/generated --batch-size 3 --bootstrap 20")
     assert status == 0, err
     detector = fvd.Detector(Means(), "random I3D, seed 0")
@@ -697,6 +701,14 @@ def test_two_folders_are_compared(call, folders):
     assert "random I3D, seed 0, protocol stylegan-v, clips of 16 frames, stride 1" in out
     assert f"5 videos of 128 x 128, 0 skipped: {folders}/real" in out and "95 % of 20 resamples" in out
     assert re.findall(r"FVD(?! on random I3D features)", out) == []  # never called FVD
+
+
+def test_any_name_of_a_file_will_do(tmp_path):
+    """A clip's place follows from the bytes of the name, which need not be UTF-8."""
+    clip = torch.arange(30.0).view(-1, 1, 1, 1).expand(-1, 3, 32, 32) / 15 - 1
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4")
+    os.rename(write_mp4(tmp_path / "plain", clip), odd)
+    assert len(fvd.read_clip(odd, fvd.Config(), "random")) == 16
 
 
 def test_protocols_differ(call, folders):
