@@ -153,7 +153,7 @@ class Content(nn.Module):
     The codes are stored, the encoder is not. Between frames (t real) codes are linear.
     """
 
-    features, neighbours = 16, False
+    features = 16
 
     def __init__(self, plan):
         super().__init__()
@@ -178,8 +178,6 @@ class ContentAndDifference(Content):
 
     The second is two channels of a larger map: the frame by 24 in the paper, here by what of the strides comes nearest.
     """
-
-    neighbours = True
 
     def __init__(self, plan):
         super().__init__(plan)

@@ -64,7 +64,7 @@ METHODS = {
     # … and its NeRV baseline, the "NeRV [5]" of HTD: C0 about 54, reduction 2 from the first block on, least 12.
     "plain": Method(
         parts.Sinusoid, parts.LinearStem, parts.ShuffleBlock,
-        expansion=1 / 2, least=12 / 54, head=3, lr=1e-3,
+        expansion=1 / 2, least=12 / 54, head=3, levels=4, lr=1e-3,
     ),
     # FFNeRV's repository, C0 = 48 and least 24, with the expansion that HTD takes at 1.5 M and 3 M (§4.1: 4, not 8).
     "ffnerv": Method(
@@ -74,7 +74,7 @@ METHODS = {
     # HiNeRV's Bunny configurations: reduction 2 after the first block, at most four levels.
     "hinerv": Method(
         parts.HierarchicalGrid, GRID_STEM, parts.HiNeRVBlock, parts.LocalGridSkip,
-        levels=4, lr=2e-3,
+        grid=18, levels=4, lr=2e-3,
     ),
     # DNeRV's repository: HNeRV's decoder, and the difference.
     "diffnerv": Method(

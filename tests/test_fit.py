@@ -137,9 +137,11 @@ def test_rnerv_is_that_of_the_paper():
     "height, width, rows, levels, found",
     [
         (1080, 1920, 8.5, 5, [5, 3, 2, 2, 2]),  # NeRV's, FFNeRV's
-        (1080, 1920, 8.5, 4, [5, 4, 3, 2]),  # HiNeRV's
+        (1080, 1920, 18, 4, [5, 3, 2, 2]),  # HiNeRV's
+        (720, 1280, 18, 4, [5, 2, 2, 2]),  # … on Bunny
         (720, 1280, 8.5, 5, [5, 2, 2, 2, 2]),  # NeRV's on Bunny
         (640, 1280, 2, 5, [5, 4, 4, 2, 2]),  # HNeRV's on Bunny
+        (640, 1280, 8.5, 4, [5, 4, 2, 2]),  # … and of NeRV beside it, plain
         (960, 1920, 2, 5, [5, 4, 4, 3, 2]),  # HNeRV's on UVG
         (160, 320, 8.5, 5, [5, 2, 2]),
     ],
