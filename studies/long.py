@@ -8,10 +8,12 @@ denoiser of as long a training; all others train for both at once. A row's steps
 steps of its own. A row that is done is a line of runs.csv.
 """
 
+import contextlib
 import math
 import shlex
 import time
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,7 +140,10 @@ def same_shape(judge, frames, chunk):
 
 
 def windows(frames, chunk):
-    """Clips of one chunk's length at the start, in the middle, within a chunk, and across a seam: {name: [B, T, H, W, 3]}."""
+    """Clips of one chunk's length at the start, in the middle, within a chunk, and across a seam: {name: [B, T, H, W, 3]}.
+
+    The places are those of chunks without overlap. With overlap, chunks begin earlier, and "middle" has a fade in it.
+    """
     middle = frames.shape[1] // chunk // 2 * chunk
     starts = {"start": 0, "middle": middle, "across": middle - chunk // 2}
     return {name: frames[:, start : start + chunk] for name, start in starts.items()}
@@ -150,19 +155,26 @@ def windows(frames, chunk):
 class Study:
     def __init__(self, config):
         self.config, self.out = config, Path(config.out_dir)
-        self.vae_pt, self.dit_pt = self.out / "vae.pt", self.out / "dit.pt"
+        self.vae_pt, self.dit_pt = self.path("vae"), self.path("dit")
         self.dit_options = f"{config.stage2_options} {config.dit_options}"  # of every training of dit.py
+
+    def path(self, name):
+        """The checkpoint of that name; others of other trainings."""
+        c = self.config
+        training = f"{c.train_chunks} {c.chunks} {c.seconds} {c.stage1_options} {c.dit_options} {c.stage2_options}"
+        return self.out / f"{name}_{zlib.crc32(training.encode()):08x}.pt"
 
     def train(self, main, out, options, seconds=0.0, **kw):
         """A training into out, for so many seconds where it says how many; returns (steps, seconds), or None if it is there."""
-        if out.is_file():
+        with contextlib.suppress(UserError):  # of what is not there, or was cut short
+            checkpoints.load_finished(out, ("vae", "dit", "vin"), "")
             return None
         options = [*shlex.split(options), "--run-dir", str(out.with_suffix(""))]
         if seconds:
             options += ["--steps", str(self.steps_within(seconds, main, out, options, **kw))]
         start = time.time()
         main([*options, "--out", str(out)], **kw)
-        return checkpoints.load(out, ("vae", "dit", "vin"), "")["step"], round(time.time() - start)
+        return checkpoints.load_finished(out, ("vae", "dit", "vin"), "")["step"], round(time.time() - start)
 
     def steps_within(self, seconds, main, out, options, **kw):
         """Ten steps say how long one takes, beside what takes long once; the first trial fills the cache of latents."""
@@ -200,7 +212,7 @@ class Study:
             clips = video.to_clip(self.real).unflatten(1, (c.chunks, self.T)).flatten(0, 1)
             made = vae.reconstruct(self.vae, clips, torch.device("cpu"))
             return video.to_frames(made.unflatten(0, (-1, c.chunks)).flatten(1, 2)), 0, (0, 0), 0
-        out = self.out / ("".join(x if x.isalnum() else "_" for x in row) + ".pt")
+        out = self.path("".join(x if x.isalnum() else "_" for x in row))
         how = {"steps": c.steps}
         if way in ("vin", "full"):
             network = FullAttention if way == "full" else vin.VIN
@@ -213,7 +225,7 @@ class Study:
             flops = vin.flops(sizes, model.config, chunks) if way == "vin" else vin.dit_flops(sizes, chunks * sizes.num_tokens)
             sample = lambda k, seed: vin.generate(model, torch.tensor([k]), chunks, seed=seed, **how)[0] / scale  # noqa: E731
         elif way == "one":
-            first = self.out / "one_network_vae.pt"
+            first = self.path("one_network_vae")
             self.train(vae.main, first, f"--dataset shapes-long --preset nano {c.stage1_options} --num-frames {self.F}")
             spent = self.train(dit.main, out, f"{options} {self.dit_options} --ckpt {first}", 2 * c.seconds)
             model, network, scale = dit.load_dit(checkpoints.load(out, "dit", "python dit.py"))

@@ -19,6 +19,7 @@ import dataclasses
 import math
 import shlex
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,7 +125,7 @@ class Study:
     def train1(self, size, steps):
         """Stage 1 of a width -> its row of runs.csv."""
         width = (WIDTHS | LARGER[1])[size]
-        c, path, began = self.config, self.out / f"vae_{width}_{steps}.pt", time.time()
+        c, path, began = self.config, stage1_path(self.config, width, steps), time.time()
         where = ["--dataset", c.dataset, "--data-dir", c.data_dir, "--cache-dir", c.cache_dir]
         argv = [*where, *shlex.split(c.vae_options), "--width", width, "--steps", steps, "--seed", c.seed]
         vae.main([*map(str, argv), "--out", str(path), "--run-dir", str(path.with_suffix(""))])
@@ -174,7 +175,12 @@ def settings(c, stage):
 
 def base(c):
     """The checkpoint of stage 1 that all denoisers have: nano's, trained the longest."""
-    return Path(c.out_dir) / f"vae_{WIDTHS['width 32']}_{max(c.vae_steps)}.pt"
+    return stage1_path(c, WIDTHS["width 32"], max(c.vae_steps))
+
+
+def stage1_path(c, width, steps):
+    """A checkpoint of stage 1: others of another seed or other options."""
+    return Path(c.out_dir) / f"vae_{width}_{steps}_{zlib.crc32(settings(c, 1).encode()):08x}.pt"
 
 
 def asked(c, stage):

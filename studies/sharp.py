@@ -135,7 +135,7 @@ def run(config, row, seed):
     if done.returncode:
         raise utils.UserError(f"{row}: {done.stderr.strip().splitlines()[-1]}")
     seconds = round(time.time() - start)
-    ckpt = checkpoints.load(files[1], "vae", "python vae.py")
+    ckpt = checkpoints.load_finished(files[1], "vae", "python vae.py")
     network, source = load_vae(ckpt), Stage1(**ckpt["config"])
     train_set, test_set = (data.open_dataset(source, role, ckpt["classes"]) for role in ("train", "test"))
     clips, _ = data.fixed_clips(test_set, config.clips)

@@ -80,6 +80,8 @@ def test_rows_train_sample_and_are_not_done_again(tmp_path, monkeypatch, capsys)
     assert all(float(row["gflop"]) > 0 for row in found[1:])
     assert (tmp_path / "out/long/interface__all_three.png").is_file()
     capsys.readouterr()
+    first, other = (long.Study(long.Config(seconds=seconds)) for seconds in (400, 1200))
+    assert first.path("vae") != other.path("vae") and first.path("vae") == long.Study(long.Config(seconds=400)).path("vae")
     monkeypatch.setattr(long.Study, "prepare", lambda self: pytest.fail("done again"))
     long.main()
     assert "| interface, all three |" in capsys.readouterr().out

@@ -57,6 +57,8 @@ def test_a_small_study_runs_is_drawn_and_is_not_run_again(tmp_path, monkeypatch,
         ("2", "small", "4"), ("2", "small", "40"), ("1", "width 48", "8"), ("1", "width 48", "80"),
     ]  # fmt: skip
     assert all(float(row["fvd"]) > 0 and float(row["flops"]) > 0 for row in rows)
+    paths = {scaling.stage1_path(scaling.Config(seed=seed, vae_options=o), 32, 2) for seed in (0, 1) for o in ("", "--ema 0")}
+    assert len(paths) == 4  # a stage 2 stands on a stage 1 of its own seed and options
     monkeypatch.setattr(scaling.Study, "train1", None)
     monkeypatch.setattr(scaling.Study, "train2", None)
     scaling.main(argv)  # reads what is done
