@@ -107,7 +107,7 @@ class Pixels(nn.Module):
         self.nerv_config = Shape(num_frames, resolution)
         self.token_shape = (math.prod(self.grid), 3 * t * h * w)
 
-    def encode(self, video):
+    def encode(self, video, steps=0):
         """video [B, T, 3, H, W] in [-1, 1] -> mean, logvar, each [B, N, d]; of next to no deviation."""
         t, h, w = self.patch
         x = video.unflatten(4, (-1, w)).unflatten(3, (-1, h)).unflatten(1, (-1, t))  # [B, T/t, t, 3, H/h, h, W/w, w]
@@ -118,9 +118,6 @@ class Pixels(nn.Module):
         """tokens [B, N, d] -> frames [B, T, 3, H, W], all of them."""
         x = tokens.unflatten(2, (self.patch[0], 3, *self.patch[1:])).unflatten(1, self.grid)  # [B, T/t, H/h, W/w, t, 3, h, w]
         return x.permute(0, 1, 4, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(1, 2)
-
-    def refine(self, tokens, video, steps):
-        return tokens
 
 
 class Frames(nn.Module):
@@ -145,7 +142,7 @@ class Frames(nn.Module):
         self.side = resolution // 16
         self.nerv_config, self.token_shape = Shape(num_frames, resolution), (num_frames * self.side**2, 16)
 
-    def encode(self, video):
+    def encode(self, video, steps=0):
         """video [B, T, 3, H, W] in [-1, 1] -> mean, logvar, each [B, T * H/16 * W/16, 16]."""
         posterior = self.net.encode(video.flatten(0, 1)).latent_dist
         parts = (F.pixel_unshuffle(x.float(), 2) for x in (posterior.mean, posterior.logvar))  # [B * T, 16, h, w]
@@ -155,9 +152,6 @@ class Frames(nn.Module):
         """tokens [B, T * H/16 * W/16, 16] -> frames [B, T, 3, H, W], all of them."""
         x = tokens.unflatten(1, (-1, self.side, self.side)).movedim(-1, 2)  # [B, T, 16, h, w]
         return self.net.decode(F.pixel_shuffle(x.flatten(0, 1), 2)).sample.unflatten(0, (len(tokens), -1))
-
-    def refine(self, tokens, video, steps):
-        return tokens
 
 
 def latte(num_frames):
