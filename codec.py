@@ -337,7 +337,8 @@ def compare(*sources, config):
     paths = [path for s in sources for path, _ in folders.get(s, [(s, "")])]
     if not paths:
         raise UserError(f"{' '.join(map(printable, sources))}: there are no videos in it")
-    paths = paths[:: math.ceil(len(paths) / config.videos)] if config.videos else paths
+    count = min(config.videos or len(paths), len(paths))
+    paths = [paths[i * len(paths) // count] for i in range(count)]
     videos = [read_video(path, config.size) for path in paths]
     rd.compare(points, videos, config.out_dir, perceptual() if config.lpips else None, config.below)
 
@@ -471,7 +472,8 @@ def reconstruct(codec, clips, device, bits, keep=1.0, batch_size=16):
 
 
 def train(config):
-    utils.check_positive(config, "steps", "batch_size", "stride", "num_frames", "width", "log_every", "save_every")
+    utils.check_positive(config, "steps", "batch_size", "stride", "num_frames", "width")
+    utils.check_positive(config, "log_every", "save_every", "grad_clip")
     for name, low, high in (("crop_scale", 0.25, 1), ("mask", 0, 1), ("bits", 4, 8)):
         if not low <= getattr(config, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: it is from {low} to {high}")
@@ -575,8 +577,9 @@ def train(config):
             if interrupt.stop():
                 log.print(f"interrupted after {done} steps")
                 break
+        if rank == 0:
+            save(done, final=True)
     if rank == 0:
-        save(done, final=True)
         log.print(f"held-out clips after {done} steps, all and half of the tokens: {preview(done)}")
         if config.degrade != "none":
             restored = reconstruct(ema, seen, device, [config.bits])[0]

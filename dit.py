@@ -301,16 +301,16 @@ def preset_defaults(args):
 def encode_given(vae, video, cond_frames, refine=0):
     """Tokens [B, N, d] of clips [B, T, 3, H, W] of which only the first frames are given: the others are zero (§4.1)."""
     given = torch.arange(video.shape[1], device=video.device) < cond_frames
-    return vae.refine(vae.encode(video * given[:, None, None, None])[0], video[:, :cond_frames], refine)
+    return vae.encode(video * given[:, None, None, None], refine, cond_frames)[0]
 
 
 @torch.no_grad()
 def encode_batch(vae, video, cond_frames, refine=0):
-    """Clips [B, T, 3, H, W] -> [B, 2, N, d]: the posterior's mean, refined in so many steps (VAE.refine), and deviation;
+    """Clips [B, T, 3, H, W] -> [B, 2, N, d]: the posterior's mean, refined in so many steps (VAE.encode), and deviation;
     [B, 3, N, d] with the given frames' tokens."""
-    mean, logvar = vae.encode(video)
+    mean, logvar = vae.encode(video, refine)
     given = [encode_given(vae, video, cond_frames, refine)] if cond_frames else []
-    return torch.stack([vae.refine(mean, video, refine), torch.exp(0.5 * logvar), *given], 1)
+    return torch.stack([mean, torch.exp(0.5 * logvar), *given], 1)
 
 
 def cached_latents(directory, key, vae, train_set, count, cond_frames, device, rank=0, world=1, batch_size=16, refine=0):
@@ -322,7 +322,7 @@ def cached_latents(directory, key, vae, train_set, count, cond_frames, device, r
     directory = Path(directory)
     latents_file, labels_file, key_file = (directory / name for name in ("latents.npy", "labels.npy", "key.json"))
     key = json.dumps(key, indent=1)
-    if not (key_file.is_file() and key_file.read_text() == key):
+    if utils.max_over_ranks(not (key_file.is_file() and key_file.read_text() == key)) > 0:
         if rank == 0:
             directory.mkdir(parents=True, exist_ok=True)
             key_file.unlink(missing_ok=True)
@@ -379,7 +379,7 @@ def diffusion_loss(model, theta0, labels, given, step, noise, alpha, sigma, gamm
 
 def main(argv=None, denoiser=DiT, load_vae=load_vae):
     config = utils.parse_options(Config, __doc__, preset_defaults, argv)
-    utils.check_positive(config, "steps", "batch_size", "accumulate", "log_every", "save_every")
+    utils.check_positive(config, "steps", "batch_size", "accumulate", "log_every", "save_every", "grad_clip")
     device, rank, world = utils.start_processes(config.device)
     rows = utils.rows_per_process(config.batch_size, config.accumulate, world)  # clips that this process takes at a time
     utils.make_parent(config.out)
@@ -440,6 +440,8 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
         if components:
             principal = load_vae(ckpt["vae"]).principal if start else Principal(size, vae.token_shape)
             kept = None if start else principal.fit(latents[:, 0])
+            for buffer in principal.buffers():  # another machine's rounding may turn a direction round
+                utils.from_first_rank(buffer)
             mean, deviation, *given = latents.float().unbind(1)
             latents = torch.stack([principal(mean), principal.spread(deviation), *map(principal, given)], 1)
             vae.principal = principal.to(device)
@@ -482,6 +484,7 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
             known = latent_scale * encode_given(vae, real, cond_frames, config.refine)
         titles = ["real", f"from {cond_frames} frames"] * len(real)
 
+    @torch.no_grad()
     def preview(step):
         """A sheet with one sample per class; in frame prediction, below the real clips."""
         tokens = generate(ema, shown, seed=config.seed, given=known) / latent_scale
@@ -496,7 +499,8 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
         for step in range(start, config.steps):
             lr = utils.learning_rate(step, config.steps, config.lr, config.warmup)
             # The random numbers of the whole batch, of which this process uses its rows.
-            coin = torch.rand((), generator=utils.step_generator("cpu", config.seed - 1, step)).item()  # no wait for a GPU
+            # The coin is drawn on the CPU, so that nothing waits for a GPU, and by another seed than the noise.
+            coin = torch.rand((), generator=utils.step_generator("cpu", config.seed - 1, step)).item()
             scheduled = coin < config.scheduled_sampling
             random = utils.step_generator(device, config.seed, step)
             posterior_noise = torch.randn(config.batch_size, *size, generator=random, device=device)
@@ -539,8 +543,9 @@ def main(argv=None, denoiser=DiT, load_vae=load_vae):
             if interrupt.stop():
                 log.print(f"interrupted after {done} steps")
                 break
+        if rank == 0:
+            save(done, final=True)
     if rank == 0:
-        save(done, final=True)
         preview(done)
         log.print(f"wrote {config.out} after {done} steps, {time.time() - log.start:.0f} s; sheets are in {config.run_dir}")
         log.print(f"peak memory {utils.peak_memory(device):.2f} GiB")

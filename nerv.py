@@ -234,7 +234,8 @@ class Pictures(nn.Module):
     Not the paper's. Convolutions that begin with an 8 × 8 code are slow to learn the detail of a scene, and a linear map from
     tokens to pixels has it at once (docs/sharp.md). This is that map, of low rank: the pictures start as the principal
     components of training frames, and training goes on from there. The factor of a picture is a cosine series in time, so
-    that t stays a real number. `gain` is how much faster the pictures learn than kernels do.
+    that t stays a real number; beyond either end, such a series plays the clip backwards. `gain` is how much faster the
+    pictures learn than kernels do.
     """
 
     def __init__(self, count, size, waves, gain):
@@ -309,7 +310,7 @@ class NeRV(nn.Module):
             blocks.append(self.Level(up(D), [conv(D, D), conv(D, last)], side))
         blocks.append(self.Level(up(last), [conv(last, last)]))
         self.blocks = nn.ModuleList(blocks)
-        self.to_rgb = self.Conv(config, last, 3, 3, last // 2, 3)
+        self.to_rgb = self.Conv(config, last, 3, 3, max(1, last // 2), 3)
         self.pictures = None
         if config.pictures:
             self.pictures = Pictures(config.pictures, config.resolution, config.waves, gain=0.6)
@@ -340,7 +341,7 @@ class NeRV(nn.Module):
         return sum(math.prod(layer.kernel_shape) for _, layer in self.table_layers())
 
     def forward(self, tokens, t):
-        """tokens [B, N, d], t [T] real-valued frame positions -> [B, T, 3, H, W] in [-1, 1].
+        """tokens [B, N, d], t [T] real-valued frame positions -> [B, T, 3, H, W] in [-1, 1]; with pictures, about so.
 
         Positions 0 ... num_frames-1 are the training clip; fractions interpolate, positions outside extrapolate (§4.5.1).
         Frames do not see each other: any subset of positions gives the same frames as decoding all of them. That is what
@@ -351,7 +352,7 @@ class NeRV(nn.Module):
         if tokens.shape[1:] != (c.num_tokens, c.token_dim):
             raise ValueError(f"tokens are {list(tokens.shape)}, expected [B, {c.num_tokens}, {c.token_dim}]")
         B, frame = len(tokens), self.to_rgb.in_ch * c.resolution**2  # elements of the largest map of a frame
-        most = self.MOST[torch.is_grad_enabled()]
+        most = self.MOST[torch.is_grad_enabled()] * c.resolution**2 // (c.resolution + 2) ** 2  # a map may be padded
         if len(t) > 1 and len(t) * frame > most:
             return torch.cat([self(tokens, part) for part in t.split(max(1, most // frame))], 1)
         if tokens.device.type == "cpu":

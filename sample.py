@@ -160,7 +160,7 @@ class Sampler:
     def encode(self, clips):
         batches = [batch.to(self.device) for batch in clips.split(self.config.batch_size)]
         with self.autocast():
-            return torch.cat([self.vae.refine(self.vae.encode(b)[0], b, self.refine) for b in batches])
+            return torch.cat([self.vae.encode(b, self.refine)[0] for b in batches])
 
     @torch.no_grad()
     def decode(self, tokens, t=None):
@@ -190,6 +190,8 @@ def predict(sampler, config):
     given = real.repeat_interleave(config.count, 0)
     tokens = sampler.generate(labels, given)
     sampler.t = sampler.t[sampler.t > cond_frames - 1]
+    if not len(sampler.t):
+        raise UserError(f"--time-scale {config.time_scale} leaves no position after the {cond_frames} given frames")
     decoded = sampler.decode(tokens)
     if config.residual:  # what stage 1 cannot hold of the given frames, a wall's texture say, is likely to stay as it is
         lost = given[:, :cond_frames] - sampler.decode(tokens, torch.arange(cond_frames))
@@ -349,7 +351,7 @@ def main():
     if config.reconstruct:
         real, _ = sampler.read(config.reconstruct)
         decoded = sampler.decode(sampler.encode(real))
-        if decoded.shape == real.shape:
+        if torch.equal(sampler.t.cpu(), torch.arange(real.shape[1], dtype=sampler.t.dtype)):
             fine = fine_power(decoded).mean() / fine_power(real).mean()
             print(f"PSNR {psnr(real, decoded):.2f} dB, {100 * fine:.1f} % of the power of fine detail")
         real = real[:, sampler.t.round().long().clamp(max=real.shape[1] - 1)]  # the nearest real frame to each position

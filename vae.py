@@ -70,7 +70,7 @@ class Attention(nn.Module):
             nn.init.constant_(parameter, qk_gain)
 
     def forward(self, x, last=0):
-        """last: look from the last so many tokens only, at all of them; 0 is from all."""
+        """last: look from the last so many tokens only, at all of them; 0 is from all, as x[:, -0:] is x."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each [B, L, heads, width / heads]
         q, k = self.q_norm(q[:, -last:]), self.k_norm(k)
         x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # [B, heads, L, …]
@@ -216,17 +216,22 @@ class VAE(nn.Module):
         self.nerv = decoder(nerv_config)
         self.principal = None  # stage 2 may put one in: then tokens are components, going in and coming out
 
-    def encode(self, video):
-        """video [B, T, 3, H, W] in [-1, 1] -> mean, logvar of the tokens' posterior, each [B, N, d]."""
+    def encode(self, video, steps=0, shown=None):
+        """video [B, T, 3, H, W] in [-1, 1] -> mean, logvar of the tokens' posterior, each [B, N, d].
+
+        The mean is refined in so many steps (refine, below) to decode to the first `shown` frames, or all, better.
+        """
         mean, logvar = self.encoder(video)
         if self.nerv.pictures is not None:  # most of it is read off by the pictures; the transformer says what they miss
             mean = self.nerv.read(video).float() + self.BEYOND * mean
+        if steps:
+            mean = self.refine_weights(mean, video[:, :shown], steps)
         if self.principal is None:
             return mean, logvar
         return self.principal(mean), 2 * self.principal.spread(torch.exp(0.5 * logvar)).log()
 
     def decode(self, tokens, t):
-        """tokens [B, N, d], frame positions t [T] -> frames [B, T, 3, H, W] in [-1, 1]."""
+        """tokens [B, N, d], frame positions t [T] -> frames [B, T, 3, H, W], [-1, 1] (NeRV.forward)."""
         return self.nerv(self.weight_tokens(tokens), t)
 
     def weight_tokens(self, tokens):
@@ -240,10 +245,13 @@ class VAE(nn.Module):
         return (c.num_tokens, c.token_dim) if self.principal is None else self.principal.shape
 
     def refine(self, tokens, video, steps):
-        """Tokens [B, N, d] that decode to a video better than those given (refine, below)."""
-        lr = 0.01 if self.nerv.pictures is None else 0.0002  # most tokens that pictures read are small
-        refined = refine(self.nerv, self.weight_tokens(tokens), video, steps, lr)
+        """Tokens, or components, that decode to a video [B, T', 3, H, W] better than those given (refine, below)."""
+        refined = self.refine_weights(self.weight_tokens(tokens), video, steps)
         return refined if self.principal is None else self.principal(refined)
+
+    def refine_weights(self, tokens, video, steps):
+        lr = 0.01 if self.nerv.pictures is None else 0.0002  # most tokens that pictures read are small
+        return refine(self.nerv, tokens, video, steps, lr)
 
 
 def refine(decode, tokens, video, steps, lr=0.01, few=4, price=None):
@@ -389,24 +397,15 @@ def preset_defaults(args):
     if name == "nano":  # small enough for two CPU cores, and nothing to download
         defaults.update(steps=2000, batch_size=16, decode_frames=2, lr=1.5e-3, warmup=50, kl_weight=1e-6, ema=0.99)
         defaults.update(optimizer="muon", renorm=0.3, antialias=args.dataset in data.SHAPES)  # see docs/sharp.md
-        defaults.update(
-            lpips="none",
-            lpips_weight=0.05,
-            gan_weight=0.0,
-            gan_start=1000,
-            gan_warmup=100,
-            gan_every=1,
-            gan_lr=1.0,
-            gan_width=8,
-        )
-        defaults.update(r1_weight=0.1, r1_every=8)
+        defaults.update(lpips="none", lpips_weight=0.05, gan_weight=0.0, gan_start=1000, gan_warmup=100, gan_every=1)
+        defaults.update(gan_lr=1.0, gan_width=8, r1_weight=0.1, r1_every=8)
     return defaults
 
 
 def main(argv=None, decoder=nerv.NeRV):
     config = utils.parse_options(Config, __doc__, preset_defaults, argv)
     utils.check_positive(config, "steps", "batch_size", "accumulate", "decode_frames", "stride", *SIZES)
-    utils.check_positive(config, "log_every", "save_every", "gan_every", "r1_every", "gan_width")
+    utils.check_positive(config, "log_every", "save_every", "gan_every", "r1_every", "gan_width", "grad_clip")
     if not 0.25 <= config.crop_scale <= 1:
         raise UserError(f"--crop-scale {config.crop_scale}: it is a share of the frame's side, 0.25 to 1")
     device, rank, world = utils.start_processes(config.device)
@@ -430,6 +429,8 @@ def main(argv=None, decoder=nerv.NeRV):
         discriminator = losses.Discriminator(losses.DiscriminatorConfig(config.gan_width)) if config.gan_weight else None
         return discriminator, losses.LPIPS(config.lpips, pretrained) if config.lpips != "none" else None
 
+    if config.gan_weight and config.resolution < (least := 2 ** losses.DiscriminatorConfig().blocks):
+        raise UserError(f"--gan-weight {config.gan_weight}: the discriminator takes --resolution {least} or more")
     discriminator, perceptual = (network and network.to(device) for network in judges())
     if discriminator:
         discriminator.to(memory_format=torch.channels_last_3d)  # twice as fast on a CPU
@@ -447,10 +448,8 @@ def main(argv=None, decoder=nerv.NeRV):
     parts = {"model": vae, "step": utils.FiniteStep(vae, optimizer, config.grad_clip)}
     if discriminator:
         disc_optimizer = make_optimizer(discriminator, [], config.weight_decay)
-        parts |= {
-            "discriminator": discriminator,
-            "disc_step": utils.FiniteStep(discriminator, disc_optimizer, config.grad_clip),
-        }
+        parts["discriminator"] = discriminator
+        parts["disc_step"] = utils.FiniteStep(discriminator, disc_optimizer, config.grad_clip)
     start = 0
     if ckpt := checkpoints.resume(config, "vae", decoder=decoder):
         ema.load_state_dict(ckpt["ema"])
@@ -566,8 +565,9 @@ def main(argv=None, decoder=nerv.NeRV):
             if interrupt.stop():
                 log.print(f"interrupted after {done} steps")
                 break
+        if rank == 0:
+            save(done, final=True)
     if rank == 0:
-        save(done, final=True)
         log.print(f"held-out PSNR {preview(done):.2f} dB after {done} steps, {time.time() - log.start:.0f} s")
         log.print(f"wrote {config.out}; losses and sheets are in {config.run_dir}")
         log.print(f"peak memory {utils.peak_memory(device):.2f} GiB")
@@ -580,9 +580,7 @@ def reconstruct(vae, clips, device, t=None, batch_size=16, refine=0):
     the clip by default)."""
     t, out = torch.arange(clips.shape[1]) if t is None else t, []
     for batch in clips.to(device).split(batch_size):
-        tokens = vae.encode(batch)[0]
-        tokens = vae.refine(tokens, batch, refine) if refine else tokens
-        out.append(vae.decode(tokens, t.to(device)).cpu())
+        out.append(vae.decode(vae.encode(batch, refine)[0], t.to(device)).cpu())
     return torch.cat(out)
 
 

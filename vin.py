@@ -371,7 +371,8 @@ def preset_defaults(args):
 
 def main(argv=None, denoiser=VIN):
     config = utils.parse_options(Config, __doc__, preset_defaults, argv)
-    utils.check_positive(config, "chunks", "global_tokens", "steps", "batch_size", "accumulate", "log_every", "save_every")
+    utils.check_positive(config, "chunks", "global_tokens", "steps", "batch_size", "accumulate")
+    utils.check_positive(config, "log_every", "save_every", "grad_clip")
     device, rank, world = utils.start_processes(config.device)
     rows = utils.rows_per_process(config.batch_size, config.accumulate, world)  # videos that this process takes at a time
     utils.make_parent(config.out)
@@ -444,6 +445,7 @@ def main(argv=None, denoiser=VIN):
 
     shown = torch.linspace(0, len(classes) - 1, min(4, len(classes)), device=device).round().long()
 
+    @torch.no_grad()
     def preview(step):
         """A sheet of a few classes, of each chunk the first and the last frame; returns how much the seams show."""
         tokens, t = generate(ema, shown, C, seed=config.seed) / latent_scale, torch.arange(F_all, device=device)
@@ -523,8 +525,9 @@ def main(argv=None, denoiser=VIN):
             if interrupt.stop():
                 log.print(f"interrupted after {done} steps")
                 break
+        if rank == 0:
+            save(done, final=True)
     if rank == 0:
-        save(done, final=True)
         if done > start and len(label) > C > 1:  # of the last batch
             alike, mixed = error_in_company(ema, *(x.unflatten(0, (-1, C)) for x in (theta0, label)))
             log.print(

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import weakref
 
+import losses
+
 LARGEST_MAP = 2**31  # elements: on a GPU the decoder takes as many videos at a time as stay below (nerv.NeRV.forward)
 USABLE = 0.9  # of a card; the rest goes to CUDA itself, cuDNN's workspaces and gaps between blocks
 
@@ -115,7 +117,7 @@ def stage1(make, frames, bf16=True, gan=True, r1=True):
                 marks.append(alive.bytes)
                 loss = (decoded.float() - real).square().mean()
                 if perceptual:
-                    loss = loss + perceptual(decoded, real)
+                    loss = loss + perceptual(losses.at_least_64(decoded), losses.at_least_64(real))
                 marks.append(alive.bytes)
                 if gan:
                     discriminator.requires_grad_(False)

@@ -1,8 +1,7 @@
 """Principal components of weight tokens: what stage 2 diffuses where it is asked to (dit.py --principal).
 
 Numbers of a video's tokens are far from independent: of Sprites, 64 directions of 2,048 hold 94 % of the variance
-(docs/sharp.md). Along these directions they are uncorrelated, so that each can be told by itself how large it is (dit.DiT),
-and a few of them, in few tokens, do for all.
+(docs/sharp.md). Along these directions they are uncorrelated, and a few of them, in few tokens, do for all.
 """
 
 import torch

@@ -117,6 +117,14 @@ def test_a_prediction_leaves_random_numbers_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_the_smallest_frames_go_through_lpips_as_in_training():
+    def make():
+        model = vae.VAE(dataclasses.replace(nerv.CONFIGS["nano"], resolution=16), vae.ENCODERS["nano"])
+        return model, None, losses.LPIPS("alex", pretrained=False)
+
+    assert memory.stage1(make, 2)(2)["LPIPS"] > 0  # AlexNet has nothing to pool at 16 pixels
+
+
 def test_memory_of_stage_2():
     def make():
         return dit.DiT(dit.DiTConfig(128, 128, width=256, depth=6, heads=4)), networks()[0]

@@ -249,6 +249,8 @@ def test_errors_of_real_processes(trained, videos, tmp_path):
         ("--batch-size 0", ["batch"]),
         ("--batch-size 8 --accumulate 3", ["--batch-size 8", "multiple of 3"]),
         ("--device nonsense", ["--device", "nonsense"]),
+        ("--grad-clip 0", ["--grad-clip 0", "positive"]),
+        ("--resolution 16 --gan-weight 0.1", ["--gan-weight", "--resolution 32"]),
         ("--dataset folder --data-dir {folder}/train --num-frames 32", ["16 frames", "32"]),
         ("--dataset folder --data-dir {folder}/train --stride 2", ["16 frames", "31"]),
     ],

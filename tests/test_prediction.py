@@ -196,7 +196,9 @@ def test_predict_says_what_it_needs(predictor, trained, tmp_path):
         (trained / "dit.pt", [], "--cond-frames 5"),
         (trained / "vae.pt", [], "no stage 2"),
         (predictor / "dit.pt", [], "4 frames, and 5 are needed"),
+        (predictor / "dit.pt", ["--time-scale", 0.05], "no position after the 5 given frames"),
     ):
+        short = short if not options else write_mp4(tmp_path / "whole", video.to_clip(data.Shapes()[0][0]))
         done = script("sample.py", "--ckpt", ckpt, "--predict", short, *options, cwd=tmp_path)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
 

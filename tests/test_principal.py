@@ -81,6 +81,9 @@ def test_stage_2_of_components_decodes_encodes_and_refines_tokens(trained, tmp_p
     torch.testing.assert_close(torch.exp(0.5 * spread), own.spread(torch.exp(0.5 * logvar)))
     torch.testing.assert_close(vae.decode(ours, t), plain.decode(own.tokens(ours), t))
     torch.testing.assert_close(vae.refine(ours, clips, 2), own(plain.refine(own.tokens(ours), clips, 2)))
+    # Refined where stage 2 refines what it learns from: among all tokens, of which the components are taken afterwards.
+    torch.testing.assert_close(vae.encode(clips, 2)[0], own(plain.refine(mean, clips, 2)))
+    assert not torch.equal(vae.encode(clips, 2)[0], vae.refine(ours, clips, 2))
     dit.main([*options.split(), "3", "--principal", "5", "3", "--resume"])
     _, again, _ = dit.load_dit(checkpoints.load("dit.pt", "dit", ""))
     assert torch.equal(again.principal.directions, own.directions)

@@ -56,6 +56,8 @@ def test_given_frames_are_refined_by_themselves(stage1, clips):
     changed = torch.cat([clips[:, :5], -clips[:, 5:]], 1)
     assert torch.equal(encode_given(stage1, clips, 5, refine=3), encode_given(stage1, changed, 5, refine=3))
     assert not torch.equal(encode_given(stage1, clips, 5, refine=3), encode_given(stage1, clips, 5))
+    alone = stage1.encode(clips * (torch.arange(16) < 5)[:, None, None, None])[0]
+    assert torch.equal(encode_given(stage1, clips, 5, refine=3), stage1.refine(alone, clips[:, :5], 3))
     mean, _, given = encode_batch(stage1, clips, 5, refine=3).unbind(1)
     assert torch.equal(mean, stage1.refine(stage1.encode(clips)[0], clips, 3))
     assert torch.equal(given, encode_given(stage1, clips, 5, refine=3))

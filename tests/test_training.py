@@ -245,6 +245,25 @@ def test_a_second_ctrl_c_ends_at_once_unless_it_is_an_echo():
             time.sleep(1)
 
 
+@pytest.mark.parametrize("program", ["vae", "dit"])
+def test_an_echo_does_not_end_the_last_checkpoint(call, trained, few_held_out, monkeypatch, program):
+    """The second of two signals may come while the last checkpoint is written, which takes seconds where it is large."""
+    save, asked = checkpoints.Saver.__call__, []
+
+    def echo(saver, final, **parts):
+        if final:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+            asked.append(parts["step"])
+        save(saver, final, **parts)
+
+    monkeypatch.setattr(checkpoints.Saver, "__call__", echo)
+    monkeypatch.setattr(utils.Interrupt, "stop", lambda self: os.kill(os.getpid(), signal.SIGINT) or True)
+    options = {"vae": "--batch-size 2", "dit": f"--ckpt {trained}/vae.pt --batch-size 2 --num-latents 8 --depth 1"}
+    assert call(f"{program}.py", f"--steps 5 --out last.pt {options[program]}") == 0
+    assert asked == [1] and checkpoints.load("last.pt", program, "")["step"] == 1
+
+
 def test_processes_wait_for_each_other_without_a_limit(monkeypatch):
     calls = []
     monkeypatch.setenv("WORLD_SIZE", "2")

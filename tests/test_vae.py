@@ -210,8 +210,8 @@ def test_training_minimizes_the_squared_error_and_the_kl_to_a_standard_normal(tm
     posteriors, logged, decoded = [], [], []
     encode, decode = VAE.encode, VAE.decode
 
-    def keep_posterior(self, video):
-        out = encode(self, video)
+    def keep_posterior(self, video, *refinement):
+        out = encode(self, video, *refinement)
         if self.training:
             posteriors.append((video, *(x.detach().float().clone() for x in out)))
         return out
