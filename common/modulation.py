@@ -131,8 +131,8 @@ class Layer(nn.Module):
 def fallbacks(tokens, dims, kept):
     """NeRVDec.sources, of so many kept tokens in each layer.
 
-    Token i falls back on token i less its leading bit, until it comes to one that is kept: of half the tokens, the first half
-    are used twice, as in HyperNeRV (§3.2).
+    Token i falls back on token i less its leading bit, until it comes to one that is kept: of half of 2^k tokens, the first
+    half are used twice, as in HyperNeRV (§3.2).
     """
     sources, first = [], 0
     for n, dim, few in zip(tokens, dims, kept):
