@@ -279,9 +279,7 @@ class Videos:
         return self.vary(frames, random.Random(i)) if self.flip or self.size > self.resolution else frames
 
     def length(self, k):
-        """Frames of video k at the rate it is read at, by its header."""
-        info = video.probe(self.items[k][0])
-        return round(info.frames * self.fps / info.fps) if self.fps and info.fps else info.frames
+        return frames_at(video.probe(self.items[k][0]), self.fps)
 
     def decode(self, k, start):
         path = self.items[k][0]
@@ -306,6 +304,11 @@ class Videos:
     def nothing_left(self):
         path, reason = next((self.items[k][0], reason) for k, reason in self.bad.items())
         return UserError(f"none of the {len(self.items)} videos can be used; {video.printable(path)}, for one: {reason}")
+
+
+def frames_at(info, fps):
+    """Frames of a video at the rate it is read at, by its header, a video.Info; fps 0 is its own."""
+    return round(info.frames * fps / info.fps) if fps and info.fps else info.frames
 
 
 def scramble(i):
@@ -340,8 +343,7 @@ def estimated_bytes(paths, size, fps):
     frames = []
     for path in paths[:: len(paths) // 16 + 1]:
         try:
-            info = video.probe(path)
-            frames.append(info.frames * fps / info.fps if fps and info.fps else info.frames)
+            frames.append(frames_at(video.probe(path), fps))
         except video.BadVideo:
             frames.append(0)
     return sum(frames) / len(frames) * len(paths) * size**2 * 3
@@ -485,8 +487,8 @@ class Config:
     preview: str = option("what", "", "PNG to write eight clips into")
 
 
-def describe(root, items, notes, span, skipped):
-    """What a data set holds, in lines: videos of each class, lengths, sizes, and what is left out and why."""
+def describe(root, items, notes, span, skipped, fps=0.0):
+    """What a data set holds, in lines: videos of each class, lengths at fps, sizes, and what is left out and why."""
     skipped, infos = dict(skipped), {}
 
     def look(item):
@@ -502,7 +504,7 @@ def describe(root, items, notes, span, skipped):
     for name, count in sorted(counts.items()):
         yield f"    {name or root.name:32}{count:6}"
     if infos:
-        frames = np.array([info.frames for info in infos.values()])
+        frames = np.array([frames_at(info, fps) for info in infos.values()])
         seconds = np.array([info.frames / info.fps for info in infos.values() if info.fps])
         yield f"frames    {frames.min()} to {frames.max()}, median {np.median(frames):.0f}"
         if len(seconds):
@@ -540,7 +542,7 @@ def main():
             said = ", all as written" if config.verify else ""
             print(f"{directory} holds {len(cache.entries)} videos, {size:.2f} GiB{said}")
         root, items, _, notes = find_videos(config, "train")
-        for line in describe(root, items, notes, (config.num_frames - 1) * config.stride + 1, skipped):
+        for line in describe(root, items, notes, (config.num_frames - 1) * config.stride + 1, skipped, config.fps):
             print(line)
     if config.preview:
         dataset = open_dataset(config, "train")

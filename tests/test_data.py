@@ -216,6 +216,10 @@ def test_a_rate_in_frames_per_second(settings, tmp_path):
     assert numbers(slow)[0] in range(3, 8) and [b - a for a, b in zip(numbers(slow), numbers(slow)[1:])] == [3, 3, 3, 3]
     fast = numbers(videos(settings, tmp_path, "test", num_frames=9, fps=24.0)[0][0])
     assert fast[-1] - fast[0] == 4 and fast == sorted(fast)
+    path = tmp_path / "clip.mp4"
+    said = list(data.describe(tmp_path, [(path, "")], [], 9, {}, fps=4.0))
+    assert "frames    8 to 8, median 8" in said and "too short 1, of which a clip of 9 frames cannot be cut" in said
+    assert not any("too short" in line for line in data.describe(tmp_path, [(path, "")], [], 9, {}))
 
 
 def test_a_video_may_be_exactly_as_long_as_a_clip_but_not_shorter(settings, tmp_path, capsys):
