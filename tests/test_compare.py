@@ -116,6 +116,14 @@ def test_the_committed_runs_of_the_comparison_can_be_gone_on_with():
     assert found(minutes=12, bf16="on", first=0.35) == found(minutes=12, bf16="on", first=0.75) == {("frames", "4")}
     assert found(minutes=24, bf16="on", frames_width=32) == {("ours", "1")} | at_four
     assert found(minutes=24, bf16="on", vae_options=plain) == {("ours", "2"), ("pixels", "4")}
+    assert found(minutes=60, bf16="on", vae_options=plain) == {("ours", "2"), ("pixels", "4")}
+    person = {"dataset": "folder", "data_dir": "grid/train", "num_frames": 16, "videos": 120, "minutes": 12, "bf16": "on"}
+    person["vae_options"] = "--num-tokens 64 --token-dim 32 --pictures 256 --lpips alex --kl-weight 2e-8 "
+    person["vae_options"] += "--renorm 0 --warmup 100"
+    person["dit_options"] = "--num-latents 2640 --refine 0 --principal 4 128"
+    person["rival_options"] = "--num-latents 880 --principal 0 0 --batch-size 32 --scheduled-sampling 0"
+    assert found(**person) == {*(("ours", lr) for lr in ("0.5", "1", "2")), *(("pixels", lr) for lr in "248"), ("frames", "4")}
+    assert found(**person, first=0.35) == {("frames", lr) for lr in "248"}
     assert found(minutes=30) == {("frames", "1"), ("pixels", "1")}
     assert found(minutes=30, frames_width=32) == {("frames", "0.5"), ("frames", "1"), ("frames", "2"), ("pixels", "1")}
 
