@@ -228,6 +228,15 @@ class Block(nn.Module):
         return torch.add(x, h, alpha=GELU_GAIN / math.sqrt(2))
 
 
+def bounded(x):
+    """tanh(x), with a gradient that is 0.01 larger than tanh's, which is exactly zero from about ±9 on.
+
+    Frames that are mostly black want -1, which tanh has at minus infinity. Kernels of norm one reach thousands where all their
+    inputs agree, and a decoder that has once gone there would stay black for ever (docs/ablations.md, "Black frames").
+    """
+    return torch.tanh(x) + 0.01 * (x - x.detach())
+
+
 class Pictures(nn.Module):
     """K pictures that all videos share: a frame is their mean and their sum, each times what a video says of it.
 
@@ -366,10 +375,10 @@ class NeRV(nn.Module):
         x = self.rgb(GELU_GAIN * F.gelu(self.stem(x, tokens)), tokens)  # [T, B * 3, H, W]
         x = x.unflatten(1, (B, 3)).transpose(0, 1)
         if self.pictures is None:
-            return torch.tanh(x)
+            return bounded(x)
         # Their numbers are the tokens' as kernel entries are: in order, from one linear map.
         codes = self.picture_head(tokens).flatten(1)[:, : c.pictures * c.waves]
-        return self.amplitude * torch.tanh(x) + self.pictures(codes, t, c.num_frames)
+        return self.amplitude * bounded(x) + self.pictures(codes, t, c.num_frames)
 
     def read(self, video):
         """Tokens [B, N, d] with which the pictures alone come nearest to clips [B, T, 3, H, W], as they start."""

@@ -67,10 +67,6 @@ TABLES = {
     "2e": ("side connection", [
         ("none", 248, "--side none", ""), ("skip", 235, "--side skip", ""), ("residual", 219, "", ""),
     ]),
-    "2e-centred": ("side connection, with GELU less its mean", [
-        ("none", 248, "--side none --activation centred", ""), ("skip", 235, "--side skip --activation centred", ""),
-        ("residual", 219, "--activation centred", ""),
-    ]),
     "2f": ("tokens, of nano's 32", [
         ("a quarter", 219, "--num-tokens 8", ""), ("half", 193, "--num-tokens 16", ""), ("twice", 206, "--num-tokens 64", ""),
         ("all", 184, "", ""),

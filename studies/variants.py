@@ -7,7 +7,6 @@ python -m studies.variants dit --denoiser gpt                    dit.py with ano
 --reuse direct | none                ModulatedConv: which numbers a layer gets of the tokens     Table 2b
 --upsampling pixelshuffle | bilinear ModulatedConv: from one level to the next                   Table 2d
 --side skip | none                   Block and NeRV: how maps of different sizes come together   Table 2e
---activation centred                 Block: GELU less its mean; not the paper's, see CentredBlock
 --denoiser gpt | latte               DiT: the transformer of stage 2                             Table 3a
 
 The paper names these and gives no details. What was chosen for each is in its docstring. Position codes (2c), tokens (2f) and
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 import dit
 import vae
 from common import utils
-from nerv import GELU_GAIN, Block, ModulatedConv, NeRV, double
+from nerv import GELU_GAIN, Block, ModulatedConv, NeRV
 
 # ------------------------------------------------------------------------------------------------------ modulation, Table 2a
 
@@ -173,50 +172,7 @@ class SkipNeRV(PlainNeRV):
         return image
 
 
-# ----------------------------------------------------------------------------------------------------------- black frames
-
-
-def centred(x):
-    """GELU of x ~ N(0, 1), of zero mean and unit deviation: the mean is 1 / (2 √π)."""
-    mean = 0.5 / math.sqrt(math.pi)
-    return (F.gelu(x) - mean) / math.sqrt(GELU_GAIN**-2 - mean**2)
-
-
-class CentredBlock(Block):
-    """A level whose activations have zero mean.
-
-    GELU's mean is the same for all pixels, times and videos, and is a fifth of its second moment. Layer by layer it adds up,
-    until different inputs give about the same (Poole et al. 2016, "Exponential expressivity in deep neural networks through
-    transient chaos").
-    """
-
-    residual = True
-
-    def forward(self, x, tokens):
-        h = centred(self.up(x, tokens))
-        for conv in self.convs:
-            h = centred(conv(h, tokens) / GELU_GAIN)  # which is in the kernels
-        if not self.residual:
-            return h
-        if self.side is not None:
-            x = self.side(x, tokens)
-        return (double(x) + h) / math.sqrt(2)
-
-
-class CentredPlainBlock(CentredBlock):
-    residual = False
-
-    def __init__(self, up, convs, side=None):
-        super().__init__(up, convs)
-
-
-DEFAULTS = {
-    "modulation": "channel",
-    "reuse": "multihead",
-    "upsampling": "transposed",
-    "side": "residual",
-    "activation": "gelu",
-}
+DEFAULTS = {"modulation": "channel", "reuse": "multihead", "upsampling": "transposed", "side": "residual"}
 CONVS = {
     "fmm": FMM,
     "repeat": Repeat,
@@ -234,7 +190,6 @@ def decoder(**choices):
     if c["reuse"] == "none" and c["modulation"] != "channel":
         raise utils.UserError(f"reuse none has too few numbers for modulation {c['modulation']}: use direct or multihead")
     parts = [CONVS[c[name]] for name in ("upsampling", "modulation", "reuse") if c[name] != DEFAULTS[name]]
-    centre = c["activation"] == "centred"
     name = " ".join(["NeRV", *(f"{name}={c[name]}" for name in DEFAULTS if c[name] != DEFAULTS[name])])
     if name == "NeRV":
         return NeRV
@@ -242,8 +197,6 @@ def decoder(**choices):
 
     class Variant(NETWORKS[c["side"]]):
         Conv = conv
-        if centre:
-            Level = CentredBlock if c["side"] == "residual" else CentredPlainBlock
 
         def __init__(self, config):
             super().__init__(config)
@@ -251,12 +204,6 @@ def decoder(**choices):
             for layer in self.modules():
                 if isinstance(layer, NoReuse):
                     layer.start, start = start, start + len(layer.offset)
-
-        def rgb(self, x, tokens):
-            if centre:  # x is GELU of the stem's map, times its gain
-                mean = 0.5 * GELU_GAIN / math.sqrt(math.pi)
-                x = (x - mean) / math.sqrt(1 - mean**2)
-            return super().rgb(x, tokens)
 
     Variant.__name__ = name
     return Variant
@@ -340,7 +287,6 @@ def main(argv=None):
     first.add_argument("--reuse", choices=["multihead", "direct", "none"])
     first.add_argument("--upsampling", choices=["transposed", "pixelshuffle", "bilinear"])
     first.add_argument("--side", choices=["residual", "skip", "none"])
-    first.add_argument("--activation", choices=["gelu", "centred"])
     second.add_argument("--denoiser", choices=list(DENOISERS), default="dit")
     chosen, rest = parser.parse_known_args(argv)
     if chosen.stage == "vae":

@@ -12,6 +12,7 @@ from nerv import (
     NeRV,
     NeRVConfig,
     Pictures,
+    bounded,
     double,
     double_by_slices,
     position_code,
@@ -163,7 +164,8 @@ def reference_decode(model, tokens, t):
             x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
             x = apply(block.side, x, token) if block.side else x
             x = (h + x) / math.sqrt(2)
-        videos.append(torch.tanh(apply(model.to_rgb, x, token)))
+        x = apply(model.to_rgb, x, token)
+        videos.append(torch.tanh(x) + 0.01 * (x - x.detach()))  # nerv.bounded
     return torch.stack(videos)
 
 
@@ -366,6 +368,20 @@ def test_parts_of_a_clip_are_the_clip(monkeypatch):
         torch.testing.assert_close(model(tokens, t), whole)
     assert max(frames for frames, _ in calls) == 2
     assert sum(frames * maps for frames, maps in calls) == 5 * len(tokens) * model.stem.out_ch  # nothing twice
+
+
+def test_black_frames_still_have_a_gradient():
+    x = torch.tensor([-2000.0, -1.0, 0.0, 3.0, 50.0], requires_grad=True)
+    y = bounded(x)
+    assert torch.equal(y, torch.tanh(x))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, 1 - torch.tanh(x.detach()).square() + 0.01)
+    model, tokens, t = *small()[:2], torch.arange(2.0)
+    model.to_rgb.bias.data.fill_(-1000.0)  # as black as a decoder may get
+    frames = model(tokens, t)
+    assert (frames == -1).all()
+    (frames - 1).square().mean().backward()
+    assert all(p.grad.abs().max() > 0 for p in model.stem.head.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------------- pictures

@@ -15,7 +15,7 @@ from studies import variants
 
 TINY = nerv.NeRVConfig(resolution=16, num_frames=4, num_tokens=6, token_dim=8, width=8, last_factor=2, block=4, pos_size=4)
 OPTIONS = {"modulation": ["fmm", "repeat"], "reuse": ["direct", "none"], "upsampling": ["pixelshuffle", "bilinear"]}
-OPTIONS |= {"side": ["skip", "none"], "pos_size": [1, 2], "activation": ["centred"]}
+OPTIONS |= {"side": ["skip", "none"], "pos_size": [1, 2]}
 CASES = [(name, value) for name, values in OPTIONS.items() for value in values]
 
 
@@ -160,27 +160,6 @@ def test_plain_blocks_are_the_main_path_alone():
         h = F.gelu(layer(h, tokens))
     torch.testing.assert_close(block(x, tokens), nerv.GELU_GAIN * h)
     assert block.side is None
-
-
-@pytest.mark.parametrize("side", ["residual", "none", "skip"])
-def test_centred_activations_have_zero_mean_and_unit_deviation_in_every_block(side):
-    x = torch.randn(1_000_000, dtype=torch.float64)
-    assert abs(variants.centred(x).mean()) < 0.005 and abs(variants.centred(x).std() - 1) < 0.005
-    model, tokens = tiny(side=side, activation="centred")
-    seen = []
-    model.blocks[0].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0]))
-    stem = []
-    model.stem.register_forward_hook(lambda layer, inputs, out: stem.append(out))
-    model(tokens, torch.tensor([0.0]))
-    torch.testing.assert_close(seen[0], variants.centred(stem[0]))
-    block, x = model.blocks[0], torch.randn(1, 3 * 8, 4, 4, dtype=torch.float64)
-    h = variants.centred(block.up(x, tokens))
-    for conv in block.convs:
-        h = variants.centred(conv(h, tokens) / nerv.GELU_GAIN)
-    if side == "residual":
-        around = x if block.side is None else block.side(x, tokens)
-        h = (nerv.double(around) + h) / 2**0.5
-    torch.testing.assert_close(block(x, tokens), h)
 
 
 # --------------------------------------------------------------------------------------------------------------- denoisers
