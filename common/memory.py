@@ -15,8 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import weakref
 
-import losses
-
 LARGEST_MAP = 2**31  # elements: on a GPU the decoder takes as many videos at a time as stay below (nerv.NeRV.forward)
 USABLE = 0.9  # of a card; the rest goes to CUDA itself, cuDNN's workspaces and gaps between blocks
 
@@ -117,7 +115,10 @@ def stage1(make, frames, bf16=True, gan=True, r1=True):
                 marks.append(alive.bytes)
                 loss = (decoded.float() - real).square().mean()
                 if perceptual:
-                    loss = loss + perceptual(losses.at_least_64(decoded), losses.at_least_64(real))
+                    pair = (decoded, real)
+                    if c.resolution < 64:  # as losses.at_least_64 has them
+                        pair = (F.interpolate(x.flatten(0, 1), scale_factor=2)[None] for x in pair)
+                    loss = loss + perceptual(*pair)
                 marks.append(alive.bytes)
                 if gan:
                     discriminator.requires_grad_(False)

@@ -198,7 +198,7 @@ def test_scorer(monkeypatch):
 class Blur:
     """An autoencoder that halves the contrast."""
 
-    def encode(self, clips):
+    def encode(self, clips, steps=0):
         return clips, None
 
     def decode(self, tokens, t):

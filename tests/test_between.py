@@ -25,7 +25,7 @@ class Ramp:
     class nerv_config:
         num_frames = 3
 
-    def encode(self, clips):
+    def encode(self, clips, steps=0):
         level = clips.mean((2, 3, 4))  # [B, T]
         return torch.stack([level[:, 0], (level[:, -1] - level[:, 0]) / 2], 1)[:, None], None
 
