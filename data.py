@@ -50,8 +50,7 @@ def find_folder(root, role, split):
     if (root / "train").is_dir():
         root = root / "train"
     if role == "test":
-        held_out = (root.parent / name for name in TEST_NAMES) if root.name == "train" else ()
-        root = next((place for place in held_out if place.is_dir()), None) or nothing_held_out(root)
+        root = part(root.parent, role) if root.name == "train" else nothing_held_out(root)
     paths, others = video.list_videos(root)
     items = [(path, parts[0] if len(parts := path.relative_to(root).parts) > 1 else "") for path in paths]
     notes = [f"{n} files {suffix or 'without a suffix'}" for suffix, n in sorted(others.items())]
@@ -84,8 +83,7 @@ def find_kinetics(root, role, split):
     comes before test/, whose labels some releases keep back.
     """
     root = locate(root, "Kinetics", lambda p: any((p / name).is_dir() for name in ("train", "val", "validate")))
-    names = ("train",) if role == "train" else ("val", "validate", "validation", "test")
-    folder = next((root / name for name in names if (root / name).is_dir()), root / "train")
+    folder = part(root, role, ("val", "validate", "validation", "test"))
     paths, _ = video.list_videos(folder)
     rows = kinetics_rows(root, folder.name)
     if not rows:
@@ -120,9 +118,7 @@ def kinetics_rows(root, folder):
 def find_taichi(root, role, split):
     """TaiChi-HD: train/ and test/ with MP4s or folders of frames; one class. The paper takes every fourth frame."""
     root = locate(root, "TaiChi-HD", lambda p: (p / "train").is_dir())
-    names = TEST_NAMES if role == "test" else ()
-    folder = next((root / n for n in names if (root / n).is_dir()), root / "train")
-    return root, [(path, "taichi") for path in video.list_videos(folder)[0]], ["taichi"], []
+    return root, [(path, "taichi") for path in video.list_videos(part(root, role))[0]], ["taichi"], []
 
 
 def find_sky(root, role, split):
@@ -164,6 +160,13 @@ LOOKS = {
     "TaiChi-HD": "it should hold train/ and test/ with MP4s or folders of frames",
     "Sky Timelapse": "it should hold sky_train/ and sky_test/",
 }
+
+
+def part(root, role, names=TEST_NAMES):
+    """The directory of a role in root: train/, or the first of names that is there, or where none is train/ again."""
+    if role == "train":
+        return root / "train"
+    return next((root / name for name in names if (root / name).is_dir()), None) or nothing_held_out(root / "train")
 
 
 def nothing_held_out(root):
@@ -529,19 +532,19 @@ def main():
         print(f"{len(train.characters)} characters to train on and {len(test.characters)} held out, in {train.root}")
         print(f"each in {len(train.classes)} classes: {', '.join(train.classes)}")
     elif config.dataset not in SHAPES:
-        directories = {}
-        for role in ("test", "train") if config.prepare or config.verify else ():
-            root, items, _, _ = find_videos(config, role)
-            directory, size = cache_directory(config, root, decoded_size(config, role)), decoded_size(config, role)
+        cached, directories = config.prepare or config.verify, {}  # test and train may share one
+        for role in ("test", "train") if cached else ("train",):
+            root, items, _, notes = find_videos(config, role)
+            size = decoded_size(config, role)
+            directory = cache_directory(config, root, size)
             if config.prepare:
                 prepare(directory, root, [path for path, _ in items], size, config.fps, retry=True)
             directories[directory] = None
-        for directory in directories:
+        for directory in directories if cached else ():
             cache = FrameCache(directory, config.verify)
             skipped, size = cache.skipped, sum(view.nbytes for view in cache.files.values()) / 2**30
             said = ", all as written" if config.verify else ""
             print(f"{directory} holds {len(cache.entries)} videos, {size:.2f} GiB{said}")
-        root, items, _, notes = find_videos(config, "train")
         for line in describe(root, items, notes, (config.num_frames - 1) * config.stride + 1, skipped, config.fps):
             print(line)
     if config.preview:

@@ -127,7 +127,7 @@ def plain_pyav(job):
 
 def prepare(config):
     """Videos per second into the cache, hashes and index included; a new cache each time."""
-    paths, cores, size = video.list_videos(config.data_dir)[0], os.cpu_count(), config.resolution
+    paths, cores, size = video.list_videos(config.data_dir)[0], utils.cores(), config.resolution
     if not paths:
         raise UserError("name a folder of videos with --data-dir")
     with tempfile.TemporaryDirectory() as directory:
