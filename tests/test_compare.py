@@ -117,6 +117,7 @@ def test_the_committed_runs_of_the_comparison_can_be_gone_on_with():
     assert found(minutes=24, bf16="on", frames_width=32) == {("ours", "1")} | at_four
     assert found(minutes=24, bf16="on", vae_options=plain) == {("ours", "2"), ("pixels", "4")}
     assert found(minutes=60, bf16="on", vae_options=plain) == {("ours", "2"), ("pixels", "4")}
+    assert found(minutes=60, bf16="on", frames_width=32) == at_four
     person = {"dataset": "folder", "data_dir": "grid/train", "num_frames": 16, "videos": 120, "minutes": 12, "bf16": "on"}
     person["vae_options"] = "--num-tokens 64 --token-dim 32 --pictures 256 --lpips alex --kl-weight 2e-8 "
     person["vae_options"] += "--renorm 0 --warmup 100"
