@@ -337,9 +337,7 @@ def compare(*sources, config):
     paths = [path for s in sources for path, _ in folders.get(s, [(s, "")])]
     if not paths:
         raise UserError(f"{' '.join(map(printable, sources))}: there are no videos in it")
-    count = min(config.videos or len(paths), len(paths))
-    paths = [paths[i * len(paths) // count] for i in range(count)]
-    videos = [read_video(path, config.size) for path in paths]
+    videos = [read_video(paths[i], config.size) for i in data.spread_over(paths, config.videos or len(paths))]
     rd.compare(points, videos, config.out_dir, perceptual() if config.lpips else None, config.below)
 
 

@@ -460,6 +460,12 @@ def endless(dataset, stream, workers=-1, device=None):
         pool.shutdown(cancel_futures=True)
 
 
+def spread_over(dataset, count):
+    """Numbers of up to count clips, spread evenly over a data set: one of each video where there are so many."""
+    count = min(count, len(dataset))
+    return [i * len(dataset) // count for i in range(count)]
+
+
 def fixed_clips(dataset, count):
     """The first clips of a data set spread over its length, the same at every call: (clips [count, …], labels [count])."""
     step = max(1, len(dataset) // count)
@@ -535,12 +541,13 @@ def main():
         cached, directories = config.prepare or config.verify, {}  # test and train may share one
         for role in ("test", "train") if cached else ("train",):
             root, items, _, notes = find_videos(config, role)
-            size = decoded_size(config, role)
-            directory = cache_directory(config, root, size)
+            if cached:
+                size = decoded_size(config, role)
+                directory = cache_directory(config, root, size)
+                directories[directory] = None
             if config.prepare:
                 prepare(directory, root, [path for path, _ in items], size, config.fps, retry=True)
-            directories[directory] = None
-        for directory in directories if cached else ():
+        for directory in directories:
             cache = FrameCache(directory, config.verify)
             skipped, size = cache.skipped, sum(view.nbytes for view in cache.files.values()) / 2**30
             said = ", all as written" if config.verify else ""

@@ -162,7 +162,7 @@ class Scorer:
     def __init__(self, train_set, num_classes, count, judge_clips=4096, device="cpu", features="random"):
         self.train_judge = functools.partial(train_classifier, train_set, num_classes, judge_clips, device)
         self.detector = fvd.load_detector(features, device=device)
-        self.frames, labels = read(train_set, spread_over(train_set, count))
+        self.frames, labels = read(train_set, data.spread_over(train_set, count))
         self.real, self.labels = self.detector(self.frames), torch.as_tensor(labels, device=device)
 
     @functools.cached_property
@@ -252,12 +252,6 @@ def batches(directory, kind, indices, batch_size, measure, rank, world):
     utils.wait_for_all()
     loaded = [dict(np.load(path, allow_pickle=False)) for path in paths]
     return {name: np.concatenate([arrays[name] for arrays in loaded]) for name in loaded[0]}
-
-
-def spread_over(dataset, count):
-    """Numbers of up to count clips, spread evenly over a data set: one of each video where there are so many."""
-    count = min(count, len(dataset))
-    return [i * len(dataset) // count for i in range(count)]
 
 
 def read(dataset, indices):
@@ -428,7 +422,7 @@ def main(config=None, load_dit=dit.load_dit):
         raise UserError(f"cannot write to {out}: {error.strerror}") from None
 
     name, results = fvd.label(detector.meta), {}
-    indices = spread_over(held_out, config.videos)
+    indices = data.spread_over(held_out, config.videos)
     if len(indices) < 2:
         raise UserError("a distance takes two held-out clips or more")
     measure = reconstruct_batch(vae, held_out, detector, known, lpips, device, refine, config.square)
@@ -443,7 +437,7 @@ def main(config=None, load_dit=dit.load_dit):
     curves = [("frame of the clip", "PSNR, dB", list(enumerate(decoded["psnr"].mean(0).tolist())))]
     if model:
         judge = load_judge(work / "judge.pt", train_set, len(classes), config, device) if len(classes) > 1 else None
-        indices = spread_over(train_set, config.videos)
+        indices = data.spread_over(train_set, config.videos)
         measure = generate_batch(model, vae, scale, train_set, detector, known, judge, config, device)
         made = batches(work, "generated", indices, config.batch_size, measure, rank, world)
         results[f"g{name}"] = distance_result(made["real"], made["features"], protocol, config, paired=False)

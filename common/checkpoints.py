@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import os
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,7 +28,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from common.utils import UserError, git_revision, whole_file
+from common.utils import UserError, file_name, git_revision, whole_file
 
 FORMAT = "nerv-diffusion 5"
 
@@ -147,6 +148,11 @@ def load_finished(path, stage, made_by):
             f"{path} was interrupted after {ckpt['step']} of {steps} steps; start again to go on with what is not done"
         )
     return ckpt
+
+
+def study_path(directory, name, settings):
+    """Where a study keeps a training of that name: trainings of other settings, a line of text, are other files."""
+    return Path(directory) / f"{file_name(name)}_{zlib.crc32(settings.encode()):08x}.pt"
 
 
 @contextlib.contextmanager

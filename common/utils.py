@@ -364,6 +364,11 @@ def make_parent(path):
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
+def file_name(text):
+    """text as part of the name of a file: letters and digits, and _ for all else."""
+    return "".join(c if c.isalnum() else "_" for c in text)
+
+
 @contextlib.contextmanager
 def whole_file(path):
     """Inside a `with`, a binary file beside path, which gets its name once it is whole.

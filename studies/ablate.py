@@ -22,7 +22,6 @@ import sys
 import textwrap
 import threading
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,8 +140,8 @@ class Study:
 
     def checkpoint(self, stage, options, seed):
         """Where a run's checkpoint goes; those of other settings have other names."""
-        options = "".join(c if c.isalnum() else "_" for c in options.strip())
-        return self.out / f"{('vae', 'dit')[stage - 1]}{options}_seed{seed}_{zlib.crc32(self.settings[stage].encode()):08x}.pt"
+        name = f"{('vae', 'dit')[stage - 1]}{options.strip()}_seed{seed}"
+        return checkpoints.study_path(self.out, name, self.settings[stage])
 
     def keep(self, start, stage, **row):
         """Append a run to runs.csv."""

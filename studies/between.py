@@ -23,7 +23,8 @@ from common import checkpoints, utils
 from common.tables import table
 from common.utils import UserError, option
 from common.video import to_clip, to_frames, write_sheet
-from evaluate import read, spread_over
+from data import spread_over
+from evaluate import read
 from studies.compare import load_rival
 from vae import fine_power, psnr
 

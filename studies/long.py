@@ -13,7 +13,6 @@ import math
 import shlex
 import time
 import warnings
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,7 +161,7 @@ class Study:
         """The checkpoint of that name; others of other trainings."""
         c = self.config
         training = f"{c.train_chunks} {c.chunks} {c.seconds} {c.stage1_options} {c.dit_options} {c.stage2_options}"
-        return self.out / f"{name}_{zlib.crc32(training.encode()):08x}.pt"
+        return checkpoints.study_path(self.out, name, training)
 
     def train(self, main, out, options, seconds=0.0, **kw):
         """A training into out, for so many seconds where it says how many; returns (steps, seconds), or None if it is there."""
@@ -212,7 +211,7 @@ class Study:
             clips = video.to_clip(self.real).unflatten(1, (c.chunks, self.T)).flatten(0, 1)
             made = vae.reconstruct(self.vae, clips, torch.device("cpu"))
             return video.to_frames(made.unflatten(0, (-1, c.chunks)).flatten(1, 2)), 0, (0, 0), 0
-        out = self.path("".join(x if x.isalnum() else "_" for x in row))
+        out = self.path(row)
         how = {"steps": c.steps}
         if way in ("vin", "full"):
             network = FullAttention if way == "full" else vin.VIN
@@ -269,9 +268,8 @@ class Study:
             found[f"fvd {name}"] = round(fvd.frechet_distance_of(*features, 0), 2)
         seam = (frames.shape[1] // self.T // 2) * (self.T - overlap)  # the first frame of a chunk
         picks = [seam - 1, seam, seam + self.T // 2, seam + self.T // 2 + 1]
-        name = "".join(x if x.isalnum() else "_" for x in row)
         rows = [video.to_clip(x[picks]) for x in frames[:6]]
-        video.write_sheet(self.out / f"{name}.png", rows, ["seam | within"] * len(rows))
+        video.write_sheet(self.out / f"{utils.file_name(row)}.png", rows, ["seam | within"] * len(rows))
         return found
 
 

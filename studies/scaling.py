@@ -19,7 +19,6 @@ import dataclasses
 import math
 import shlex
 import time
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +37,7 @@ from common import checkpoints, plot, utils
 from common.tables import add_row, read_rows, table
 from common.utils import UserError, option
 from common.video import to_clip, to_frames
-from evaluate import read, reconstruct, spread_over
+from evaluate import read, reconstruct
 from nerv import NeRVConfig
 
 WIDTHS = {"width 16": 16, "width 32": 32, "width 48": 48}  # channels of the decoder; nano has 32
@@ -118,7 +117,7 @@ class Study:
         """Read the held-out clips, once, as training on `source` has them."""
         if self.detector is None:
             held_out = data.open_dataset(source, "test", classes)
-            frames, labels = read(held_out, spread_over(held_out, self.config.clips))
+            frames, labels = read(held_out, data.spread_over(held_out, self.config.clips))
             self.detector = fvd.load_detector(self.config.features, "videogpt", device=self.device)
             self.real, self.labels, self.real_features = to_clip(frames), torch.from_numpy(labels), self.detector(frames)
 
@@ -180,7 +179,7 @@ def base(c):
 
 def stage1_path(c, width, steps):
     """A checkpoint of stage 1: others of another seed or other options."""
-    return Path(c.out_dir) / f"vae_{width}_{steps}_{zlib.crc32(settings(c, 1).encode()):08x}.pt"
+    return checkpoints.study_path(c.out_dir, f"vae_{width}_{steps}", settings(c, 1))
 
 
 def asked(c, stage):

@@ -126,7 +126,7 @@ def pictures_alone(network, clips):
 def run(config, row, seed):
     """Train a row, measure it, and return its line of runs.csv."""
     out, start = Path(config.out_dir), time.time()
-    name = "".join(c if c.isalnum() else "_" for c in row)
+    name = utils.file_name(row)
     where = ["--dataset", config.dataset, "--data-dir", config.data_dir, "--preset", "nano"]
     files = ["--out", out / f"{name}{seed}.pt", "--run-dir", out / f"{name}{seed}"]
     command = [sys.executable, "vae.py", *where, *shlex.split(config.options), *shlex.split(ROWS[row]), "--seed", seed, *files]
