@@ -94,8 +94,14 @@ def cached(directory, key, count, shape, make, rank=0, world=1, batch_size=64):
     if rank == 0 and not (key_file.is_file() and key_file.read_text() == key):
         make_parent(key_file)
         key_file.unlink(missing_ok=True)
-        np.lib.format.open_memmap(files[0], "w+", np.float16, (count, *shape))
-        np.lib.format.open_memmap(files[1], "w+", np.int64, (count,))[:] = -1  # not made yet
+        try:
+            np.lib.format.open_memmap(files[0], "w+", np.float16, (count, *shape))
+            np.lib.format.open_memmap(files[1], "w+", np.int64, (count,))[:] = -1  # not made yet
+            if hasattr(os, "posix_fallocate"):  # a disk that is full later on would end the process without a word
+                with open(files[0], "r+b") as f:
+                    os.posix_fallocate(f.fileno(), 0, files[0].stat().st_size)
+        except OSError as error:
+            raise UserError(f"cannot write {files[0]}: {error.strerror}") from None
         key_file.write_text(key)
     wait_for_all()
     values, labels = (np.load(file, mmap_mode="r+") for file in files)
@@ -163,6 +169,8 @@ def main():
         raise UserError("name two files: python -m common.checkpoints dit.pt small.pt")
     source, out = sys.argv[1:]
     make_parent(out)
+    if os.path.exists(out):  # the original, perhaps
+        raise UserError(f"{out} is there already: name another file")
     save(out, **exported(load(source, ("dit", "vae", "vin"), "python dit.py")))
     before, after = (Path(path).stat().st_size / 1e6 for path in (source, out))
     print(f"wrote {out}, {after:.2f} MB, from {source}, {before:.2f} MB")
