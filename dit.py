@@ -292,6 +292,8 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     c, cond_frames, nano = vae.nerv_config, config.cond_frames, vae_ckpt["config"]["preset"] == "nano"
     if not 0 <= cond_frames < c.num_frames:
         raise UserError(f"--cond-frames {cond_frames}: stage 1 has clips of {c.num_frames} frames")
+    if config.num_latents < 0:
+        raise UserError(f"--num-latents {config.num_latents}: it must not be negative")
     if config.width % config.heads:
         raise UserError(f"--heads {config.heads} must divide --width {config.width}")
 
@@ -308,10 +310,11 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
             given = [encode_given(vae, clips.to(device), cond_frames)]
         return torch.stack([mean, torch.exp(0.5 * logvar), *given], 1), labels
 
+    ckpt = checkpoints.resume(config, "dit", denoiser=denoiser.__name__, stage1=stage1_hash)
     key = {"stage1": stage1_hash, "data": train_set.identity(), "stride": source.stride, "flip": source.flip}
     key, shape = key | {"cond_frames": cond_frames}, (3 if cond_frames else 2, c.num_tokens, c.token_dim)
-    tokens, labels = checkpoints.cached(directory, key, count, shape, encode, rank, world)
     latent_map = extras.latent_map(config.extras, shape[1:]).to(device)
+    tokens, labels = checkpoints.cached(directory, key, count, shape, encode, rank, world)
     latent_map.fit(*tokens[:: max(1, count // 16384), :2].float().to(device).unbind(1))
     utils.from_first_rank(latent_map)  # rounding may turn a direction round
 
@@ -320,7 +323,7 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     parts = {"model": model, "step": utils.FiniteStep(model, make_optimizer(model, muon="muon" in config.extras))}
     start = 0
-    if ckpt := checkpoints.resume(config, "dit", denoiser=denoiser.__name__, stage1=stage1_hash):
+    if ckpt:
         start = checkpoints.restore(ckpt, parts, ema)
         latent_map.load_state_dict(ckpt["latent_map"])
     stream = data.Stream(count, config.batch_size, config.seed, start)
