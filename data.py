@@ -9,12 +9,7 @@ python data.py --dataset ucf --preview clips.png     eight clips, counts of clas
 import collections
 import hashlib
 import itertools
-import json
 import os
-import shutil
-import tempfile
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from common import progress, utils, video
+from common.cache import decode_once
 from common.drawn import CELL, Shapes, Sprites
 from common.layouts import LAYOUTS, find_root, find_videos, locate
 from common.utils import UserError, option
@@ -36,78 +32,6 @@ DATASETS = (*SHAPES, *LAYOUTS)
 # Options of each, unless named: the paper's stride; one loop at the size it is drawn at.
 DEFAULTS = {"taichi": {"stride": 4}, "sprites": {"resolution": CELL, "num_frames": 8}}
 CACHE, CACHE_LIMIT = "data/cache", 8 * 2**30  # bytes of frames, up to which a data set is decoded once and kept
-
-
-# ---------------------------------------------------------------------------------------------- frames that are decoded once
-
-
-def decode_once(directory, root, paths, size):
-    """All frames of videos: ({path: uint8 [T, size, size, 3], memory-mapped}, {path: reason} of those without any).
-
-    directory/frames-*.u8 holds what one run has decoded; index.json says where each video begins, and what its files were
-    called, how large and how old they were: one made anew is decoded anew. What failed is tried again each time.
-    """
-    names, failed, lock = {os.path.relpath(path, root): path for path in paths}, {}, threading.Lock()
-
-    def read_index():
-        try:
-            index = json.loads((directory / "index.json").read_bytes())
-            return {"videos": dict(index["videos"]), "failed": dict(index["failed"])}
-        except (OSError, ValueError, KeyError, TypeError):
-            return {"videos": {}, "failed": {}}
-
-    def decode(name):
-        with tempfile.SpooledTemporaryFile(2**26, dir=directory) as frames:  # a long video must not fill the memory
-            try:
-                count = sum(frames.write(frame.tobytes()) for frame in video.iterate(names[name], size)) // (size * size * 3)
-                if not count:
-                    raise video.BadVideo(name, "damaged, or not a video")
-            except video.BadVideo as error:
-                failed[name] = error.reason
-            with lock:
-                bar.update()
-                if name not in failed:
-                    index["videos"][name] = [stamps[name], file.name, out.tell(), count]
-                    frames.seek(0)
-                    shutil.copyfileobj(frames, out, 2**20)
-
-    index, stamps = read_index(), {name: stamp(path) for name, path in names.items() if utils.rank() == 0}
-    if todo := [name for name in stamps if index["videos"].get(name, [""])[0] != stamps[name]]:
-        pool = ThreadPoolExecutor(max(1, utils.cores() // utils.local_processes()))
-        file = directory / f"frames-{time.time_ns()}.u8"
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            with utils.whole_file(file) as out, progress.bar(desc="decoding", total=len(todo), unit="video") as bar:
-                list(pool.map(decode, todo))
-            index["failed"] = failed
-            with utils.whole_file(directory / "index.json") as out:
-                out.write(json.dumps(index).encode())
-            used = {entry[1] for entry in index["videos"].values()}
-            for old in directory.glob("frames-*"):
-                if old.name not in used and (old == file or time.time() - old.stat().st_mtime > 86400):  # or another's, at work
-                    old.unlink()
-        except OSError as error:
-            raise UserError(f"cannot write the cache {printable(directory)}: {error.strerror}") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-    utils.wait_for_all()
-    index, arrays, found = read_index(), {}, {}
-    for name in names.keys() & index["videos"].keys() - index["failed"].keys():
-        _, file, start, count = index["videos"][name]
-        arrays[file] = arrays[file] if file in arrays else np.memmap(directory / file, np.uint8, "c")
-        found[names[name]] = arrays[file][start : start + count * size * size * 3].reshape(count, size, size, 3)
-    return found, {names[name]: reason for name, reason in index["failed"].items() if name in names}
-
-
-def stamp(path):
-    """What tells that a video is not the one it was: the name, size and time of its file, or of all files of a directory."""
-    try:
-        files = video.frame_files(path) if path.is_dir() else [path]
-        states = [(file.name, os.stat(file)) for file in files]
-    except OSError:
-        return "gone"
-    said = "\n".join(f"{name} {state.st_size} {state.st_mtime_ns}" for name, state in states)
-    return hashlib.sha256(os.fsencode(said)).hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------------------------ clips of videos

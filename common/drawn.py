@@ -17,10 +17,7 @@ LIMIT = 2**30  # bytes of drawn frames that a data set keeps: all of Shapes at n
 
 
 class ClipCache(dict):
-    """Frames of clips by index, those drawn first, as many of up to `count` as `limit` bytes hold.
-
-    They are rows of one block: by themselves, among larger arrays that come and go, they would take several times their size.
-    """
+    """Frames of clips by index, those drawn first, as many of up to `count` as `limit` bytes hold, in one block."""
 
     def __init__(self, count, limit):
         self.count, self.limit, self.block, self.rows = count, limit, None, itertools.count()

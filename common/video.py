@@ -7,6 +7,7 @@ Readers scale the shorter side to the size that is asked for and cut out the cen
 None), with rotation and pixel aspect as players show them.
 """
 
+import collections
 import contextlib
 import errno
 import itertools
@@ -17,7 +18,6 @@ import stat
 import threading
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
 
 import av
 import numpy as np
@@ -40,6 +40,7 @@ SAFE = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,yuv4mpegpipe,ogg,mpegts,mpeg,mpegvideo,asf,flv,mxf,dv,ivf,"
     "h264,hevc,m4v,mjpeg,gif",
 }
+NOTHING = "damaged, or not a video"
 MAX_PIXELS = 2**27  # of one frame; more is a file that is made to fill the memory
 PQ, HLG = 16, 18  # transfer functions of high dynamic range (ITU-T H.273)
 TO_BT709 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]])  # of BT.2020's RGB
@@ -75,12 +76,7 @@ def list_videos(root):
     A path is a video file, a directory of frames, or an animated image. Files of one name and several suffixes are one video.
     Links are followed, once. Hidden files are left out in silence; stills beside videos are thumbnails.
     """
-    videos, left_out, above = [], {}, {os.fspath(root): {os.path.realpath(root)}}  # a link may lead back up
-
-    def leave(what, count=1):
-        if count:
-            left_out[what] = left_out.get(what, 0) + count
-
+    videos, left_out, above = [], collections.Counter(), {os.fspath(root): {os.path.realpath(root)}}  # a link may lead back up
     for directory, folders, files in os.walk(root, followlinks=True):
         real = {f: os.path.realpath(os.path.join(directory, f)) for f in folders}
         folders[:] = sorted(f for f in folders if not f.startswith(".") and real[f] not in above[directory])
@@ -93,18 +89,18 @@ def list_videos(root):
             elif suffix in IMAGE_SUFFIXES:
                 images.append(path)
             else:
-                leave(f"files {printable(path.suffix) or 'without a suffix'}")
+                left_out[f"files {printable(path.suffix) or 'without a suffix'}"] += 1
         for paths in own.values():
             first, *again = sorted(paths, key=lambda path: VIDEO_SUFFIXES.index(path.suffix.lower()))
             videos.append(first)
             for path in again:
-                leave(f"files {printable(path.suffix)} beside a {printable(first.suffix)} of the same name")
+                left_out[f"files {path.suffix} beside a {first.suffix} of the same name"] += 1
         if images and is_animated(images[0]):
             videos += [path for path in images if path.stem not in own]
         elif len(images) > 1 and not own:
             videos.append(Path(directory))
-        else:
-            leave("still images, too few for a video or beside videos", len(images))
+        elif images:
+            left_out["still images, too few for a video or beside videos"] += len(images)
     return sorted(videos, key=str), [f"{count} {what}" for what, count in sorted(left_out.items())]
 
 
@@ -120,23 +116,15 @@ def frame_files(directory):
 
 
 def is_animated(path):
-    try:
-        with Image.open(path) as image:
-            return getattr(image, "n_frames", 1) > 1
-    except Exception:  # whatever a damaged file makes the library raise
-        return False
+    with contextlib.suppress(BadVideo), image_of(path) as image:
+        return getattr(image, "n_frames", 1) > 1
 
 
 # --------------------------------------------------------------------------------------------------------- files to frames
 
 
-class Info(NamedTuple):
-    """What the header of a video says, true or not: frames, frames per second (0 for images), width and height as stored."""
-
-    frames: int
-    fps: float
-    width: int
-    height: int
+# What the header of a video says, true or not; fps is 0 for images, width and height are as stored.
+Info = collections.namedtuple("Info", "frames fps width height")
 
 
 def probe(path):
@@ -158,12 +146,9 @@ def count_frames(path):
     if is_images(path):
         return probe(path).frames
     with opened(path) as (container, stream):
-        count = sum(1 for _ in decoded(path, container, stream))
-    return count or no_frames(path)
-
-
-def no_frames(path):
-    raise BadVideo(path, "damaged, or not a video")
+        if count := sum(1 for _ in decoded(path, container, stream)):
+            return count
+    raise BadVideo(path, NOTHING)
 
 
 def read_frames(path, size, start=0, count=None):
@@ -174,7 +159,7 @@ def read_frames(path, size, start=0, count=None):
     """
     frames = list(iterate(path, size, start, None if count is None else start + count))
     if not frames:
-        raise BadVideo(path, f"it ends before frame {start}" if start else "damaged, or not a video")
+        raise BadVideo(path, f"it ends before frame {start}" if start else NOTHING)
     if len({frame.shape for frame in frames}) > 1:
         raise BadVideo(path, "its frames have different sizes")
     return np.stack(frames)
@@ -208,7 +193,7 @@ def opened(path):
     except av.error.ArgumentError:
         raise BadVideo(path, "not a video, but a play list or the like") from None
     except av.error.InvalidDataError:
-        raise BadVideo(path, "damaged, or not a video") from None
+        raise BadVideo(path, NOTHING) from None
     except (av.FFmpegError, OSError) as error:
         raise BadVideo(path, error.strerror or str(error)) from None
     with container:

@@ -16,14 +16,12 @@ from PIL import Image
 from test_video import encode, grey, numbers
 
 import data
-from common import video
+from common import cache, video
 from common.drawn import Shapes
 from common.layouts import find_videos
 from common.utils import UserError
 from common.video import to_clip
 from data import Config, Stream, endless, fixed_clips, open_dataset, spread
-
-WEIZMANN = ROOT.parent / "shared" / "data" / "weizmann"
 
 
 def mp4(path, count=24):
@@ -355,11 +353,11 @@ def test_failures_of_the_machine_are_not_remembered(kept, monkeypatch):
     assert len(open_dataset(kept, "train")) == 6
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"videos": 3, "failed": {}}', None])
-def test_an_index_that_is_not_as_it_was_written(kept, tmp_path, damage):
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"videos": 3, "failed": {}}', b'{"videos": {"a/3.mp4": [1]}}', None])
+def test_a_cache_that_is_not_as_it_was_written_is_made_anew(kept, tmp_path, damage):
     frames = open_dataset(kept, "train")[3][0]
     (index,) = tmp_path.glob("cache/*/index.json")
-    index.unlink() if damage is None else index.write_bytes(damage)
+    next(index.parent.glob("*.u8")).unlink() if damage is None else index.write_bytes(damage)
     assert np.array_equal(open_dataset(kept, "train")[3][0], frames)
 
 
@@ -367,7 +365,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_frames(kept, monkeypatch, tmp_pat
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data.shutil, "copyfileobj", full)
+    monkeypatch.setattr(cache.shutil, "copyfileobj", full)
     with pytest.raises(UserError, match="cannot write the cache.*No space left"):
         open_dataset(kept, "train")
     assert not list(tmp_path.glob("cache/*/*"))
@@ -483,13 +481,3 @@ def test_fixed_clips_are_spread_over_all_classes():
     assert spread(clips, 7) == [0, 17, 34, 51, 68, 85, 102] and spread(clips, 999) == list(range(120))
     shapes = Shapes("test", length=90)
     assert fixed_clips(shapes, 20)[0].shape == (20, 16, 3, 32, 32) and len(fixed_clips(shapes, 1000)[0]) == 90
-
-
-@pytest.mark.skipif(not WEIZMANN.is_dir(), reason="shared/data is not here")
-def test_weizmann(settings):
-    train = videos(settings, WEIZMANN / "train")
-    test = videos(settings, WEIZMANN / "train", "test", train.classes)
-    assert train.classes == ("bend", "jumping_jack", "wave_one_hand", "wave_two_hands")
-    assert Counter(label for _, label in train.items) == {i: 16 for i in range(4)} and len(test) == 8
-    clips, labels = fixed_clips(test, 8)
-    assert labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and clips.diff(dim=1).abs().mean((1, 2, 3, 4)).min() > 1e-3

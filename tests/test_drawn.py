@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import ROOT
 from PIL import Image
 
 import data
@@ -241,13 +241,6 @@ def test_bad_input(layers, tmp_path, monkeypatch):
         assert f"{hair}: {reason}" in (line := error(root)) and drawn.CLONE in line
     Image.new("RGBA", (640, 64)).save(hair)
     assert "it has 640 x 64 pixels, and a sheet 832 x 1344" in error(root)
-
-
-def test_preview(layers, tmp_path):
-    done = script("data.py", "--dataset", "sprites", "--data-dir", layers, "--preview", "out.png", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "9000 clips" in done.stdout and "slash_right" in done.stdout
-    assert Image.open(tmp_path / "out.png").width > 8 * 64
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="shared/data is not here")
