@@ -257,9 +257,9 @@ def networks(config, decoder, device):
         vae = extras.build_vae(VAE, nerv_config, encoder_config, decoder, config.extras, config.steps * config.accumulate)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if config.gan_weight and config.resolution < 32:
-        raise UserError("--gan-weight takes --resolution 32 or more: the discriminator halves it five times")
     discriminator = losses.Discriminator(8 if config.preset == "nano" else 64).to(device) if config.gan_weight else None
+    if discriminator and config.resolution < discriminator.smallest:
+        raise UserError(f"--gan-weight takes --resolution {discriminator.smallest} or more")
     return vae.to(device), discriminator, losses.LPIPS(config.lpips).to(device) if config.lpips != "none" else None
 
 
