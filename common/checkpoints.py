@@ -42,10 +42,12 @@ def save(path, final=True, **content):
             torch.save({"format": FORMAT, "revision": git_revision(), **content}, f)
             f.flush()
             os.fsync(f.fileno())
-    except (UserError, RuntimeError) as error:  # torch's writer raises a RuntimeError for a full disk
+    except (UserError, RuntimeError) as error:  # torch's writer covers an error of the disk with one of its own
+        reason = getattr(error.__context__, "strerror", None) or str(error).splitlines()[0]
+        message = f"cannot write {path}: {reason}; an older checkpoint stays as it was"
         if final:
-            raise UserError(f"{str(error).splitlines()[0]}; an older checkpoint stays as it was") from None
-        tqdm.write(f"warning: {str(error).splitlines()[0]}; training goes on", file=sys.stderr)
+            raise UserError(message) from None
+        tqdm.write(f"warning: {message}; training goes on", file=sys.stderr)
 
 
 # Settings that do not change what a training has learned so far, and may differ on --resume: length, machine, places.

@@ -37,7 +37,7 @@ def run(main):
         if dist.is_initialized():  # not after an error: it would wait for the other processes
             dist.destroy_process_group()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, where a bar is drawn
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         print(f"error: {str(error).splitlines()[0]} {MEMORY_HELP}", file=sys.stderr)
