@@ -1,5 +1,5 @@
 "use strict";
-// The generator in plain JavaScript: dit.py turns noise into weight tokens, nerv.py turns weight tokens and a time into a frame.
+// The generator in plain JavaScript: dit.py turns noise into weight tokens, nerv.py weight tokens and a time into a frame.
 // Names and their order are those of the Python files; what is in extras/ there is in extras.js here. One video at a time, so
 // shapes lack Python's B: tensors are Float32Arrays with the last dimension contiguous, and maps are [height, width, channels].
 
@@ -22,7 +22,8 @@ let products = (a, b, c, run) => {
 
 /** From here on products are those of gemm.wasm, 128 bits at a time. Returns the weights, which now lie in its memory. */
 function use_simd(bytes, weights, scratch) {
-  const memory = new WebAssembly.Memory({ initial: Math.ceil(4 * (weights.length + scratch) / 65536) + 1 }), all = new Float32Array(memory.buffer);
+  const memory = new WebAssembly.Memory({ initial: Math.ceil(4 * (weights.length + scratch) / 65536) + 1 });
+  const all = new Float32Array(memory.buffer);
   const simd = new WebAssembly.Instance(new WebAssembly.Module(bytes), { page: { memory } }).exports.product, plain = products;
   all.set(weights);
   products = (a, b, c, run) => {
@@ -90,7 +91,8 @@ class ModulatedConv {
   /** The kernel before demodulation, linear in the tokens: [out, in, k, k]. */
   weight(tokens, off) {
     const { in_ch, out_ch, block_in, block_out, beside, below } = this, taps = this.k * this.k;
-    const block = this.generate(tokens, off), W = new Float32Array(out_ch * in_ch * taps), made = block_in * taps, rest = (in_ch - block_in) * taps;
+    const block = this.generate(tokens, off), W = new Float32Array(out_ch * in_ch * taps);
+    const made = block_in * taps, rest = (in_ch - block_in) * taps;
     for (let o = 0; o < block_out; o++) {
       W.set(block.subarray(o * made, (o + 1) * made), o * in_ch * taps);
       W.set(beside.subarray(o * rest, (o + 1) * rest), o * in_ch * taps + made);
@@ -120,12 +122,14 @@ class ModulatedConv {
    * Output pixel (2r + a, 2c + b) of a transposed convolution meets input pixels (r + a - 1 + i, c + b - 1 + j), for i and j
    * of 0 and 1, with tap (3 - a - 2i, 3 - b - 2j): four convolutions with 2 x 2 kernels, one for each (a, b). */
   arrange(kernel) {
-    const { k, in_ch, out_ch, upsample } = this, y = new Float32Array(kernel.length), bits = upsample ? [0, 1] : [0], side = upsample ? 2 : k;
+    const { k, in_ch, out_ch, upsample } = this, y = new Float32Array(kernel.length);
+    const bits = upsample ? [0, 1] : [0], side = upsample ? 2 : k;
     let at = 0;
-    for (const a of bits) for (const b of bits) for (let o = 0; o < out_ch; o++) for (let i = 0; i < side; i++) for (let j = 0; j < side; j++) {
-      const tap = upsample ? (3 - a - 2 * i) * k + 3 - b - 2 * j : i * k + j;
-      for (let n = 0; n < in_ch; n++) y[at++] = kernel[(o * in_ch + n) * k * k + tap];
-    }
+    for (const a of bits) for (const b of bits) for (let o = 0; o < out_ch; o++)
+      for (let i = 0; i < side; i++) for (let j = 0; j < side; j++) {
+        const tap = upsample ? (3 - a - 2 * i) * k + 3 - b - 2 * j : i * k + j;
+        for (let n = 0; n < in_ch; n++) y[at++] = kernel[(o * in_ch + n) * k * k + tap];
+      }
     return y;
   }
 
@@ -139,22 +143,26 @@ class ModulatedConv {
         for (let r = 0; r < size; r++) for (let i = 0; i < k; i++)
           multiply(size, O, k * I, (r + i) * wide * I, I, i * k * I, k * k * I, r * size * O, O);
       else
-        for (let a = 0; a < 2; a++) for (let b = 0; b < 2; b++) for (let r = 0; r < size; r++) for (let i = 0; i < 2; i++)
-          multiply(size, O, 2 * I, ((r + a + i) * wide + b) * I, I, ((2 * a + b) * O * 4 + 2 * i) * I, 4 * I, ((2 * r + a) * 2 * size + b) * O, 2 * O);
+        for (let a = 0; a < 2; a++) for (let b = 0; b < 2; b++) for (let r = 0; r < size; r++) for (let i = 0; i < 2; i++) {
+          const x0 = ((r + a + i) * wide + b) * I, kernel0 = ((2 * a + b) * O * 4 + 2 * i) * I, y0 = ((2 * r + a) * 2 * size + b) * O;
+          multiply(size, O, 2 * I, x0, I, kernel0, 4 * I, y0, 2 * O);
+        }
     });
   }
 
   /** x [size, size, ch] with a border of zeros. */
   pad(x, size, border) {
-    const ch = x.length / size / size, wide = size + 2 * border, y = border ? new Float32Array(wide * wide * ch) : x;
-    if (border) for (let r = 0; r < size; r++) y.set(x.subarray(r * size * ch, (r + 1) * size * ch), ((r + border) * wide + border) * ch);
+    if (!border) return x;
+    const ch = x.length / size / size, wide = size + 2 * border, y = new Float32Array(wide * wide * ch);
+    for (let r = 0; r < size; r++) y.set(x.subarray(r * size * ch, (r + 1) * size * ch), ((r + border) * wide + border) * ch);
     return y;
   }
 }
 
-/** Bilinear upsampling with half-pixel centres, 3/4 of a pixel and 1/4 of its neighbour: [size, size, ch] -> [2 size, 2 size, ch]. */
+/** Bilinear upsampling with half-pixel centres, ¾ of a pixel and ¼ of its neighbour: [size, size, ch] -> [2 size, 2 size, ch]. */
 function double(x, size) {
-  const ch = x.length / size / size, row = 2 * size * ch, wide = new Float32Array(2 * x.length), y = new Float32Array(4 * x.length);
+  const ch = x.length / size / size, row = 2 * size * ch;
+  const wide = new Float32Array(2 * x.length), y = new Float32Array(4 * x.length);
   const neighbour = i => Math.min(Math.max((i >> 1) + (i % 2 ? 1 : -1), 0), size - 1);
   for (let r = 0; r < size; r++) for (let c = 0; c < 2 * size; c++) {
     const near = (r * size + (c >> 1)) * ch, far = (r * size + neighbour(c)) * ch, to = r * row + c * ch;
@@ -171,8 +179,8 @@ const GELU_GAIN = 1.5336;
 
 const GELU_TABLE = Float32Array.from({ length: 16385 }, (_, i) => { // x Φ(x) at -8 … 8, in steps of 1 / 1024
   const x = i / 1024 - 8, z = Math.abs(x) / Math.SQRT2, u = 1 / (1 + z / 2); // erfc after Numerical Recipes, to 1.2e-7
-  const erfc = u * Math.exp([0.17087277, -0.82215223, 1.48851587, -1.13520398, 0.27886807, -0.18628806, 0.09678418, 0.37409196, 1.00002368,
-    -1.26551223].reduce((sum, coefficient) => sum * u + coefficient) - z * z);
+  const series = [0.17087277, -0.82215223, 1.48851587, -1.13520398, 0.27886807, -0.18628806, 0.09678418, 0.37409196, 1.00002368];
+  const erfc = u * Math.exp([...series, -1.26551223].reduce((sum, coefficient) => sum * u + coefficient) - z * z);
   return x * (x > 0 ? 1 - erfc / 2 : erfc / 2);
 });
 
@@ -218,7 +226,8 @@ class NeRV {
     this.blocks = Array.from({ length: levels }, (_, i) => {
       const at = `blocks.${i}`, ch = i === levels - 2 ? last : D; // the last but one grows D -> 2D at its end
       if (i === levels - 1) return new Level(up(at, last), [conv(`${at}.convs.0`, last, last)]);
-      return new Level(up(at, D), [conv(`${at}.convs.0`, D, D), conv(`${at}.convs.1`, D, ch)], ch !== D ? conv(`${at}.side`, D, ch, 1, 1) : null);
+      const side = ch !== D ? conv(`${at}.side`, D, ch, 1, 1) : null;
+      return new Level(up(at, D), [conv(`${at}.convs.0`, D, D), conv(`${at}.convs.1`, D, ch)], side);
     });
     this.to_rgb = new Conv(weights, `${name}.to_rgb`, c, last, 3, 3, Math.max(1, last >> 1), 3);
   }
@@ -250,21 +259,24 @@ function modulate(x, width, condition, shift, scale) {
   const y = new Float32Array(x.length), { columns, tokens, values } = condition;
   for (let r = 0; r * width < x.length; r++) {
     const row = x.subarray(r * width, (r + 1) * width), at = Math.floor(r / tokens) * columns;
-    const mean = row.reduce((sum, v) => sum + v, 0) / width, norm = 1 / Math.sqrt(row.reduce((sum, v) => sum + (v - mean) ** 2, 0) / width + 1e-6);
-    for (let i = 0; i < width; i++) y[r * width + i] = (row[i] - mean) * norm * (1 + values[at + scale * width + i]) + values[at + shift * width + i];
+    const mean = row.reduce((sum, v) => sum + v, 0) / width, variance = row.reduce((sum, v) => sum + (v - mean) ** 2, 0) / width;
+    for (let i = 0, norm = 1 / Math.sqrt(variance + 1e-6); i < width; i++)
+      y[r * width + i] = (row[i] - mean) * norm * (1 + values[at + scale * width + i]) + values[at + shift * width + i];
   }
   return y;
 }
 
 /** x + gate * h, in place; gate is a column of condition [B, …]. */
 function gated(x, h, width, { columns, tokens, values }, gate) {
-  for (let r = 0; r * width < x.length; r++)
-    for (let i = 0, at = Math.floor(r / tokens) * columns + gate * width; i < width; i++) x[r * width + i] += values[at + i] * h[r * width + i];
+  for (let r = 0; r * width < x.length; r++) {
+    const at = Math.floor(r / tokens) * columns + gate * width;
+    for (let i = 0; i < width; i++) x[r * width + i] += values[at + i] * h[r * width + i];
+  }
   return x;
 }
 
 const silu = x => x.map(v => v / (1 + Math.exp(-v)));
-const gelu_tanh = x => x.map(v => v / (1 + Math.exp(-2 * Math.sqrt(2 / Math.PI) * (v + 0.044715 * v * v * v)))); // v / 2 (1 + tanh …)
+const gelu_tanh = x => x.map(v => v / (1 + Math.exp(-Math.sqrt(8 / Math.PI) * (v + 0.044715 * v * v * v)))); // v / 2 (1 + tanh …)
 
 /** Self-attention of sequences of N: q, k and v of all heads side by side [B * N, 3 * width] -> softmax(q kᵀ / √size) v. */
 function attention(qkv, N, width, heads) {
@@ -292,9 +304,9 @@ class DiT {
   }
 
   forward(latents, timestep, labels) {
-    const { num_tokens: N, token_dim, width, depth, heads } = this.config, layer = this.layer, condition = new Float32Array(labels.length * width);
-    const code = this.step_code(timestep), embedded = layer("label").weight;
-    labels.forEach((label, b) => { for (let i = 0; i < width; i++) condition[b * width + i] = code[i] + embedded[label * width + i]; });
+    const { num_tokens: N, token_dim, width, depth, heads } = this.config, layer = this.layer;
+    const code = this.step_code(timestep), embedding = layer("label").weight, condition = new Float32Array(labels.length * width);
+    labels.forEach((label, b) => condition.set(code.map((v, i) => v + embedding[label * width + i]), b * width));
     // Shifts, scales and gates of adaLN-zero: `columns` numbers for each of the B conditions.
     const adaln = (at, parts) => ({ columns: parts * width, tokens: N, values: linear(silu(condition), layer(at), width) });
     let x = linear(latents, layer("embed"), token_dim).map((v, i) => v + this.position[i % (N * width)]);
@@ -343,7 +355,8 @@ function sampling_times(steps, lam) {
 
 /** Latents from noise [N * d] for a label: yields θ_0 as predicted at each step, the last of which is the result. */
 function* generate(model, label, noise, steps = 20, guidance = 2) {
-  const { alpha, sigma, lam } = noise_schedule(), times = sampling_times(steps, lam), none = model.config.num_classes, n = noise.length;
+  const { alpha, sigma, lam } = noise_schedule(), times = sampling_times(steps, lam);
+  const none = model.config.num_classes, n = noise.length;
   let x = noise, before = null, x0_before = null;
   for (let i = 0; i + 1 < times.length; i++) {
     const now = times[i], then = times[i + 1];

@@ -32,9 +32,10 @@ function repeated(decoder, smooth) {
       /** x [size, size, ch] with its edge repeated `border` times. */
       pad(x, size, border) {
         const ch = x.length / size / size, wide = size + 2 * border, y = super.pad(x, size, border);
+        const inside = i => Math.min(Math.max(i, border), border + size - 1);
         if (border) for (let r = 0; r < wide; r++) for (let c = 0; c < wide; c++) {
-          const from = [r, c].map(i => Math.min(Math.max(i, border), border + size - 1));
-          if (from[0] !== r || from[1] !== c) y.copyWithin((r * wide + c) * ch, (from[0] * wide + from[1]) * ch, (from[0] * wide + from[1] + 1) * ch);
+          const from = (inside(r) * wide + inside(c)) * ch, to = (r * wide + c) * ch;
+          if (from !== to) y.copyWithin(to, from, from + ch);
         }
         return y;
       }
@@ -69,10 +70,12 @@ class BasisDecoder {
 
   /** Tokens [N, d] -> a function of t. Codes are one linear head of the tokens, the K * waves coefficients of cosine series. */
   forward(tokens, off = new Set()) {
-    const frame = this.nerv.forward(tokens, off), { token_dim, num_frames, resolution } = this.config, area = resolution ** 2, waves = this.strength.length;
+    const frame = this.nerv.forward(tokens, off), { token_dim, num_frames, resolution } = this.config;
+    const area = resolution ** 2, waves = this.strength.length;
     const codes = linear(tokens, this.head, token_dim).map((code, i) => off.has(Math.floor(i / this.per_token)) ? 0 : code);
     return t => {
-      const wave = this.strength.map((strength, i) => strength * Math.cos((t + 0.5) * i * Math.PI / num_frames)), sum = this.mean.slice();
+      const wave = this.strength.map((strength, i) => strength * Math.cos((t + 0.5) * i * Math.PI / num_frames));
+      const sum = this.mean.slice();
       for (let k = 0; k < this.count; k++) {
         const factor = wave.reduce((total, w, i) => total + w * codes[k * waves + i], 0), at = k * sum.length;
         for (let i = 0; i < sum.length; i++) sum[i] += factor * this.components[at + i];
@@ -85,7 +88,10 @@ class BasisDecoder {
 // ------------------------------------------------------------------------------------------------ what page/__init__.py wrote
 
 function bytes_of(base64) {
-  return Uint8Array.fromBase64 ? Uint8Array.fromBase64(base64) : Uint8Array.from(atob(base64), c => c.charCodeAt());
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
+  const text = atob(base64), bytes = new Uint8Array(text.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = text.charCodeAt(i);
+  return bytes;
 }
 
 /** Half precision, as 16-bit integers, to single: exponents move from one bias to the other by the factor. */

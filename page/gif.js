@@ -6,7 +6,8 @@ function palette_of(pixels) {
   const box = members => {
     const channels = [0, 1, 2].map(ch => members.map(i => pixels[3 * i + ch]));
     const spread = channels.map(values => values.reduce((a, b) => Math.max(a, b)) - values.reduce((a, b) => Math.min(a, b)));
-    const mean = channels.map(values => values.reduce((a, b) => a + b) / values.length), widest = spread.indexOf(Math.max(...spread));
+    const mean = channels.map(values => values.reduce((a, b) => a + b) / values.length);
+    const widest = spread.indexOf(Math.max(...spread));
     return { members, mean, widest, spread: spread[widest] };
   };
   const boxes = [box(Array.from({ length: pixels.length / 3 }, (_, i) => i))];
@@ -21,22 +22,23 @@ function palette_of(pixels) {
 
 /** Bytes of LZW codes, 9 to 12 bits each, for numbers 0 … 255. */
 function lzw(numbers) {
-  const bytes = [];
-  let table, bits, held = 0, count = 0;
+  const bytes = [], table = new Uint16Array(4096 * 256); // the code of a known sequence and one more number
+  let next = 258, bits = 9, held = 0, count = 0, prefix = numbers[0];
   const put = code => { for (held |= code << count, count += bits; count >= 8; count -= 8, held >>>= 8) bytes.push(held & 255); };
-  const clear = () => { table = new Map(); bits = 9; };
-  clear();
   put(256);
-  let prefix = numbers[0];
   for (let i = 1; i < numbers.length; i++) {
-    const key = prefix << 8 | numbers[i], known = table.get(key);
-    if (known !== undefined) { prefix = known; continue; }
+    const key = prefix << 8 | numbers[i];
+    if (table[key]) { prefix = table[key]; continue; }
     put(prefix);
     prefix = numbers[i];
-    const code = 258 + table.size;
-    if (code === 4095) { put(256); clear(); continue; }
-    table.set(key, code);
-    if (code === 1 << bits) bits++;
+    if (next === 4095) { // full: begin again
+      put(256);
+      table.fill(0);
+      [next, bits] = [258, 9];
+    } else {
+      if (next === 1 << bits) bits++;
+      table[key] = next++;
+    }
   }
   put(prefix);
   put(257);
@@ -48,7 +50,8 @@ function lzw(numbers) {
 function gif(frames, size, scale, delay) {
   const byte = v => Math.min(255, Math.max(0, Math.round((v + 1) * 127.5))), short = n => [n & 255, n >> 8], wide = size * scale;
   const every = Math.max(1, Math.floor(frames.length * size * size / 20000)), sample = []; // 20,000 pixels do for a palette
-  frames.forEach((frame, f) => { for (let i = f % every; i < size * size; i += every) sample.push(...frame.subarray(3 * i, 3 * i + 3)); });
+  for (const [f, frame] of frames.entries())
+    for (let i = f % every; i < size * size; i += every) sample.push(...frame.subarray(3 * i, 3 * i + 3));
   const palette = palette_of(sample.map(byte)), nearest = new Map();
   const find = (r, g, b) => {
     const key = r << 16 | g << 8 | b, distance = c => (c[0] - r) ** 2 + (c[1] - g) ** 2 + (c[2] - b) ** 2;
@@ -60,7 +63,9 @@ function gif(frames, size, scale, delay) {
   out.push(0x21, 0xff, 11, ...[..."NETSCAPE2.0"].map(c => c.charCodeAt()), 3, 1, 0, 0, 0);
   for (const frame of frames) {
     const small = Uint8Array.from({ length: size * size }, (_, i) => find(...frame.subarray(3 * i, 3 * i + 3).map(byte)));
-    const numbers = Uint8Array.from({ length: wide * wide }, (_, i) => small[Math.floor(i / wide / scale) * size + Math.floor(i % wide / scale)]);
+    const numbers = new Uint8Array(wide * wide);
+    for (let y = 0, i = 0; y < wide; y++) for (let x = 0; x < wide; x++)
+      numbers[i++] = small[Math.floor(y / scale) * size + Math.floor(x / scale)];
     out.push(0x21, 0xf9, 4, 0, ...short(delay), 0, 0, 0x2c, 0, 0, 0, 0, ...short(wide), ...short(wide), 0, 8);
     const bytes = lzw(numbers);
     for (let i = 0; i < bytes.length; i += 255) out.push(Math.min(255, bytes.length - i), ...bytes.slice(i, i + 255));

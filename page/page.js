@@ -7,9 +7,9 @@ const $ = id => document.getElementById(id), value = id => Number($(id).value);
 function open_page() {
   const about = JSON.parse($("about").textContent), { dit_config: d, nerv_config: n } = about;
   let weights = from_half(new Uint16Array(bytes_of($("weights").textContent).buffer)), simd = true;
-  const maps = 6 * (n.resolution + 2) ** 2 * n.last_factor * n.width, tokens = 16 * d.num_tokens * d.width, kernel = 16 * (n.last_factor * n.width) ** 2;
+  const channels = n.last_factor * n.width, maps = 6 * (n.resolution + 2) ** 2 * channels; // the most that products take
   try {
-    weights = use_simd(bytes_of(about.product), weights, maps + tokens + kernel);
+    weights = use_simd(bytes_of(about.product), weights, maps + 16 * channels ** 2 + 16 * d.num_tokens * d.width);
   } catch (error) { // a browser of before 2023
     simd = false;
   }
@@ -19,7 +19,12 @@ function open_page() {
 const model = open_page(), { num_frames: T, resolution: size, num_tokens: N, token_dim } = model.nerv_config;
 const EARLIEST = -T / 4, LATEST = T - 1 + T / 2, FPS = 12, WATCH = 2200; // frames, frames, per second, milliseconds
 const videos = { A: null, B: null }; // {label, seed, guidance, steps, path: latents at each step of the denoising, noise first}
-const state = { chosen: "A", playing: true, off: new Set(), stale: true, jobs: { A: 0, B: 0 }, watching: 0, frame: null, whole: null, cost: 0, drawn: null };
+const state = {
+  chosen: "A", off: new Set(), // tokens that are switched off
+  frame: null, whole: null, stale: true, // functions of time, without the tokens that are off and with; whether both are outdated
+  playing: true, drawn: null, watching: 0, // whether time goes on, the time that is drawn, when the denoising began to be shown
+  jobs: { A: 0, B: 0 }, took: 0, cost: 0, // generations so far; milliseconds of the last one, and of a frame
+};
 
 // ---------------------------------------------------------------------------------------------------------------- pictures
 
@@ -32,39 +37,46 @@ function show(canvas, pixels, width = size, height = size) {
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
-const COLOURS = { generated: [[240, 110, 30], [40, 130, 230]], shared: [[140, 140, 140], [140, 140, 140]] }; // above zero, below
-/** Four bytes for a number of a kernel or token: the further from zero, the less transparent. */
-function colour(pixels, at, v, scale, kind) {
-  pixels.set(COLOURS[kind][v < 0 ? 1 : 0], 4 * at);
-  pixels[4 * at + 3] = Math.min(255, 255 * Math.abs(v) * scale);
+/** Four bytes for a number of a kernel or token: orange above zero and blue below, grey if shared; near zero, transparent. */
+function colour(pixels, at, v, scale, shared = false) {
+  const [red, green, blue] = shared ? [140, 140, 140] : v > 0 ? [240, 110, 30] : [40, 130, 230];
+  pixels[4 * at] = red;
+  pixels[4 * at + 1] = green;
+  pixels[4 * at + 2] = blue;
+  pixels[4 * at + 3] = 255 * Math.abs(v) * scale; // clamped
 }
 
 function show_kernels(tokens) {
   model.nerv.layers().forEach((conv, i) => {
-    const { in_ch, out_ch, k, block_in, block_out } = conv, W = conv.kernel(tokens, state.off), width = in_ch * k, height = out_ch * k, pixels = new Uint8ClampedArray(4 * W.length);
-    const scale = 0.4 / Math.sqrt(W.reduce((sum, w) => sum + w * w, 0) / W.length);
-    for (let o = 0, at = 0; o < out_ch; o++) for (let n = 0; n < in_ch; n++) for (let tap = 0; tap < k * k; tap++)
-      colour(pixels, (o * k + Math.floor(tap / k)) * width + n * k + tap % k, W[at++], scale, o < block_out && n < block_in ? "generated" : "shared");
-    show($("kernels").children[i].firstChild, pixels, width, height);
+    const { in_ch, out_ch, k, block_in, block_out } = conv, width = in_ch * k, pixels = new Uint8ClampedArray(4 * width * out_ch * k);
+    const W = conv.kernel(tokens, state.off), scale = 0.4 / Math.sqrt(W.reduce((sum, w) => sum + w * w, 0) / W.length);
+    for (let o = 0, at = 0; o < out_ch; o++) for (let n = 0; n < in_ch; n++) for (let y = 0; y < k; y++) for (let x = 0; x < k; x++)
+      colour(pixels, (o * k + y) * width + n * k + x, W[at++], scale, o >= block_out || n >= block_in);
+    show($("kernels").children[i].firstChild, pixels, width, out_ch * k);
   });
 }
 
 function show_tokens(tokens) {
-  const side = Math.ceil(Math.sqrt(token_dim)), scale = 0.5 / Math.sqrt(tokens.reduce((sum, v) => sum + v * v, 1e-8) / tokens.length);
+  const side = Math.ceil(Math.sqrt(token_dim)), power = tokens.reduce((sum, v) => sum + v * v, 1e-8) / tokens.length;
+  const scale = 0.5 / Math.sqrt(power);
   [...$("tokens").children].forEach((button, n) => {
     const pixels = new Uint8ClampedArray(4 * side * side);
-    for (let i = 0; i < token_dim; i++) colour(pixels, i, tokens[n * token_dim + i], scale, "generated");
+    for (let i = 0; i < token_dim; i++) colour(pixels, i, tokens[n * token_dim + i], scale);
     show(button.firstChild, pixels, side, side);
   });
 }
 
 // -------------------------------------------------------------------------------------------------------------------- videos
 
-const tokens_of = (which, step = Infinity) => model.latent_map.inverse(videos[which].path[Math.min(step, videos[which].path.length - 1)]);
+/** Weight tokens [N, d] of A or B; of the chosen one, as they were at the step of its denoising. */
+function tokens_of(which) {
+  const { path } = videos[which];
+  return model.latent_map.inverse(path[which === state.chosen ? value("step") : path.length - 1]);
+}
 
-/** Weight tokens [N, d] of what is shown: λ B + (1 - λ) A, the chosen one as it was at the step of its denoising. */
+/** Those of what is shown: λ B + (1 - λ) A. */
 function tokens_shown() {
-  const walk = value("walk"), [a, b] = ["A", "B"].map(which => videos[which] && tokens_of(which, which === state.chosen ? value("step") : Infinity));
+  const walk = value("walk"), a = tokens_of("A"), b = videos.B && tokens_of("B");
   return walk === 0 || !b ? a : walk === 1 ? b : a.map((x, i) => (1 - walk) * x + walk * b[i]);
 }
 
@@ -81,7 +93,7 @@ function rebuild() {
 
 /** Generates A or B anew, then shows its denoising if `watch`. */
 async function generate_video(which, { label, seed, guidance, steps }, watch = false) {
-  const job = ++state.jobs[which], began = performance.now(), path = [randn(seed, model.dit_config.num_tokens * model.dit_config.token_dim)];
+  const job = ++state.jobs[which], began = performance.now(), { dit_config: c } = model, path = [randn(seed, c.num_tokens * c.token_dim)];
   let rest = began;
   for (const x0 of generate(model.dit, label, path[0], steps, guidance)) {
     path.push(x0);
@@ -94,7 +106,7 @@ async function generate_video(which, { label, seed, guidance, steps }, watch = f
   state.took = performance.now() - began;
   videos[which] = { label, seed, guidance, steps, path };
   const still = document.querySelector(`#${which} canvas`);
-  show(still, model.nerv.forward(tokens_of(which))(T / 2));
+  show(still, model.nerv.forward(model.latent_map.inverse(path.at(-1)))(T / 2));
   still.setAttribute("aria-label", `video ${which}, ${name_of(label)}`);
   if (which === state.chosen) choose(which, watch);
   state.stale = true;
@@ -116,8 +128,6 @@ function choose(which, watch = false) {
 
 const breathe = () => new Promise(done => setTimeout(done)); // so that the page answers meanwhile
 const name_of = label => model.classes[label].replaceAll("_", " ");
-const random_seed = () => Math.floor(Math.random() * 1e6);
-const chosen_video = changes => ({ ...videos[state.chosen], ...changes });
 
 // ---------------------------------------------------------------------------------------------------------------------- time
 
@@ -159,8 +169,9 @@ function show_change(frame, t) {
 
 /** What stands beside the controls and below the video. */
 function report() {
-  const put = (element, text) => { if (element.textContent !== text) element.textContent = text; }, beside = (id, text) => put($(id).nextElementSibling, text);
-  const { label, seed, guidance, steps, path } = videos[state.chosen], { A, B } = videos, t = value("time"), walk = value("walk"), step = value("step");
+  const put = (element, text) => { if (element.textContent !== text) element.textContent = text; };
+  const beside = (id, text) => put($(id).nextElementSibling, text), t = value("time"), walk = value("walk"), step = value("step");
+  const { label, seed, guidance, steps, path } = videos[state.chosen], { A, B } = videos;
   beside("step", step ? `${step} of ${path.length - 1}` : "noise");
   beside("speed", `${(2 ** value("speed")).toFixed(2)} ×`);
   beside("guidance", value("guidance").toFixed(2));
@@ -173,10 +184,10 @@ function report() {
     t < 0 ? "before the start" : t > T - 0.5 ? "beyond the end" : "",
     state.off.size ? `tokens off: ${state.off.size}` : "",
   ].filter(Boolean).join(" · ");
-  put($("caption"), text);
-  if ($("video").title !== text) $("video").ariaLabel = $("video").title = text;
+  if ($("caption").textContent !== text) $("caption").textContent = $("video").ariaLabel = text;
   put($("python"), `python sample.py --classes ${label} --seed ${seed} --guidance ${guidance} --steps ${steps}`);
-  put($("cost"), `A new video took ${Math.round(state.took)} ms, a frame takes ${state.cost.toFixed(1)} ms${model.simd ? "" : ", without WebAssembly SIMD"}.`);
+  const how = model.simd ? "" : ", without SIMD";
+  put($("cost"), `A new video took ${Math.round(state.took)} ms, a frame takes ${state.cost.toFixed(1)} ms${how}.`);
 }
 
 function play(on) {
@@ -189,7 +200,8 @@ function play(on) {
 
 /** Everything that is shown, as the fragment of an address. */
 function link() {
-  const of = v => [v.label, v.seed, v.guidance, v.steps].join(), fields = { a: of(videos.A), b: of(videos.B), chosen: state.chosen };
+  const fields = { chosen: state.chosen };
+  for (const [which, v] of Object.entries(videos)) if (v) fields[which] = [v.label, v.seed, v.guidance, v.steps].join();
   if (value("step") < $("step").max) fields.step = value("step");
   if (value("walk")) fields.walk = value("walk").toFixed(3);
   if (state.off.size) fields.off = [...state.off].join();
@@ -205,13 +217,16 @@ async function follow(fragment, watch) {
   const number = (text, least, most, otherwise) => text && Number(text) >= least && Number(text) <= most ? Number(text) : otherwise;
   const video = (text, label, own) => {
     const [l, s, g, n] = (text ?? "").split(",");
-    return { label: Math.floor(number(l, 0, model.classes.length - 1, label)), seed: Math.floor(number(s, 0, 2 ** 32 - 1, own)),
-      guidance: number(g, 0, $("guidance").max, guidance), steps: Math.floor(number(n, 1, $("steps").max, steps)) };
+    return {
+      label: Math.floor(number(l, 0, model.classes.length - 1, label)), seed: Math.floor(number(s, 0, 2 ** 32 - 1, own)),
+      guidance: number(g, 0, $("guidance").max, guidance), steps: Math.floor(number(n, 1, $("steps").max, steps)),
+    };
   };
-  state.off = new Set((fields.get("off") ?? "").split(",").filter(Boolean).map(Number).filter(n => Number.isInteger(n) && n >= 0 && n < N));
+  state.off = new Set((fields.get("off") ?? "").split(",").map(text => number(text, 0, N - 1, -1)).filter(Number.isInteger));
+  state.off.delete(-1);
   mark_tokens();
   state.chosen = "A";
-  await generate_video("A", video(fields.get("a"), 0, seed), watch);
+  await generate_video("A", video(fields.get("A"), 0, seed), watch);
   $("walk").value = number(fields.get("walk"), 0, 1, 0);
   $("speed").value = number(fields.get("speed"), -5, 2, 0);
   $("beyond").checked = fields.has("beyond");
@@ -220,7 +235,7 @@ async function follow(fragment, watch) {
   document.querySelector("main").inert = false;
   if (!last) draw(performance.now());
   await breathe(); // the first picture is there before the second video is made
-  await generate_video("B", video(fields.get("b"), model.classes.length - 1, seed + 1));
+  await generate_video("B", video(fields.get("B"), model.classes.length - 1, seed + 1));
   if (fields.get("chosen") === "B") choose("B");
   if (fields.has("step")) $("step").value = number(fields.get("step"), 0, $("step").max, $("step").max);
   state.stale = true;
@@ -278,25 +293,29 @@ for (let n = 0; n < N; n++) {
   add("tokens", "button", { onclick, title: `token ${n + 1}`, ariaLabel: `token ${n + 1}` }).append(document.createElement("canvas"));
 }
 for (const { name, in_ch, out_ch, k } of model.nerv.layers()) {
-  const canvas = document.createElement("canvas"), short = name.replace(/^(nerv\.)+/, "").replace(/s\.(\d)/g, (_, i) => ` ${+i + 1}`).replaceAll(".", " ");
-  Object.assign(canvas, { role: "img", ariaLabel: `kernels of ${short}` });
-  add("kernels", "figure", { title: `${in_ch} → ${out_ch} channels, ${k} × ${k}` }).append(canvas, Object.assign(document.createElement("figcaption"), { textContent: short }));
+  const short = name.replace(/^(nerv\.)+/, "").replace(/s\.(\d)/g, (_, i) => ` ${+i + 1}`).replaceAll(".", " "); // block 1 conv 2
+  const canvas = Object.assign(document.createElement("canvas"), { role: "img", ariaLabel: `kernels of ${short}` });
+  add("kernels", "figure", { title: `${in_ch} → ${out_ch} channels, ${k} × ${k}` }).append(canvas, document.createElement("figcaption"));
+  canvas.nextSibling.textContent = short;
 }
 $("size").textContent = `${(model.count / 1e6).toFixed(1)} million`;
 for (const id of ["guidance", "steps"]) $(id).max = Math.max($(id).max, model.defaults[id]);
 Object.assign($("time"), { min: EARLIEST, max: LATEST, value: 0 });
-document.querySelector(".time").style.cssText = `--from: ${100 * -EARLIEST / (LATEST - EARLIEST)}%; --to: ${100 * (LATEST - T + 1) / (LATEST - EARLIEST)}%`;
+const percent = frames => `${100 * frames / (LATEST - EARLIEST)}%`; // where the clip lies on the slider of time
+document.querySelector(".time").style.cssText = `--from: ${percent(-EARLIEST)}; --to: ${percent(LATEST - T + 1)}`;
 
+/** The walk goes to the end that is chosen. */
+function go(which) { $("walk").value = which === "A" ? 0 : 1; }
 /** The chosen video with other settings, in the place of the chosen one. */
 function make(changes, watch) {
-  $("walk").value = state.chosen === "A" ? 0 : 1;
-  return generate_video(state.chosen, chosen_video(changes), watch);
+  go(state.chosen);
+  return generate_video(state.chosen, { ...videos[state.chosen], ...changes }, watch);
 }
-$("new").onclick = () => make({ seed: random_seed() }, true);
-$("again").onclick = () => { $("walk").value = state.chosen === "A" ? 0 : 1; choose(state.chosen, true); };
+$("new").onclick = () => make({ seed: Math.floor(Math.random() * 1e6) }, true);
+$("again").onclick = () => { go(state.chosen); choose(state.chosen, true); };
 $("seed").onchange = () => make({ seed: Math.floor(Math.min(Math.max(value("seed"), 0), 2 ** 32 - 1)) }, true);
 for (const id of ["guidance", "steps"]) $(id).oninput = () => make({ [id]: value(id) });
-for (const id of ["A", "B"]) $(id).onclick = () => { if (videos[id]) { $("walk").value = id === "A" ? 0 : 1; choose(id); } };
+for (const id of ["A", "B"]) $(id).onclick = () => { if (videos[id]) { go(id); choose(id); } };
 $("step").oninput = () => { state.watching = 0; state.stale = true; };
 $("walk").oninput = () => { state.stale = true; };
 $("time").oninput = () => play(false);
@@ -320,9 +339,11 @@ $("video").onpointermove = event => {
 };
 $("video").onpointerup = $("video").onpointercancel = () => { held = null; };
 document.onkeydown = event => {
-  if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|BUTTON)$/.test(event.target.tagName) && event.key !== "n") return;
-  const act = { " ": () => play(!state.playing), n: () => $("new").click(), ArrowLeft: () => shift(-0.25), ArrowRight: () => shift(0.25) }[event.key];
-  if (act) { act(); event.preventDefault(); }
+  if (event.ctrlKey || event.metaKey || event.altKey || /INPUT|BUTTON/.test(event.target.tagName) && event.key !== "n") return;
+  const keys = { " ": () => play(!state.playing), n: $("new").onclick, ArrowLeft: () => shift(-0.25), ArrowRight: () => shift(0.25) };
+  if (!keys[event.key]) return;
+  keys[event.key]();
+  event.preventDefault();
 };
 onhashchange = () => { if (location.href !== link()) follow(location.hash.slice(1)); };
 

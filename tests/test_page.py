@@ -225,5 +225,5 @@ def test_a_link_shows_the_same_again(opened):
     wanted, link = torch.tensor(tab.evaluate(SHOWN)), tab.evaluate("link()")
     again = opened(ckpt, networks, fragment=link[link.index("#") :])
     assert torch.equal(torch.tensor(again.evaluate(SHOWN)), wanted) and not again.evaluate("state.playing")
-    wrong = opened(ckpt, networks, fragment="#a=99,-1,x,0&b=&step=x&walk=7&off=99,x&speed=&time=1e9&chosen=C")
+    wrong = opened(ckpt, networks, fragment="#A=99,-1,x,0&B=&step=x&walk=7&off=99,x&speed=&time=1e9&chosen=C")
     assert wrong.evaluate("[videos.A.label, videos.A.seed, state.off.size]") == [0, 0, 0]
