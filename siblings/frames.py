@@ -1,0 +1,86 @@
+"""Whole videos in and out, at their own size and rate, and frames cut into tiles of the size that a network makes."""
+
+import math
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from common.utils import UserError, make_parent, whole_file
+from common.video import printable, read_frames, to_clip
+
+LARGEST = 2**25  # pixels of a frame
+
+
+def read_video(path, size=None):
+    """(frames, frames a second) of a video: uint8 [T, H, W, 3], or cut to squares of `size` pixels.
+
+    A directory of images, which has no rate, has 25 frames a second. UserError where it cannot be read or frames are too large.
+    """
+    frames, rate = read_frames(path, size), None
+    if not Path(path).is_dir():
+        with av.open(str(path)) as file:
+            rate = file.streams.video[0].average_rate
+    if math.prod(frames.shape[1:3]) > LARGEST:
+        about = f"{frames.shape[2]} x {frames.shape[1]}, more than {LARGEST} pixels"
+        raise UserError(f"{printable(path)} has frames of {about}")
+    return frames, float(rate or 25)
+
+
+def write_frames(path, parts, fps):
+    """Frames in parts, each uint8 [n, H, W, 3], as one video at its own size; returns how many frames there are.
+
+    .mkv is lossless (FFV1), .mp4 is H.264 that looks so. UserError for other suffixes and where it cannot be written.
+    """
+    codecs = {".mp4": ("libx264", "mp4", {"crf": "12"}), ".mkv": ("ffv1", "matroska", {})}
+    if Path(path).suffix.lower() not in codecs:
+        raise UserError(f"{printable(path)}: name a file that ends in {' or '.join(codecs)}")
+    make_parent(path)
+    codec, form, options = codecs[Path(path).suffix.lower()]
+    count, stream = 0, None
+    try:
+        with whole_file(path) as file, av.open(file, "w", format=form) as out:
+            for frame in (frame for part in parts for frame in part):
+                if stream is None:
+                    stream = out.add_stream(codec, Fraction(fps).limit_denominator(10_000), options)
+                    stream.height, stream.width = frame.shape[:2]
+                    even = frame.shape[0] % 2 == frame.shape[1] % 2 == 0
+                    stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv420p" if even else "yuv444p"
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")
+                out.mux(stream.encode(picture.reformat(format=stream.pix_fmt)))
+                count += 1
+            out.mux(stream.encode(None))
+    except OSError as error:
+        raise UserError(f"cannot write {printable(path)}: {error.strerror}") from None
+    return count
+
+
+def frame_range(text, count):
+    """ "100:140" -> (100, 140), "" -> (0, count). UserError where the video has no such frames."""
+    if not text:
+        return 0, count
+    numbers = text.split(":")
+    first, last = (int(n) if n.isdecimal() else -1 for n in numbers) if len(numbers) == 2 else (-1, -1)
+    if not 0 <= first < last <= count:
+        raise UserError(f"--frames {text}: the video has frames 0 to {count - 1}, 0:{count} is all")
+    return first, last
+
+
+def cut(frames, count, size):
+    """Up to `count` frames, uint8 [n, H, W, 3] -> their tiles as clips [tiles, count, 3, size, size], row by row.
+
+    What is beyond an edge repeats the edge; after the last frame it repeats the last frame.
+    """
+    n, height, width, _ = frames.shape
+    clip = to_clip(np.pad(frames, ((0, count - n), (0, -height % size), (0, -width % size), (0, 0)), "edge"))
+    clip = clip.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [count, 3, rows, size, columns, size]
+    return clip.permute(2, 4, 0, 1, 3, 5).flatten(0, 1)
+
+
+def join(tiles, height, width):
+    """Tiles [..., rows * columns, T, 3, size, size] -> clip [..., T, 3, height, width]; what `cut` added is cut off."""
+    size = tiles.shape[-1]
+    tiles = tiles.unflatten(-5, (math.ceil(height / size), math.ceil(width / size)))  # [..., rows, columns, T, 3, size, size]
+    clip = tiles.movedim((-6, -5), (-4, -2))  # [..., T, 3, rows, size, columns, size]
+    return clip.flatten(-2).flatten(-3, -2)[..., :height, :width]
