@@ -1,17 +1,15 @@
-"""What both stages share and no reader needs on a first pass: options, processes, steps, the log of a run, error messages."""
+"""What all scripts share and no reader needs on a first pass: options, processes, the optimizer step, the log of a run."""
 
 import argparse
 import contextlib
 import csv
-import ctypes
 import dataclasses
 import datetime
 import functools
 import hashlib
-import io
 import math
 import os
-import resource
+import re
 import signal
 import subprocess
 import sys
@@ -20,56 +18,50 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 from tqdm import tqdm
 
-from common import plot, progress
+from common import plot
 
 
 class UserError(Exception):
-    """Something the person at the keyboard can mend: shown as one line, exit status 2, no traceback."""
+    """Something the user can fix: shown as one line, exit status 2, no traceback."""
 
 
 def run(main):
     """Call a script's main() and turn a UserError into one line on stderr and exit status 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be any bytes
     try:
         main()
-        if dist.is_initialized():  # after an error it would wait for the other processes, and nobody would see the traceback
+        if dist.is_initialized():  # not after an error: it would wait for the other processes
             dist.destroy_process_group()
     except UserError as error:
-        for bar in list(tqdm._instances):  # the message gets a line of its own
-            bar.close()
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"error: {str(error).splitlines()[0]} {MEMORY_HELP}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
+MEMORY_HELP = "Use --recompute, --accumulate 2, a smaller --batch-size or fewer --decode-frames, where the script has them."
+
+
 class Interrupt:
-    """Inside a `with`, Ctrl-C and SIGTERM only ask: the loop calls `stop` between two steps and ends where it is true.
-
-    A second one does not wait, unless it comes at once: Ctrl-C reaches torchrun too, which then signals its processes again.
-    """
-
-    GRACE = 5.0  # seconds in which a signal is taken for an echo of the first
-
-    def __init__(self):
-        self.asked = None  # when
+    """Inside a `with`, Ctrl-C and SIGTERM only ask: the loop calls `stop` between two steps and ends where it is true."""
 
     def __enter__(self):
+        self.asked = False
         self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def ask(self, number, frame):
-        if self.asked is None:
-            self.asked = time.monotonic()
-        elif time.monotonic() - self.asked > self.GRACE:
-            raise KeyboardInterrupt
+        self.asked = True  # again and again: under torchrun, Ctrl-C comes from the terminal and from torchrun
 
     def stop(self):
-        """Whether any process has been asked: the same answer in all, or one of them would wait for the others' next step."""
-        return max_over_ranks(self.asked is not None) > 0
+        """Whether any process was asked: the same answer in all, or one of them would wait for the others' next step."""
+        return max_over_ranks(self.asked) > 0
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
@@ -91,18 +83,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Show the default of each option, and the description as it is written."""
 
 
-def check_positive(config, *names):
-    """UserError for the first of the named settings that is not positive."""
-    for name in names:
-        if getattr(config, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: it must be positive")
-
-
 def parse_options(cls, description, presets=None, argv=None):
     """Command line -> an instance of the dataclass cls, options grouped in --help with their defaults.
 
-    presets(argparse.Namespace) -> {name: value} may change the defaults once the options it looks at (--preset and
-    --dataset, say) are known; --help then shows the defaults of the preset that was asked for.
+    presets(argparse.Namespace) -> {name: value} changes defaults by the options that are given (--preset and --dataset, say).
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, add_help=False)
     groups = {}
@@ -132,33 +116,27 @@ def parse_topic(cls, description, topics):
     return topics[name], config
 
 
-# ---------------------------------------------------------------------------------------------------------------- machine
+def check_positive(config, *names):
+    """UserError for the first of the named settings that is not positive."""
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: it must be positive")
 
 
-def keep_memory():
-    """Let the process keep what tensors give back. glibc returns those beyond 32 MB to the system, which clears their pages
-    when they come again: a quarter of a CPU's seconds at 128 x 128 (docs/speed.md)."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # what is not glibc has no mallopt
-        libc = ctypes.CDLL(None)
-        for option_number, value in ((-4, 0), (-2, 2**26), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TOP_PAD, M_TRIM_THRESHOLD
-            libc.mallopt(option_number, value)
+# -------------------------------------------------------------------------------------------------------------- processes
 
 
-def pick_device(name):
+def pick_device(name="auto"):
     """ "auto" -> this process's CUDA device where there is one, set up for speed, else the CPU."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
     if name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{local}"
-    elif name == "auto":
-        name = "cpu"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = "cpu" if name == "auto" else name
     try:
-        torch.empty(0, device=name)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name} is not available here: use --device cpu, or leave it out") from None
-    device = torch.device(name)
-    if device.type == "cpu":
-        keep_memory()
-    elif device.type == "cuda":
+        raise UserError(f"--device {device} is not available here: use --device cpu, or leave it out") from None
+    device = torch.device(device)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
@@ -168,15 +146,15 @@ def pick_device(name):
 def start_processes(name):
     """Join the other processes where torchrun started several, one for each GPU; returns (device, rank, world).
 
-    Data-parallel training needs three things beyond this: each rank takes its rows of the batch (data.Stream), batch norm
-    and the gradient are averaged over ranks (average_over_ranks, FiniteStep), rank 0 alone writes.
+    Data-parallel training needs three things beyond this: each rank takes its rows of the batch (data.Stream), batch norm and
+    the gradient are averaged over ranks (average_over_ranks, FiniteStep), rank 0 alone writes.
     """
     device = pick_device(name)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device, 0, 1
-    alone = device.type == "cuda" and local_processes() <= torch.cuda.device_count()  # on its GPU, as NCCL has it
+    alone = device.type == "cuda" and local_processes() <= torch.cuda.device_count()  # on its GPU, as NCCL requires
     cuda = {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if alone else {"backend": "gloo"}
-    # Others wait for as long as the first process decodes a data set or encodes it: hours, where the default is 10 minutes.
+    # The others wait while rank 0 decodes or encodes a data set: hours, where the default is 10 minutes.
     dist.init_process_group(**cuda, timeout=datetime.timedelta(days=7))
     return device, dist.get_rank(), dist.get_world_size()
 
@@ -185,16 +163,12 @@ def rows_per_process(batch_size, accumulate, world):
     """Clips that one process takes at a time; UserError where the batch does not divide."""
     parts = accumulate * world
     if batch_size % parts:
-        raise UserError(
-            f"--batch-size {batch_size} counts the clips of all processes together and does not divide into {world} "
-            f"processes x {accumulate} accumulated parts: use a multiple of {parts}"
-        )
+        raise UserError(f"--batch-size {batch_size}, of all processes together, must be a multiple of {parts}")
     return batch_size // parts
 
 
 class AverageOverRanks(torch.autograd.Function):
-    """The mean over processes; so is its gradient. torch.compile takes it as a part of its graph, unlike that of dist.nn. After
-    torch's functional collectives, which it takes too, a process with gloo aborted at its end now and then (1 of 12 runs)."""
+    """The mean over processes; so is its gradient. torch.compile accepts it, unlike that of torch.distributed.nn."""
 
     @staticmethod
     def forward(ctx, x):
@@ -213,9 +187,9 @@ def average_over_ranks(x):
 
 
 @torch.no_grad()
-def from_first_rank(x):
-    """Make a tensor what it is in the first process."""
-    if dist.is_initialized():
+def from_first_rank(network):
+    """Make all parameters and buffers of a network what they are in the first process."""
+    for x in network.state_dict().values() if dist.is_initialized() else ():
         if dist.get_rank():
             x.zero_()
         dist.all_reduce(x)
@@ -229,46 +203,43 @@ def max_over_ranks(value):
     return value.item()
 
 
+def wait_for_all():
+    """Until every process has come here."""
+    max_over_ranks(0)
+
+
 def rank():
     """The number of this process among those of a training; 0 where it is alone."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def cores():
-    """How many cores this process may use: the machine's, or those that taskset leaves it."""
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def local_processes():
-    """How many processes of a training share this machine."""
+    """Processes of a training that share this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def wait_for_all():
-    """Until every process has come here."""
-    max_over_ranks(0)
 
 
 def step_generator(device, seed, step):
     """The random numbers of one training step, a function of seed and step alone.
 
-    All processes draw those of the whole batch and keep their own rows, so that a run is the same on any number of
-    processes; and a training that goes on at step 1000 needs no memory of what was drawn before.
+    All processes draw those of the whole batch and keep their own rows: a run is the same on any number of processes, and one
+    that is resumed at step 1000 needs no record of what was drawn before.
     """
     return torch.Generator(device).manual_seed(1_000_003 * seed + step)
 
 
-def autocast(device, bf16):
-    """bf16 "auto" | "on" | "off" -> the autocast context: auto is on with CUDA, where the card multiplies bfloat16 natively.
-
-    CPUs compute in float32 unless told otherwise, so that the same command gives the same figures on any of them.
-    """
+def autocast(device, bf16="auto"):
+    """bf16 "auto" | "on" | "off" -> the autocast context: auto is on with CUDA where the GPU has bfloat16."""
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16 == "on" or (bf16 == "auto" and native))
 
 
 def wants_compile(device, choice):
-    """--compile "auto" | "on" | "off": auto is on with CUDA, where a step repays the minutes that compiling takes."""
+    """--compile "auto" | "on" | "off": auto is on with CUDA, where the training repays the minutes that compiling takes."""
     return choice == "on" or (choice == "auto" and device.type == "cuda")
 
 
@@ -285,16 +256,15 @@ def learning_rate(step, steps, peak, warmup):
 class FiniteStep:
     """Optimizer steps of a network, its gradient averaged over processes and clipped; those not finite are skipped.
 
-    All of it stays on the device, so that a GPU never waits for the host: the fused optimizers leave weights and moments as
-    they are where found_inf is 1. `check` reads the counters, at the steps at which the log is read anyway.
+    All of it stays on the device, so that a GPU never waits for the host: the optimizers change nothing where found_inf is 1.
+    `check` reads the counter, at the steps at which the log is read anyway.
     """
 
     LIMIT = 20  # skipped steps in a row that end a training
 
-    def __init__(self, network, optimizer, max_norm):
+    def __init__(self, network, optimizer, max_norm=1.0):
         self.parameters, self.optimizer, self.max_norm = list(network.parameters()), optimizer, max_norm
-        self.skipped, self.in_a_row = torch.zeros(2, device=self.parameters[0].device).unbind()
-        self.reported = 0
+        self.in_a_row = torch.zeros((), device=self.parameters[0].device)
 
     def __call__(self, loss, lr):
         """A step of size lr from the .grad of the parameters, which it clears; loss is 0-d and this process's."""
@@ -308,7 +278,6 @@ class FiniteStep:
             torch._foreach_copy_([p.grad for p in parameters], [part.view_as(p) for p, part in zip(parameters, parts)])
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
         bad = (~torch.isfinite(norm + loss.sum())).float()
-        self.skipped += bad
         self.in_a_row.copy_((self.in_a_row + bad) * bad)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -316,86 +285,80 @@ class FiniteStep:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def check(self, step, dataset, stream):
-        """A line where steps were skipped; UserError after LIMIT of them in a row, with the clips of the last one."""
-        skipped, in_a_row = int(self.skipped), int(self.in_a_row)
-        if skipped > self.reported:
-            tqdm.write(f"warning: {skipped} steps skipped so far, not finite", file=sys.stderr)
-            self.reported = skipped
-        if in_a_row >= self.LIMIT:
-            clips = ", ".join(dataset.name(i % stream.length) for i in stream.batch(step)[:4])
+    def check(self, step):
+        """UserError after LIMIT skipped steps in a row."""
+        if self.in_a_row >= self.LIMIT:
             raise UserError(
-                f"the loss or its gradient was not finite in {in_a_row} steps in a row, last in step {step + 1} with the "
-                f"clips {clips}, …: look at them, or go on from the last checkpoint with a smaller --lr"
+                f"the loss or its gradient was not finite in {int(self.in_a_row)} steps in a row, last in step {step + 1}: "
+                "look at the data, or resume from the last checkpoint with a smaller --lr"
             )
 
     def state_dict(self):
-        counts = {"skipped": int(self.skipped), "in_a_row": int(self.in_a_row)}
-        return {"optimizer": self.optimizer.state_dict(), **counts}
+        return {"optimizer": self.optimizer.state_dict(), "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state):
         self.optimizer.load_state_dict(state["optimizer"])
-        self.skipped.fill_(state["skipped"])
-        self.in_a_row.fill_(state["in_a_row"])
-        self.reported = state["skipped"]
-
-
-def peak_memory(device):
-    """The most memory that this process has held, in GiB: of the GPU, or of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        self.in_a_row.copy_(state["in_a_row"])
 
 
 @torch.no_grad()
-def update_ema(ema, model, decay):
-    """ema <- decay * ema + (1 - decay) * model, parameters and buffers, which all are floats."""
-    torch._foreach_lerp_([*ema.parameters(), *ema.buffers()], [*model.parameters(), *model.buffers()], 1 - decay)
+def update_ema(ema, model, decay, step):
+    """ema <- decay * ema + (1 - decay) * model, parameters and buffers; early steps forget the random start faster."""
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_([*ema.parameters(), *ema.buffers()], [*model.parameters(), *model.buffers()], weight)
 
 
-# --------------------------------------------------------------------------------------------------------- what is written
+def peak_memory(device):
+    """The most memory that this process has held, in GiB: of the GPU, or of the machine; nan where Python cannot tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    with contextlib.suppress(ImportError):  # Windows has no such module
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    return math.nan
+
+
+# ------------------------------------------------------------------------------------------------------------------ files
 
 
 def make_parent(path):
-    """Make the directory that path is to be written into, before hours of work depend on it."""
+    """Make the directory of a file that is to be written later; UserError, before hours of work, where it cannot be."""
+    path = Path(path)
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"cannot write {path}: " + ("it is a directory" if path.is_dir() else "its directory is read-only"))
 
 
-def file_name(text):
-    """text as part of the name of a file: letters and digits, and _ for all else."""
-    return "".join(c if c.isalnum() else "_" for c in text)
+def file_name(text, most=100):
+    """text as part of the name of a file: letters, digits, -, . and spaces within it stay, and all else becomes _."""
+    name = re.sub(r"[^\w.-]+", "_", os.fsencode(text).decode(errors="replace")).strip("._")
+    return name.encode()[:most].decode(errors="ignore") or "_"
 
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Inside a `with`, a binary file beside path, which gets its name once it is whole.
-
-    A kill at any moment leaves the old file or the new one, an error the old one. Of several processes, one may write it.
-    """
+    """Inside a `with`, a binary file beside path, which gets its name once it is whole. UserError where that fails."""
     part = Path(f"{path}.part")
     try:
-        with open(part, "wb") as file:
-            yield file
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
+        try:
+            with open(part, "wb") as file:
+                yield file
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def python_path(directory):
-    """PYTHONPATH of a program that is to find modules in a directory first, and then all that this one finds."""
-    return os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
-def fingerprint(network):
-    """A hash of a network's parameters and buffers: a cache of what it made says which one made it."""
+def fingerprint(state):
+    """A hash of the tensors of a network, or of its state dict: names what was made with it."""
     digest = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, x in (state.state_dict() if isinstance(state, torch.nn.Module) else state).items():
+        digest.update(name.encode() + x.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -409,32 +372,40 @@ def git_revision():
         return ""
 
 
-# ------------------------------------------------------------------------------------------------------------- run's log
+# ---------------------------------------------------------------------------------------------------------- log of a run
+
+
+def bar(iterable=None, desc="", total=None, unit="it", disable=False, **kwargs):
+    """A tqdm that updates every second on a terminal and every half minute in a log file."""
+    every = 1 if sys.stderr.isatty() else 30
+    return tqdm(iterable, desc, total, unit=unit, disable=disable, mininterval=every, dynamic_ncols=True, **kwargs)
+
+
+def log_directory(out):
+    """Where the log of the training goes whose checkpoint is `out`: runs/NAME beside NAME.pt."""
+    return Path(out).parent / "runs" / Path(out).stem
 
 
 class RunLog:
-    """Progress bar, losses.csv, losses.png and, where tensorboard is installed, its event files, in one directory.
+    """Progress bar, losses.csv and losses.png in log_directory(out).
 
-    `add(loss=…, …)` takes 0-d tensors as they are; `step` reads them only every `every` steps, so that a GPU is not made to
-    wait. A row of the CSV is the mean over the steps since the last row and over processes; rank 0 writes. A training
-    that goes on after `start` steps goes on with the rows up to there.
+    `add(loss=…, …)` takes 0-d tensors as they are; `step` reads them every EVERY steps only, so that a GPU is not made to wait.
+    A row of the CSV is the mean over the steps since the last row and over processes; rank 0 writes.
     """
 
-    def __init__(self, directory, steps, every, start=0, rank=0):
-        self.directory, self.every, self.rank, self.steps = Path(directory), every, rank, steps
-        self.rows, self.written, self.pending, self.board, before = [], 0, {}, None, 0
+    EVERY = 50
+
+    def __init__(self, out, steps, start=0, rank=0):
+        self.directory, self.rank, self.steps = log_directory(out), rank, steps
+        self.rows, self.pending, before = [], {}, 0
         if rank == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_parent(self.directory / "losses.csv")
             if start and (self.directory / "losses.csv").is_file():
                 with open(self.directory / "losses.csv", newline="") as f:
                     rows = [{k: float(v) for k, v in row.items() if v != ""} for row in csv.DictReader(f)]
                 self.rows = [row | {"step": int(row["step"])} for row in rows if row["step"] <= start]
                 before = self.rows[-1]["seconds"] if self.rows else 0
-            with contextlib.suppress(ImportError):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(self.directory, purge_step=start or None)
-        self.bar = progress.bar(desc=self.directory.name, total=steps, unit="step", disable=rank > 0, initial=start)
+        self.bar = bar(desc=self.directory.name, total=steps, unit="step", disable=rank > 0, initial=start)
         self.start = time.time() - before
 
     def print(self, line):
@@ -449,35 +420,19 @@ class RunLog:
     def step(self, step):
         """One more step; returns True at those at which the values were read."""
         self.bar.update()
-        if (step + 1) % self.every and step + 1 != self.steps:
+        if (step + 1) % self.EVERY and step + 1 != self.steps:
             return False
         means = torch.stack([torch.stack(v).float().mean() for v in self.pending.values()])
         means = dict(zip(self.pending, average_over_ranks(means).tolist()))
         self.pending = {}
         self.rows.append({"step": step + 1, "seconds": round(time.time() - self.start, 1), **means})
         self.bar.set_postfix_str(" ".join(f"{k} {v:.4g}" for k, v in means.items()))
-        if self.board:
-            for k, v in means.items():
-                self.board.add_scalar(k, v, step + 1)
         return True
-
-    def video(self, step, name, frames):
-        """Moving pictures, uint8 [T, H, W, 3], for tensorboard, which plays GIFs among its images."""
-        if self.board:
-            from tensorboard.compat.proto.summary_pb2 import Summary
-
-            images, gif = [Image.fromarray(frame) for frame in frames], io.BytesIO()
-            images[0].save(gif, "GIF", save_all=True, append_images=images[1:], duration=80, loop=0)
-            shown = Summary.Image(
-                width=frames.shape[2], height=frames.shape[1], colorspace=3, encoded_image_string=gif.getvalue()
-            )
-            self.board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=shown)]), step)
 
     def write(self):
         """losses.csv and losses.png as of now."""
-        if self.rank or len(self.rows) == self.written:
+        if self.rank or not self.rows:
             return
-        self.written = len(self.rows)
         names = list(dict.fromkeys(k for row in self.rows for k in row))  # the adversarial ones join later
         with open(self.directory / "losses.csv", "w", newline="") as f:
             writer = csv.DictWriter(f, names, restval="")
@@ -489,5 +444,3 @@ class RunLog:
     def close(self):
         self.write()
         self.bar.close()
-        if self.board:
-            self.board.close()

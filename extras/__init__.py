@@ -1,0 +1,79 @@
+"""What is not the paper's, and helps small models. One module each, headed by what it is, its gain and its source.
+
+    --extras of vae.py     mixing=8 renorm=0.3 edges filter basis=512 muon
+    --extras of dit.py     components=4x64 muon
+
+Without any (`--extras` with nothing behind it), both scripts are the paper's method; presets S, B and L have none.
+"""
+
+import itertools
+
+import torch
+
+from common import utils
+from common.utils import UserError
+from common.video import to_clip
+from extras.basis import BasisDecoder, BasisEncoder
+from extras.components import Components
+from extras.edges import repeated
+from extras.mixing import Mixing
+from extras.renorm import BatchRenorm
+
+VAE = {"mixing": int, "renorm": float, "edges": None, "filter": None, "basis": int, "muon": None}
+DIT = {"components": lambda text: tuple(int(n) for n in text.split("x", 1)), "muon": None}
+
+
+def parse(names, known):
+    """["mixing=8", "edges"] -> {"mixing": 8, "edges": None}. UserError for a name that is not in `known`, or a bad value."""
+    found = {}
+    for text in names:
+        name, _, value = text.partition("=")
+        if name not in known:
+            raise UserError(f"--extras {name}: there are {', '.join(known)}")
+        try:
+            found[name] = known[name](value) if known[name] else None
+        except ValueError:
+            raise UserError(f"--extras {text}: {name}= takes a number") from None
+    return found
+
+
+def build_vae(VAE_class, nerv_config, encoder_config, decoder, names, steps=0):
+    """The paper's VAE where `names` is empty, else one with these extras; steps: of the training, for renorm.
+
+    ValueError where sizes do not fit.
+    """
+    chosen = parse(names, VAE)
+    if "edges" in chosen:
+        decoder = repeated(decoder, smooth="filter" in chosen)
+    vae = VAE_class(nerv_config, encoder_config, decoder)
+    encoder = vae.encoder
+    if heads := chosen.get("mixing"):
+        if encoder_config.width % heads:
+            raise ValueError(f"mixing={heads}: heads must divide the encoder's width of {encoder_config.width}")
+        encoder.blocks[-1] = Mixing(encoder.blocks[-1], nerv_config.num_tokens, len(encoder.position), heads)
+    if "renorm" in chosen:
+        encoder.norm = BatchRenorm(encoder.norm, chosen["renorm"] * steps)
+    if "basis" in chosen:
+        vae.nerv = BasisDecoder(vae.nerv, chosen["basis"])
+        vae.encoder = BasisEncoder(encoder, vae.nerv)
+    return vae
+
+
+def start(vae, ema, batches, seed, count=4096):
+    """Before the first step: a shared basis becomes the principal components of `count` frames, two of each clip of batches."""
+    if not isinstance(vae.nerv, BasisDecoder):
+        return
+    generator, clips = (
+        torch.Generator().manual_seed(seed),
+        (to_clip(video) for video, _ in itertools.islice(batches, count // 8)),
+    )
+    frames = [clip[:, torch.randperm(clip.shape[1], generator=generator)[:2]].flatten(0, 1) for clip in clips]
+    vae.nerv.basis.fit(torch.cat(frames).to(vae.nerv.head.weight.device), vae.nerv.config.num_frames)
+    utils.from_first_rank(vae)
+    ema.load_state_dict(vae.state_dict())
+
+
+def latent_map(default, names, token_shape):
+    """dit.LatentScale, the `default`, or the map to principal components."""
+    chosen = parse(names, DIT)
+    return Components(chosen["components"], token_shape) if "components" in chosen else default()

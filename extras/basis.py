@@ -1,0 +1,107 @@
+"""A shared basis of frames, for videos of one scene: a frame is a mean, a sum of K frames that all videos share, and the NeRV.
+
+Convolutions that start from an 8 × 8 code learn the detail of a scene slowly; a linear map from tokens to pixels has it at once.
+The basis starts as the principal components of training frames and is trained on from there. Its coefficients are cosine
+series in time, so that t stays a real number; beyond either end the series plays the clip backwards. Worth FIGURE_BASIS.
+Source: principal components as a decoder, as the linear stage of Deep Video Prior codecs; the combination is our own.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class SharedBasis(nn.Module):
+    """K frames that all videos share. Codes of a video are the K * waves coefficients of its cosine series.
+
+    gain: how much faster these frames are learned than kernels are.
+    """
+
+    def __init__(self, count, size, waves, gain):
+        super().__init__()
+        self.size, self.gain = size, gain
+        self.components = nn.Parameter(torch.zeros(count, 3 * size * size))
+        self.mean = nn.Parameter(torch.zeros(3 * size * size))
+        self.strength = nn.Parameter(1 / torch.arange(1.0, waves + 1))  # low frequencies first
+
+    def waves(self, t, length):
+        """The cosines at positions t [T] in a clip of `length` frames, each times its strength: [T, waves]."""
+        frequency = torch.arange(len(self.strength), device=t.device) * (math.pi / length)
+        return self.strength * torch.cos((t.float()[:, None] + 0.5) * frequency)
+
+    def forward(self, codes, t, length):
+        """codes [B, K * waves], positions t [T] in a clip of `length` frames -> [B, T, 3, size, size]."""
+        codes = codes.unflatten(1, (len(self.components), -1))
+        factors = torch.einsum("bkw,tw->btk", codes, self.waves(t, length).to(codes.dtype))
+        return self.gain * (factors @ self.components + self.mean).unflatten(2, (3, self.size, self.size))
+
+    def project(self, video):
+        """Clips [B, T, 3, size, size] -> codes [B, K * waves], of the least squared error while the basis is orthogonal."""
+        rows = self.gain * self.components
+        rows = rows / rows.square().sum(1, keepdim=True).clamp_min(1e-8)
+        factors = (video.flatten(2) - self.gain * self.mean) @ rows.T  # [B, T, K]
+        T = video.shape[1]
+        waves = self.waves(torch.arange(T, device=video.device), T)
+        waves = waves / waves.square().sum(0).clamp_min(1e-8)
+        waves[:, T:] = 0  # T frames have no higher frequencies
+        return torch.einsum("btk,tw->bkw", factors, waves.to(factors.dtype)).flatten(1)
+
+    @torch.no_grad()
+    def fit(self, frames, length):
+        """Become the principal components of frames [n, 3, size, size], scaled so that no code of a clip of `length` frames
+        has a standard deviation above 1."""
+        pixels = frames.flatten(1)
+        mean, count = pixels.mean(0), min(*pixels.shape, len(self.components))
+        _, values, components = torch.pca_lowrank(pixels - mean, count, center=False)
+        scale = values[0] * math.sqrt(length / len(frames))
+        self.mean.copy_(mean / self.gain)
+        self.components[:count] = components.T * (scale / self.gain)
+
+
+class BasisDecoder(nn.Module):
+    """A decoder (nerv.NeRV) and a shared basis of `count` frames, added up. ValueError where tokens have fewer numbers."""
+
+    def __init__(self, nerv, count):
+        super().__init__()
+        c = self.config = nerv.config
+        numbers = c.num_tokens * c.token_dim
+        if not 0 < count <= numbers:
+            raise ValueError(f"basis {count}: use 1 to {numbers}, the numbers of {c.num_tokens} x {c.token_dim} tokens")
+        waves = min(numbers // count, c.num_frames)
+        self.nerv, self.basis, self.codes = nerv, SharedBasis(count, c.resolution, waves, gain=0.6), count * waves
+        # An orthonormal series (DCT-II), so that all numbers of a video have the same weight. It and the mean stay fixed.
+        strength = torch.full((waves,), math.sqrt(2 / c.num_frames))
+        strength[0] /= math.sqrt(2)
+        self.basis.strength = nn.Parameter(strength, requires_grad=False)
+        self.basis.mean.requires_grad_(False)
+        self.head = nn.Linear(c.token_dim, math.ceil(self.codes / c.num_tokens), bias=False)
+        nn.init.eye_(self.head.weight)
+        self.amplitude = nn.Parameter(torch.full((1,), 0.05))  # of the NeRV, beside a basis that fits from the start
+        self.num_kernel_weights = nerv.num_kernel_weights
+
+    def forward(self, tokens, t):
+        """tokens [B, N, d], t [T] -> [B, T, 3, H, W]. Codes are generated as kernel entries are, by one linear head."""
+        codes = self.head(tokens).flatten(1)[:, : self.codes]
+        return self.amplitude * self.nerv(tokens, t) + self.basis(codes, t, self.config.num_frames)
+
+
+class BasisEncoder(nn.Module):
+    """An encoder whose tokens start as those with which the basis comes nearest to the video."""
+
+    BEYOND = 0.05  # weight of the transformer's output: most tokens from the basis are small
+
+    def __init__(self, encoder, decoder):
+        super().__init__()
+        self.encoder, self.decoder = encoder, [decoder]  # in a list, so that its parameters are not registered twice
+        nn.init.zeros_(encoder.to_latent.weight)
+        nn.init.zeros_(encoder.to_latent.bias.data[: decoder.config.token_dim])
+
+    def forward(self, video):
+        """video [B, T, 3, H, W] -> mean, logvar, each [B, N, d]."""
+        mean, logvar = self.encoder(video)
+        decoder, c = self.decoder[0], self.decoder[0].config
+        codes = decoder.basis.project(video)
+        codes = F.pad(codes, (0, c.num_tokens * len(decoder.head.weight) - codes.shape[1])).unflatten(1, (c.num_tokens, -1))
+        return (codes @ decoder.head.weight).float() + self.BEYOND * mean, logvar

@@ -1,0 +1,49 @@
+"""Principal components of weight tokens: what stage 2 may diffuse in the place of the tokens themselves.
+
+The numbers of a video's tokens are far from independent: of Sprites, 64 directions of 2,048 hold 94 % of the variance. Along
+these directions they are uncorrelated, and a few components, in few tokens, do for all. Worth FIGURE_COMPONENTS.
+Source: principal component analysis of the latents, as in latent spaces of networks (Peebles et al. 2022 discuss its absence).
+"""
+
+import torch
+import torch.nn as nn
+
+
+class Components(nn.Module):
+    """Tokens [..., N, d] <-> their largest principal components at unit deviation, as tokens [..., M, k].
+
+    The map is linear and, but for its scale, keeps distances: a walk between components is a walk between tokens. The first
+    token has the k largest components. Takes the place of dit.LatentScale, with the same methods.
+    """
+
+    def __init__(self, shape, token_shape):
+        """shape: (M, k) of the components; token_shape: (N, d). ValueError where there are more components than numbers."""
+        super().__init__()
+        self.shape, self.token_shape, size = tuple(shape), tuple(token_shape), token_shape[0] * token_shape[1]
+        if not 0 < shape[0] * shape[1] <= size:
+            raise ValueError(f"components {shape[0]}x{shape[1]}: use 1 to {size} components, the numbers of a video")
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("directions", torch.zeros(*shape, size))  # [M, k, N * d], each of length 1
+        self.register_buffer("scale", torch.ones(()))
+
+    def fit(self, mean, deviation):
+        """Posterior means and deviations of many videos, both [videos, N, d] -> the components of the means; unit deviation."""
+        flat = mean.float().flatten(1)
+        centre, (M, k) = flat.mean(0), self.shape
+        _, vectors = torch.linalg.eigh((flat - centre).T @ (flat - centre) / len(flat))  # ascending
+        self.mean.copy_(centre), self.directions.copy_(vectors.T.flip(0)[: M * k].unflatten(0, (M, k)))
+        self.scale.fill_(1.0)
+        self.scale.copy_((self(mean.float()).var() + self.spread(deviation.float()).square().mean()).rsqrt())
+
+    def forward(self, tokens):
+        """Tokens [..., N, d] -> components [..., M, k]."""
+        return self.scale * torch.einsum("...i,mki->...mk", tokens.flatten(-2) - self.mean, self.directions)
+
+    def spread(self, deviation):
+        """Deviations of independent noise on tokens [..., N, d] -> those of the components [..., M, k]."""
+        return self.scale * torch.einsum("...i,mki->...mk", deviation.square().flatten(-2), self.directions.square()).sqrt()
+
+    def inverse(self, components):
+        """Components [..., M, k] -> tokens [..., N, d]; of tokens outside these directions, the nearest."""
+        flat = torch.einsum("...mk,mki->...i", components / self.scale, self.directions)
+        return (flat + self.mean).unflatten(-1, self.token_shape)
