@@ -5,12 +5,10 @@ codes --quantize, entropy code--> bytes of one chunk of a file                  
 codes, frame positions --shared kernels times codes, convolutions--> frames                                         (NeRVDec)
 
 python -m siblings.codec train --dataset folder --data-dir clips/train      the hypernetwork and the shared kernels: codec.pt
-python -m siblings.codec encode in.mp4 out.nerv --bits 6 --keep 0.5 --refine 20
+python -m siblings.codec encode in.mp4 out.nerv --bits 6 --keep 0.5 --refine 20         (encode --help shows its options)
 python -m siblings.codec decode out.nerv out.mp4 --frames 100:140
 python -m siblings.codec info out.nerv
 python -m siblings.codec compare in.mp4 clips/                    rate and distortion against x264, x265 and SVT-AV1
-
-`python -m siblings.codec encode --help` shows the options of encode. docs/codec.md has the format of the file.
 """
 
 import copy
@@ -27,16 +25,18 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from extras.basis import SharedBasis
-from extras.muon import make_optimizer
-from extras.refine import refine
 
 import data
+import extras
 import nerv
 import vae
 from common import checkpoints, utils, video
 from common.utils import UserError, option
 from common.video import printable, to_clip
+from extras.basis import SharedBasis
+from extras.muon import make_optimizer
+from extras.refine import refine
+from extras.renorm import BatchRenorm
 from siblings import container, rd, rivals
 from siblings.degrade import KINDS, degrade
 from siblings.frames import cut, frame_range, join, read_video, write_frames
@@ -59,24 +59,24 @@ class CodecConfig:
     def __post_init__(self):
         if self.resolution < 4 or self.resolution & (self.resolution - 1):
             raise ValueError(f"resolution {self.resolution} is no power of two from 4 on")
-        most = [math.prod(shape) for shape in self.shapes] + [math.inf] * (self.basis > 0)
+        most = [math.prod(shape) for shape, _ in self.layers] + [math.inf] * (self.basis > 0)
         fits = len(self.tokens) == len(most) and any(self.codes) and all(bool(n) == bool(d) for n, d in self.tokens)
         fits = fits and all(0 <= n <= m for n, m in zip(self.codes, most))
         if not fits or self.basis and (not self.codes[-1] or self.codes[-1] % self.basis):
             raise ValueError(f"one NxD for each layer, up to {most} numbers; with --basis K the last are a multiple of K")
 
     @property
-    def strides(self):
-        """Factors of the pixel shuffles: fours, and a two at the end where it takes one."""
-        levels = self.resolution.bit_length() - 1
-        return (4,) * (levels // 2) + (2,) * (levels % 2)
+    def layers(self):
+        """(shape of the kernel, stride of the pixel shuffle) of each; strides are fours, and a two at the end if it takes one.
 
-    @property
-    def shapes(self):
-        """Of the kernels: the first is 1 × 1, since its input is a single pixel, the others 3 × 3."""
-        channels = [self.pos_dim, *[self.width] * (len(self.strides) - 1), 3]
-        sides = [1, *[3] * (len(self.strides) - 1)]
-        return [(out * s**2, in_, k, k) for in_, out, s, k in zip(channels, channels[1:], self.strides, sides)]
+        The first kernel is 1 × 1, since its input is a single pixel, the others 3 × 3.
+        """
+        levels = self.resolution.bit_length() - 1
+        strides = [4] * (levels // 2) + [2] * (levels % 2)
+        channels = [self.pos_dim, *[self.width] * (len(strides) - 1), 3]
+        sides = [1, *[3] * (len(strides) - 1)]
+        shapes = [(out * s**2, in_, k, k) for in_, out, s, k in zip(channels, channels[1:], strides, sides)]
+        return list(zip(shapes, strides))
 
     @property
     def num_tokens(self):
@@ -91,11 +91,6 @@ class CodecConfig:
     def num_codes(self):
         """P, the numbers of one clip: what a file holds of it, before any are left out."""
         return sum(self.codes)
-
-    def per_code(self, values):
-        """One number, or one for each layer -> [P], that of each code's layer."""
-        values = list(values) * (len(self.codes) if len(values) == 1 else 1)
-        return torch.repeat_interleave(torch.tensor(values), torch.tensor(self.codes))
 
     def sources(self, keep):
         """Where each code is read from when each layer keeps its first tokens, the share `keep` of them: [P] indices.
@@ -119,8 +114,12 @@ ENCODERS = {
 }
 RANGE = 4.0  # codes lie within ±RANGE
 BITS = 6  # of a code, whose rounding the decoder learns to bear
-EXTRAS = ["muon", "cosine", "ema", "renorm"]
-LOG_EVERY, SAVE_EVERY = 50, 500  # steps between rows of losses.csv; between checkpoints and previews
+EXTRAS = {"muon": None, "renorm": float, "cosine": None, "ema": None}  # as in extras/; decay of the learning rate; of weights
+
+
+def step_of(bits):
+    """The quantizer's step."""
+    return 2 * RANGE / 2**bits
 
 
 class Hypernetwork(vae.ViT):
@@ -162,6 +161,8 @@ class Layer(nn.Module):
         The entries are in equal parts, one for each token, which is repeated to fill it. Then each output channel has its norm
         (HyperNeRV, §9), but for the last layer's, whose amplitude is that of the colours.
         """
+        if not self.tokens:
+            return self.shared.expand(len(codes), *self.shared.shape)
         span = math.ceil(self.shared.numel() / self.tokens)
         factors = codes.unflatten(1, (self.tokens, self.dim)).repeat(1, 1, math.ceil(span / self.dim))[:, :, :span]
         factors = 1 + self.strength * factors.flatten(1)[:, : self.shared.numel()].view(-1, *self.shared.shape)
@@ -170,15 +171,11 @@ class Layer(nn.Module):
 
     def forward(self, x, codes):
         """x [T, B * in, h, w], codes [B, tokens * dim] -> [T, B * out, h * stride, w * stride]."""
-        B, (_, in_, k, _) = len(codes), self.shared.shape
-        if self.tokens:  # videos are the groups (Fig. 5)
-            kernel, bias = self.kernel(codes).flatten(0, 1).to(x.dtype), self.bias.to(x.dtype).repeat(B)
-            if B == 1 and not torch.is_grad_enabled():  # channels last: half the time on a CPU
-                x, kernel = (part.contiguous(memory_format=torch.channels_last) for part in (x, kernel))
-            return F.pixel_shuffle(F.conv2d(x, kernel, bias, padding=k // 2, groups=B), self.stride)
-        T, x = len(x), x.reshape(-1, in_, *x.shape[2:])  # one kernel for all: frames are the batch
-        x = F.conv2d(x, self.shared.to(x.dtype), self.bias.to(x.dtype), padding=k // 2)
-        return F.pixel_shuffle(x, self.stride).unflatten(0, (T, B)).flatten(1, 2)
+        B = len(codes)  # videos are the groups (Fig. 5)
+        kernel, bias = self.kernel(codes).flatten(0, 1).to(x.dtype), self.bias.to(x.dtype).repeat(B)
+        if B == 1 and not torch.is_grad_enabled():  # channels last: half the time on a CPU
+            x, kernel = (part.contiguous(memory_format=torch.channels_last) for part in (x, kernel))
+        return F.pixel_shuffle(F.conv2d(x, kernel, bias, padding=kernel.shape[-1] // 2, groups=B), self.stride)
 
 
 class NeRVDec(nn.Module):
@@ -190,10 +187,9 @@ class NeRVDec(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        last = len(c.strides) - 1
-        layers = enumerate(zip(c.shapes, c.strides, c.tokens))
-        self.layers = nn.ModuleList(Layer(shape, stride, *tokens, i == last) for i, (shape, stride, tokens) in layers)
-        self.basis = SharedBasis(c.basis, c.resolution, c.codes[-1] // c.basis, gain=4.0) if c.basis else None
+        sizes = [(*layer, *tokens) for layer, tokens in zip(c.layers, c.tokens)]
+        self.layers = nn.ModuleList(Layer(*size, last=size is sizes[-1]) for size in sizes)
+        self.shared = SharedBasis(c.basis, c.resolution, c.codes[-1] // c.basis, gain=4.0) if c.basis else None
         self.mean = nn.Parameter(torch.zeros(c.num_codes))
         self.log_scale = nn.Parameter(torch.full((c.num_codes,), math.log(0.3)))
 
@@ -207,44 +203,42 @@ class NeRVDec(nn.Module):
         for i, (layer, part) in enumerate(zip(self.layers, parts)):
             x = layer(nerv.GELU_GAIN * F.gelu(x) if i else x, part)
         frames = 2 * x.unflatten(1, (B, 3)).transpose(0, 1)  # the paper's output bias of 0.5 on [0, 1] is 0 on [-1, 1]
-        return frames if self.basis is None else frames + self.basis(parts[-1], t, c.num_frames)
+        return frames if self.shared is None else frames + self.shared(parts[-1], t, c.num_frames)
 
     def num_weights(self):
         """Kernels and biases, of which one video's network has as many (Table 2, "INR size")."""
         return sum(layer.shared.numel() + layer.bias.numel() for layer in self.layers)
 
-    def steps(self, bits):
-        """The quantizer's step for each code, [P]: 2^bits levels in ±RANGE; bits is a list of one number, or one per layer."""
-        return (2 * RANGE / 2 ** self.config.per_code(bits).float()).to(self.mean.device)
-
     def quantize(self, codes, bits):
-        """codes [B, P] -> whole numbers [B, P], as floats."""
-        steps = self.steps(bits)
-        half = RANGE / steps
-        return torch.minimum(torch.maximum(((codes - self.mean) / steps).round(), -half), half - 1)
+        """codes [B, P] -> whole numbers [B, P], as floats: 2^bits levels in ±RANGE."""
+        return ((codes - self.mean) / step_of(bits)).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
     def dequantize(self, numbers, bits):
-        return self.mean + numbers * self.steps(bits)
+        return self.mean + numbers * step_of(bits)
 
-    def bits(self, codes, steps):
-        """What each code costs in bits, about, with a gradient: codes [B, P], steps [P] -> [B, P]."""
-        scale, far = self.log_scale.exp(), (codes - self.mean).abs()
-        mass = torch.sigmoid((steps / 2 - far) / scale) - torch.sigmoid((-steps / 2 - far) / scale)
+    def cost(self, codes, bits):
+        """What each code costs in bits, about, with a gradient: codes [B, P] -> [B, P]."""
+        half, scale, far = step_of(bits) / 2, self.log_scale.exp(), (codes - self.mean).abs()
+        mass = torch.sigmoid((half - far) / scale) - torch.sigmoid((-half - far) / scale)
         return -torch.log2(mass.clamp_min(1e-9))
 
 
 class Codec(nn.Module):
-    def __init__(self, config, vit_config):
+    def __init__(self, config, vit_config, chosen=(), steps=0):
+        """chosen: extras; steps: of the training, for renorm."""
         super().__init__()
-        self.config, self.vit_config = config, vit_config
+        self.config, self.vit_config, self.chosen = config, vit_config, extras.parse(chosen, EXTRAS)
         self.encoder, self.decoder = Hypernetwork(vit_config, config), NeRVDec(config)
+        if "renorm" in self.chosen:
+            self.encoder.norm = BatchRenorm(self.encoder.norm, self.chosen["renorm"] * steps)
 
 
 def open_codec(path, device="auto"):
     """(the Codec of a checkpoint, in evaluation mode on the device; the checkpoint)."""
     ckpt = checkpoints.load(path, "codec", "python -m siblings.codec train")
-    with checkpoints.fitting(ckpt):
-        codec = Codec(CodecConfig(**ckpt["codec_config"]), vae.EncoderConfig(**ckpt["encoder_config"]))
+    with checkpoints.fitting():
+        sizes = CodecConfig(**ckpt["codec_config"]), vae.EncoderConfig(**ckpt["encoder_config"])
+        codec = Codec(*sizes, ckpt["config"]["extras"])
         codec.load_state_dict(ckpt["ema"])
     return codec.to(utils.pick_device(device)).eval().requires_grad_(False), ckpt
 
@@ -254,15 +248,15 @@ def encode_clips(codec, clips, bits, keep, steps=0, price=0.0):
 
     Quantization is in the loop of these steps, straight through; price is what a bit per pixel is worth in squared error.
     """
-    decoder, sources, quantum = codec.decoder, codec.config.sources(keep), codec.decoder.steps(bits)
-    kept = (sources == torch.arange(len(sources))).to(quantum.device)
+    decoder, sources = codec.decoder, codec.config.sources(keep).to(clips.device)
+    kept = sources == torch.arange(len(sources), device=clips.device)
 
     def decode(codes, t):
         rounded = decoder.dequantize(decoder.quantize(codes, bits), bits)
         return decoder((codes + (rounded - codes).detach())[:, sources], t)
 
     def cost(codes):
-        return price / clips[0, :, 0].numel() * (decoder.bits(codes, quantum) * kept).sum(1)
+        return price / clips[0, :, 0].numel() * (decoder.cost(codes, bits) * kept).sum(1)
 
     codes = refine(decode, codec.encoder(clips), clips, steps, lr=0.05, price=cost if price else None)
     return decoder.quantize(codes, bits)
@@ -273,9 +267,7 @@ def encode_clips(codec, clips, bits, keep, steps=0, price=0.0):
 
 @dataclass
 class Config:
-    dataset: str = option(
-        "data", "shapes", "built-in shapes, any folder of videos, or one as it is distributed", choices=data.DATASETS
-    )
+    dataset: str = option("data", "shapes", "built-in shapes, a folder of videos, or one as distributed", choices=data.DATASETS)
     data_dir: str = option("data", "", "where it is; classes of a folder are its sub-folders")
     stride: int = option("data", 1, "frames of the video per frame of the clip")
     degrade: str = option("data", "none", "what the encoder sees of a clip that is to come out whole", choices=KINDS)
@@ -288,16 +280,16 @@ class Config:
     batch_size: int = option("training", 32, "clips per step, of all processes together")
     steps: int = option("training", 46_875, "length of the training; the paper's is 150 passes over 10,000 videos")
     lr: float = option("training", 1e-4, "learning rate, a tenth of it in the last tenth of the steps")
-    extras: list = option("training", [], "not the papers'; all of them in nano", nargs="*", choices=EXTRAS)
+    extras: list = option("training", [], f"not the papers': {', '.join(EXTRAS)}", nargs="*", metavar="NAME")
     mask: float = option("training", 0.0, "share of clips of which a random share of tokens is left out (HyperNeRV: 0.5)")
     rate: float = option("training", 0.0, "what a bit per pixel is worth in squared error; 0 is the papers' loss")
     seed: int = option("training", 0, "of weights, data order and noise")
     device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
     bf16: str = option("machine", "auto", "bfloat16 autocast; auto: with CUDA", choices=["auto", "on", "off"])
     compile: str = option("machine", "auto", "torch.compile; auto: with CUDA", choices=["auto", "on", "off"])
-    out: str = option("output", "codec.pt", "the checkpoint")
+    out: str = option("output", "codec.pt", "the checkpoint; losses and sheets go to runs/codec beside it")
     resume: bool = option("output", False, "go on from the checkpoint --out where it exists, exactly as if never stopped")
-    run_dir: str = option("output", "runs/codec", "losses.csv, losses.png and preview sheets go here")
+    save_every: int = option("output", 500, "steps between checkpoints and previews")
     flip = False  # data.py asks for it
 
 
@@ -306,8 +298,8 @@ def preset_defaults(args):
     name = args.preset or ("nano" if args.dataset in data.DRAWN else "fastnerv")
     defaults = data.DEFAULTS.get(args.dataset, {}) | {"preset": name}
     if name == "nano":  # small enough for two CPU cores
-        defaults |= {"resolution": 64, "width": 32, "tokens": ["8x32", "32x32", "8x32"], "mask": 0.5, "extras": EXTRAS}
-        defaults |= {"steps": 2000, "batch_size": 16, "lr": 1.5e-3}
+        defaults |= {"resolution": 64, "width": 32, "tokens": ["8x32", "32x32", "8x32"], "mask": 0.5}
+        defaults |= {"steps": 2000, "batch_size": 16, "lr": 1.5e-3, "extras": ["muon", "renorm=0.3", "cosine", "ema"]}
     return defaults
 
 
@@ -316,44 +308,37 @@ def new_codec(config):
     try:
         tokens = tuple((int(n), int(dim)) for n, dim in (word.split("x") for word in config.tokens))
         sizes = {name: getattr(config, name) for name in ("resolution", "num_frames", "width", "basis")}
-        return Codec(CodecConfig(**sizes, tokens=tokens), ENCODERS[config.preset])
+        return Codec(CodecConfig(**sizes, tokens=tokens), ENCODERS[config.preset], config.extras, config.steps)
     except ValueError as error:
         raise UserError(f"--resolution {config.resolution} --tokens {' '.join(config.tokens)}: {error}") from None
 
 
 @torch.no_grad()
-def reconstruct(codec, clips, device, keep=1.0):
-    """Clips [B, T, 3, R, R] through the codec and back, and their bits per pixel, without headers."""
-    decoder, out, size = codec.decoder, [], 0
-    order, sources = coding_order(decoder, [BITS], keep), codec.config.sources(keep)
-    for batch in clips.to(device).split(16):
-        numbers = encode_clips(codec, batch, [BITS], keep)
-        size += sum(len(packed(row, order)) for row in numbers.cpu().numpy()[:, None])
-        codes = decoder.dequantize(numbers, [BITS])[:, sources]
-        out.append(decoder(codes, torch.arange(clips.shape[1], device=device)).cpu())
-    return torch.cat(out), 8 * size / (clips.numel() / 3)
-
-
 def preview(codec, real, seen, device, path):
     """A sheet of held-out clips, whole and of half the tokens; returns PSNR and bits per pixel, of both, as text."""
-    whole, half = (reconstruct(codec, seen, device, keep) for keep in (1.0, 0.5))
-    shown = {"real": real, "all tokens": whole[0], "half of them": half[0]}
-    if seen is not real:
-        shown = {"real": real, "degraded": seen, "restored": whole[0]}
-    few = torch.linspace(0, len(real) - 1, min(6, len(real))).round().long()
-    clips = [clip for row in zip(*(clips[few] for clips in shown.values())) for clip in row]
-    video.write_sheet(path, clips, list(shown) * len(few))
-    return ", ".join(f"{vae.psnr(real, clips):.2f} dB at {bpp:.4f} bpp" for clips, bpp in (whole, half))
+    shown, found, decoder = {"real": real} | ({"degraded": seen} if seen is not real else {}), [], codec.decoder
+    for name, keep in (("all tokens", 1.0), ("half of them", 0.5)):
+        order, sources, clips, size = coding_order(decoder, BITS, keep), codec.config.sources(keep), [], 0
+        for batch in seen.to(device).split(16):
+            numbers = encode_clips(codec, batch, BITS, keep)
+            size += sum(len(packed(row, order)) for row in numbers.cpu().numpy()[:, None])
+            codes = decoder.dequantize(numbers, BITS)[:, sources]
+            clips.append(decoder(codes, torch.arange(real.shape[1], device=device)).cpu())
+        shown[name] = torch.cat(clips)
+        found.append(f"{vae.psnr(real, shown[name]):.2f} dB at {8 * size / (real.numel() / 3):.4f} bpp")
+    few = data.spread(real, 6)
+    video.write_sheet(
+        path, [clip for row in zip(*(clips[few] for clips in shown.values())) for clip in row], [*shown] * len(few)
+    )
+    return ", ".join(found) + (f"; degraded {vae.psnr(real, seen):.2f} dB" if seen is not real else "")
 
 
 def train(config):
-    utils.check_positive(config, "steps", "batch_size", "stride", "num_frames", "width")
-    if not 0 <= config.mask <= 1:
-        raise UserError(f"--mask {config.mask}: it is a share of the clips, 0 to 1")
+    utils.check_positive(config, "steps", "batch_size", "stride", "num_frames", "width", "save_every")
     device, rank, world = utils.start_processes(config.device)
     rows = utils.rows_per_process(config.batch_size, 1, world)  # clips that this process takes
     if rows * world < 2:
-        raise UserError("one clip at a time leaves batch norm nothing to compare with: use a larger --batch-size")
+        raise UserError("batch norm takes two clips or more at a time: use a larger --batch-size")
     utils.make_parent(config.out)
     torch.manual_seed(config.seed)
     codec = new_codec(config).to(device)
@@ -362,8 +347,7 @@ def train(config):
     grid = torch.rand(len(held_out), 8, 8, generator=torch.Generator().manual_seed(0))
     seen = degrade(held_out, config.degrade, grid)  # what the encoder sees of them
     ema = copy.deepcopy(codec).eval().requires_grad_(False)
-    optimizer = make_optimizer(codec, 0.01, muon="muon" in config.extras)
-    parts = {"model": codec, "step": utils.FiniteStep(codec, optimizer, max_norm=1.0)}
+    parts = {"model": codec, "step": utils.FiniteStep(codec, make_optimizer(codec, muon="muon" in codec.chosen))}
     start = 0
     if ckpt := checkpoints.resume(config, "codec"):
         ema.load_state_dict(ckpt["ema"])
@@ -372,73 +356,63 @@ def train(config):
         start = ckpt["step"]
     stream = data.Stream(len(train_set), config.batch_size, config.seed, start, 1, rank, world)
     batches = data.endless(train_set, stream, device)
-    log = utils.RunLog(config.run_dir, config.steps, LOG_EVERY, start, rank)
+    log = utils.RunLog(config.out, config.steps, start, rank)
     log.print(
         f"{len(train_set)} clips; encoder {sum(p.numel() for p in codec.encoder.parameters()) / 1e6:.2f} M parameters, decoder "
-        f"{codec.decoder.num_weights() / 1e3:.1f} k, codes of a clip {codec.config.num_codes / 1e3:.1f} k"
-        + (f"; going on after step {start}" if start else "")
+        f"{codec.decoder.num_weights() / 1e3:.1f} k, codes of a clip {codec.config.num_codes / 1e3:.1f} k, from step {start} on"
     )
     if utils.wants_compile(device, config.compile):
         codec.encoder.compile()
         codec.decoder.compile()
 
-    def save(step, final=False):
+    def save(step, final):
         checkpoints.save(
             config.out, final, stage="codec", step=step, config=dataclasses.asdict(config), classes=list(train_set.classes),
             codec_config=dataclasses.asdict(codec.config), encoder_config=dataclasses.asdict(codec.vit_config),
             ema=ema.state_dict(), training={name: part.state_dict() for name, part in parts.items()},
         )  # fmt: skip
         log.write()
+        found = preview(ema, held_out, seen, device, log.directory / f"step{step:07d}.png")
+        log.print(f"step {step}, {time.time() - log.start:.0f} s: held-out clips, all and half of the tokens, {found}")
 
     t, own = (torch.arange(n, device=device) for n in (config.num_frames, codec.config.num_codes))
-    quantum, pixels = codec.decoder.steps([BITS]), config.num_frames * config.resolution**2
-    done = start  # finished steps
+    pixels = config.num_frames * config.resolution**2
     with utils.Interrupt() as interrupt:
         for step in range(start, config.steps):
             lr = config.lr if step < 0.9 * config.steps else 0.1 * config.lr  # FastNeRV, §4.1
-            if "cosine" in config.extras:
+            if "cosine" in codec.chosen:
                 lr = utils.learning_rate(step, config.steps, config.lr, warmup=50)
-            codec.encoder.norm.renorm = "renorm" in config.extras and step >= 0.3 * config.steps
             # The random numbers of the whole batch, of which this process uses its rows.
             random, place = utils.step_generator(device, config.seed, step), slice(rank * rows, (rank + 1) * rows)
             noise = torch.rand(config.batch_size, len(own), generator=random, device=device)[place] - 0.5
             draws = torch.rand(2, config.batch_size, generator=random, device=device)[:, place].tolist()
             keeps = [share if masked < config.mask else 1.0 for masked, share in zip(*draws)]
             sources = torch.stack([codec.config.sources(keep) for keep in keeps]).to(device)  # [B, P]
+            grid = torch.rand(config.batch_size, 8, 8, generator=random, device=device)[place]
 
             clips = to_clip(next(batches)[0].to(device, non_blocking=True))  # uint8 [B, T, H, W, 3] -> [B, T, 3, H, W]
-            grid = torch.rand(config.batch_size, 8, 8, generator=random, device=device)[place]
             with utils.autocast(device, config.bf16):
                 codes = codec.encoder(degrade(clips, config.degrade, grid))
-                codes = codes + noise * quantum  # rounding, as far as a gradient goes
+                codes = codes + noise * step_of(BITS)  # rounding, as far as a gradient goes
                 frames = codec.decoder(codes.gather(1, sources), t)
                 l2 = (frames.float() - clips).square().mean()  # Eq. 1
                 # The distribution is fitted in any case; the codes themselves are, where bits have a price.
-                cost = codec.decoder.bits(codes if config.rate else codes.detach(), quantum)
+                cost = codec.decoder.cost(codes if config.rate else codes.detach(), BITS)
                 bpp = (cost * (sources == own)).sum(1).mean() / pixels
                 loss = l2 + (config.rate or 1e-3) * bpp
             loss.backward()
             log.add(loss=loss, l2=l2, bpp=bpp)
             parts["step"](loss, lr)
-            # The paper has no average of weights; early ones forget the random start quickly.
-            utils.update_ema(ema, codec, min(0.99, (1 + step) / (10 + step)) if "ema" in config.extras else 0.0)
-            done = step + 1
+            utils.update_ema(ema, codec, 0.99 if "ema" in codec.chosen else 0.0, step)  # without: ema is the codec
             if log.step(step):
-                parts["step"].check(step, train_set, stream)
-            if done % SAVE_EVERY == 0 and done < config.steps and rank == 0:
-                save(done)
-                preview(ema, held_out, seen, device, f"{config.run_dir}/step{done:07d}.png")
-            if interrupt.stop():
-                log.print(f"interrupted after {done} steps")
+                parts["step"].check(step)
+            done = step + 1
+            stop = interrupt.stop()
+            if rank == 0 and (stop or done == config.steps or done % config.save_every == 0):
+                save(done, final=stop or done == config.steps)
+            if stop:
                 break
-        if rank == 0:
-            save(done, final=True)
-    if rank == 0:
-        found = preview(ema, held_out, seen, device, f"{config.run_dir}/step{done:07d}.png")
-        log.print(f"held-out clips after {done} steps, all and half of the tokens: {found}")
-        if config.degrade != "none":
-            log.print(f"degraded, as the encoder sees them: {vae.psnr(held_out, seen):.2f} dB")
-        log.print(f"{time.time() - log.start:.0f} s; wrote {config.out}; losses and sheets are in {config.run_dir}")
+    log.print(f"wrote {config.out}; losses and sheets are in {log.directory}")
     log.close()
 
 
@@ -448,7 +422,7 @@ def train(config):
 @dataclass
 class Encode:
     ckpt: str = option("input", "codec.pt", "checkpoint of `codec train`")
-    bits: list = option("size", [BITS], "of a code, 4 to 8: one number, or one for each layer", nargs="+", type=int)
+    bits: int = option("size", BITS, "of a code, 4 to 8")
     keep: float = option("size", 1.0, "share of the weight tokens that is written")
     refine: int = option("effort", 0, "gradient steps on the codes against the video")
 
@@ -465,29 +439,23 @@ class Compare:
     ckpt: str = option("input", "codec.pt", "checkpoint of `codec train`")
     size: int = option("input", 0, "cut videos to squares and scale them to so many pixels; 0: as they are")
     videos: int = option("input", 0, "so many of the videos, evenly chosen; 0: all")
-    bits: list = option(
-        "ours", [BITS], "of a code; each of this list with each of the next two is a point", nargs="+", type=int
-    )
+    bits: list = option("ours", [BITS], "of a code; each with each of the next two is a point", nargs="+", type=int)
     keep: list = option("ours", [1.0, 0.5, 0.25], "shares of the weight tokens", nargs="+", type=float)
     refine: list = option("ours", [0, 10, 100], "gradient steps, a curve for each number", nargs="+", type=int)
     codecs: list = option("others", list(rivals.RIVALS), "which codecs", nargs="*", choices=list(rivals.RIVALS))
-    crf: list = option(
-        "others", [20, 26, 32, 38, 44, 51, 57, 63], "their points: x264, x265 to 51, AV1 to 63", nargs="+", type=int
-    )
+    crf: list = option("others", [20, 26, 32, 38, 44, 51, 57, 63], "their points; beyond 51 AV1 alone", nargs="+", type=int)
     out_dir: str = option("output", "out/rd", "points.csv and curves.png go here")
 
 
 @torch.no_grad()
-def write_video(target, codec, ckpt, frames, fps, bits, keep, refine, quiet=True):
+def write_video(frames, fps, target, codec, ckpt, bits, keep, refine, quiet=True):
     """Encode frames, uint8 [F, H, W, 3], as the file `target`; the settings are those of Encode.
 
     Returns (bytes, "nerv", seconds of encoding, the frames decoded from it), as rd.Point.run.
     """
     c, (count, height, width, _), trained, begin = codec.config, frames.shape, ckpt["config"], time.time()
-    if len(bits) not in (1, len(c.tokens)) or not all(4 <= b <= 8 for b in bits):
-        raise UserError(f"--bits {' '.join(map(str, bits))}: one number from 4 to 8, or {len(c.tokens)}, one per layer")
-    if not 0 < keep <= 1:
-        raise UserError(f"--keep {keep}: it is a share of the tokens, above 0 and up to 1")
+    if not 4 <= bits <= 8 or not 0 < keep <= 1:
+        raise UserError(f"--bits {bits} --keep {keep}: bits are 4 to 8; a share of the tokens is above 0 and up to 1")
     if refine < 0 or refine and trained["degrade"] != "none":
         raise UserError(f"--refine {refine}: 0 or more, and 0 for a model that restores: it would fit the degraded video")
     order, chunks, device = coding_order(codec.decoder, bits, keep), [], codec.decoder.mean.device
@@ -496,7 +464,7 @@ def write_video(target, codec, ckpt, frames, fps, bits, keep, refine, quiet=True
         numbers = [encode_clips(codec, part, bits, keep, refine, trained["rate"]) for part in tiles.split(16)]
         chunks.append(packed(torch.cat(numbers).cpu().numpy(), order))
     header = {"kind": "codec", "model": model_name(codec), "size": [width, height], "frames": count, "rate": round(fps, 4)}
-    size, seconds = container.write(target, header | {"bits": bits, "keep": keep}, chunks), time.time() - begin
+    size, seconds = container.write(target, header | {"bits": [bits], "keep": keep}, chunks), time.time() - begin
     return size, "nerv", seconds, np.concatenate(list(decode_frames(VideoFile(target, codec, ""), codec, 0, count)))
 
 
@@ -506,7 +474,7 @@ def encode(source, target, config):
     utils.make_parent(target)
     frames, fps = read_video(source)
     settings = config.bits, config.keep, config.refine
-    size, _, seconds, made = write_video(target, codec, ckpt, frames, fps, *settings, quiet=False)
+    size, _, seconds, made = write_video(frames, fps, target, codec, ckpt, *settings, quiet=False)
     error = np.mean([np.square(x - y.astype(np.float32)).mean() for x, y in zip(made, frames)])
     print(
         f"wrote {target}: {len(frames)} frames of {frames.shape[2]} x {frames.shape[1]} in {size} bytes, "
@@ -538,18 +506,15 @@ def compare(*sources, config):
     points = rivals.points(config.codecs, config.crf)
     model = 4 * sum(x.numel() for x in codec.decoder.state_dict().values())  # bytes, of float32
     for steps, bits, keep in itertools.product(config.refine, config.bits, config.keep):
-
-        def ours(frames, fps, path, settings=([bits], keep, steps)):
-            return write_video(path, codec, ckpt, frames, fps, *settings)
-
-        points.append(rd.Point(f"ours, refine {steps}", f"{bits} bits, keep {keep:g}", ours, model))
+        run = functools.partial(write_video, codec=codec, ckpt=ckpt, bits=bits, keep=keep, refine=steps)
+        points.append(rd.Point(f"ours, refine {steps}", f"{bits} bits, keep {keep:g}", run, model))
     paths = []
     for source in map(Path, sources):
         source = source / "test" if (source / "test").is_dir() else source  # what training has not seen
         paths += video.list_videos(source)[0] if source.is_dir() else [source]
     if not paths:
         raise UserError(f"{' '.join(map(printable, sources))}: there are no videos in it")
-    videos = [read_video(paths[i], config.size) for i in data.spread(paths, config.videos or len(paths))]
+    videos = [read_video(paths[i], config.size or None) for i in data.spread(paths, config.videos or len(paths))]
     rd.compare(points, videos, config.out_dir)
 
 

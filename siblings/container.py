@@ -50,12 +50,8 @@ def write(path, header, chunks):
     packer = zlib.compressobj(9, zlib.DEFLATED, -15, zdict=WORDS)
     head = packer.compress(json.dumps(header, separators=(",", ":")).encode()) + packer.flush()
     head += varint(len(chunks)) + b"".join(varint(len(chunk)) + struct.pack("<I", zlib.crc32(chunk)) for chunk in chunks)
-    data = b"".join([START.pack(MAGIC, VERSION, len(head), zlib.crc32(head)), head, *chunks])
-    try:
-        with whole_file(path) as file:
-            return file.write(data)
-    except OSError as error:
-        raise UserError(f"cannot write {printable(path)}: {error.strerror}") from None
+    with whole_file(path) as file:
+        return file.write(b"".join([START.pack(MAGIC, VERSION, len(head), zlib.crc32(head)), head, *chunks]))
 
 
 class Reader:

@@ -39,20 +39,17 @@ def write_frames(path, parts, fps):
     make_parent(path)
     codec, form, options = codecs[Path(path).suffix.lower()]
     count, stream = 0, None
-    try:
-        with whole_file(path) as file, av.open(file, "w", format=form) as out:
-            for frame in (frame for part in parts for frame in part):
-                if stream is None:
-                    stream = out.add_stream(codec, Fraction(fps).limit_denominator(10_000), options)
-                    stream.height, stream.width = frame.shape[:2]
-                    even = frame.shape[0] % 2 == frame.shape[1] % 2 == 0
-                    stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv420p" if even else "yuv444p"
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")
-                out.mux(stream.encode(picture.reformat(format=stream.pix_fmt)))
-                count += 1
-            out.mux(stream.encode(None))
-    except OSError as error:
-        raise UserError(f"cannot write {printable(path)}: {error.strerror}") from None
+    with whole_file(path) as file, av.open(file, "w", format=form) as out:
+        for frame in (frame for part in parts for frame in part):
+            if stream is None:
+                stream = out.add_stream(codec, Fraction(fps).limit_denominator(10_000), options)
+                stream.height, stream.width = frame.shape[:2]
+                even = frame.shape[0] % 2 == frame.shape[1] % 2 == 0
+                stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv420p" if even else "yuv444p"
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")
+            out.mux(stream.encode(picture.reformat(format=stream.pix_fmt)))
+            count += 1
+        out.mux(stream.encode(None))
     return count
 
 

@@ -26,17 +26,14 @@ def psnr(error):
     return 10 * math.log10(255**2 / max(error, 1e-5))
 
 
-def window(height, width):
-    """The side of MS-SSIM's window: 11 pixels, or the largest of which five scales fit a small frame; 0 where none does.
-
-    It is 3 at 64 pixels and 7 at 128: values are to be compared at one size of frames only.
-    """
-    return max((side for side in (3, 5, 7, 9, 11) if min(height, width) > 16 * (side - 1)), default=0)
-
-
 def ms_ssim(x, y):
-    """MS-SSIM of each frame (Wang et al. 2003): x, y float [T, 3, H, W] in [-1, 1] -> [T], NaN where frames are too small."""
-    if not (side := window(*x.shape[-2:])):
+    """MS-SSIM of each frame (Wang et al. 2003): x, y float [T, 3, H, W] in [-1, 1] -> [T], NaN where frames are too small.
+
+    The window of 11 pixels shrinks where five scales of it do not fit, to 7 at 128 pixels and 3 at 64: compare values at one
+    size of frames only.
+    """
+    side = max((side for side in (3, 5, 7, 9, 11) if min(x.shape[-2:]) > 16 * (side - 1)), default=0)
+    if not side:
         return torch.full(x.shape[:1], math.nan)
     return pytorch_msssim.ms_ssim(x + 1, y + 1, data_range=2, size_average=False, win_size=side)
 
@@ -101,7 +98,7 @@ def bd_rate(reference, points):
     """
     from scipy.interpolate import PchipInterpolator  # half a second, which other commands need not wait for
 
-    rates, qualities = zip(*(np.array(front(curve) or [(1, math.nan)]).T for curve in (reference, points)))
+    rates, qualities = zip(*(np.array(front(curve) or [(1, -math.inf)]).T for curve in (reference, points)))
     low, high = max(q[0] for q in qualities), min(q[-1] for q in qualities)
     if not low < high:
         return math.nan, math.nan, math.nan

@@ -21,10 +21,9 @@ def model_name(codec):
 
 def coding_order(decoder, bits, keep):
     """How the kept codes are written: entropy.coding_order of the decoder's distributions."""
-    sources, widths = decoder.config.sources(keep), decoder.config.per_code(bits).numpy()
-    scales = decoder.log_scale.detach().cpu().double().numpy() / math.log(2)
-    steps = decoder.steps(bits).cpu().double().log2().numpy()
-    return entropy.coding_order(scales - steps, widths, sources == torch.arange(len(sources)))
+    sources, scales = decoder.config.sources(keep), decoder.log_scale.detach().cpu().double().numpy() / math.log(2)
+    widths = np.full(len(sources), bits)
+    return entropy.coding_order(scales + bits - 3, widths, sources == torch.arange(len(sources)))  # a step is 2^(3 - bits)
 
 
 def packed(numbers, order):
@@ -40,14 +39,14 @@ class VideoFile:
         header = self.reader.header
         try:
             (self.width, self.height), self.frames, self.rate = header["size"], header["frames"], header["rate"]
-            self.bits, keep = header["bits"], header["keep"]
-            whole = [self.width, self.height, self.frames, *self.bits]
-            good = header["kind"] == "codec" and all(type(n) is int and n > 0 for n in whole)
-            good = good and all(4 <= b <= 8 for b in self.bits) and len(self.bits) in (1, len(c.tokens)) and 0 < keep <= 1
-            good = good and 0 < self.rate < 1e6 and len(self.reader) == math.ceil(self.frames / c.num_frames)
+            (self.bits,), keep = header["bits"], header["keep"]
+            good = all(type(n) is int and n > 0 for n in (self.width, self.height, self.frames, self.bits))
+            good = good and header["kind"] == "codec" and header["model"] == model_name(codec) and 4 <= self.bits <= 8
+            good = good and 0 < keep <= 1 and 0 < self.rate < 1e6 and self.width * self.height <= LARGEST
+            good = good and len(self.reader) == math.ceil(self.frames / c.num_frames)
         except (KeyError, TypeError, ValueError):
             good = False
-        if header.get("model") != model_name(codec) or not good or self.width * self.height > LARGEST:
+        if not good:
             raise container.BadFile(path, f"it is no video, or encoded by another model than {name}")
         if self.reader.tail > 0:
             raise container.BadFile(path, f"{self.reader.tail} bytes follow its end")

@@ -97,8 +97,8 @@ def frames(config):
     for k in np.linspace(0, len(paths) - 1, config.videos).round().astype(int):
         real, fps = read_video(paths[k], config.size)
         with tempfile.TemporaryDirectory() as directory:
-            settings = [codec.BITS], 1.0, config.refine
-            size, _, _, ours = codec.write_video(f"{directory}/a.nerv", model, ckpt, real, fps, *settings)
+            settings = codec.BITS, 1.0, config.refine
+            size, _, _, ours = codec.write_video(real, fps, f"{directory}/a.nerv", model, ckpt, *settings)
         made = {"ours": (ours, size)} | {name: rivals.within(name, real, fps, size) for name in config.codecs}
         rows += [video.to_clip(real), *(video.to_clip(clip.copy()) for clip, _ in made.values())]
         dB = {name: rd.psnr(np.square(clip.astype(np.float32) - real).mean()) for name, (clip, _) in made.items()}
