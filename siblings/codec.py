@@ -327,9 +327,7 @@ def preview(codec, real, seen, device, path):
         shown[name] = torch.cat(clips)
         found.append(f"{vae.psnr(real, shown[name]):.2f} dB at {8 * size / (real.numel() / 3):.4f} bpp")
     few = data.spread(real, 6)
-    video.write_sheet(
-        path, [clip for row in zip(*(clips[few] for clips in shown.values())) for clip in row], [*shown] * len(few)
-    )
+    video.write_sheet(path, torch.stack([clips[few] for clips in shown.values()], 1).flatten(0, 1), [*shown] * len(few))
     return ", ".join(found) + (f"; degraded {vae.psnr(real, seen):.2f} dB" if seen is not real else "")
 
 
@@ -337,8 +335,6 @@ def train(config):
     utils.check_positive(config, "steps", "batch_size", "stride", "num_frames", "width", "save_every")
     device, rank, world = utils.start_processes(config.device)
     rows = utils.rows_per_process(config.batch_size, 1, world)  # clips that this process takes
-    if rows * world < 2:
-        raise UserError("batch norm takes two clips or more at a time: use a larger --batch-size")
     utils.make_parent(config.out)
     torch.manual_seed(config.seed)
     codec = new_codec(config).to(device)
@@ -348,19 +344,13 @@ def train(config):
     seen = degrade(held_out, config.degrade, grid)  # what the encoder sees of them
     ema = copy.deepcopy(codec).eval().requires_grad_(False)
     parts = {"model": codec, "step": utils.FiniteStep(codec, make_optimizer(codec, muon="muon" in codec.chosen))}
-    start = 0
-    if ckpt := checkpoints.resume(config, "codec"):
-        ema.load_state_dict(ckpt["ema"])
-        for name, part in parts.items():
-            part.load_state_dict(ckpt["training"][name])
-        start = ckpt["step"]
+    ckpt = checkpoints.resume(config, "codec")
+    start = checkpoints.restore(ckpt, parts, ema) if ckpt else 0
     stream = data.Stream(len(train_set), config.batch_size, config.seed, start, 1, rank, world)
     batches = data.endless(train_set, stream, device)
     log = utils.RunLog(config.out, config.steps, start, rank)
-    log.print(
-        f"{len(train_set)} clips; encoder {sum(p.numel() for p in codec.encoder.parameters()) / 1e6:.2f} M parameters, decoder "
-        f"{codec.decoder.num_weights() / 1e3:.1f} k, codes of a clip {codec.config.num_codes / 1e3:.1f} k, from step {start} on"
-    )
+    sizes = f"encoder {utils.millions(codec.encoder):.2f} M, decoder {codec.decoder.num_weights() / 1e3:.1f} k"
+    log.print(f"{len(train_set)} clips, {sizes}, codes of a clip {codec.config.num_codes / 1e3:.1f} k, from step {start} on")
     if utils.wants_compile(device, config.compile):
         codec.encoder.compile()
         codec.decoder.compile()
@@ -373,45 +363,38 @@ def train(config):
         )  # fmt: skip
         log.write()
         found = preview(ema, held_out, seen, device, log.directory / f"step{step:07d}.png")
-        log.print(f"step {step}, {time.time() - log.start:.0f} s: held-out clips, all and half of the tokens, {found}")
+        log.print(f"step {step}: held-out clips, all and half of the tokens, {found}")
 
     t, own = (torch.arange(n, device=device) for n in (config.num_frames, codec.config.num_codes))
     pixels = config.num_frames * config.resolution**2
-    with utils.Interrupt() as interrupt:
-        for step in range(start, config.steps):
-            lr = config.lr if step < 0.9 * config.steps else 0.1 * config.lr  # FastNeRV, §4.1
-            if "cosine" in codec.chosen:
-                lr = utils.learning_rate(step, config.steps, config.lr, warmup=50)
-            # The random numbers of the whole batch, of which this process uses its rows.
-            random, place = utils.step_generator(device, config.seed, step), slice(rank * rows, (rank + 1) * rows)
-            noise = torch.rand(config.batch_size, len(own), generator=random, device=device)[place] - 0.5
-            draws = torch.rand(2, config.batch_size, generator=random, device=device)[:, place].tolist()
-            keeps = [share if masked < config.mask else 1.0 for masked, share in zip(*draws)]
-            sources = torch.stack([codec.config.sources(keep) for keep in keeps]).to(device)  # [B, P]
-            grid = torch.rand(config.batch_size, 8, 8, generator=random, device=device)[place]
+    for step in utils.training_steps(start, config, save):
+        lr = config.lr if step < 0.9 * config.steps else 0.1 * config.lr  # FastNeRV, §4.1
+        if "cosine" in codec.chosen:
+            lr = utils.learning_rate(step, config.steps, config.lr, warmup=50)
+        # The random numbers of the whole batch, of which this process uses its rows.
+        random, place = utils.step_generator(device, config.seed, step), slice(rank * rows, (rank + 1) * rows)
+        noise = torch.rand(config.batch_size, len(own), generator=random, device=device)[place] - 0.5
+        draws = torch.rand(2, config.batch_size, generator=random, device=device)[:, place].tolist()
+        keeps = [share if masked < config.mask else 1.0 for masked, share in zip(*draws)]
+        sources = torch.stack([codec.config.sources(keep) for keep in keeps]).to(device)  # [B, P]
+        grid = torch.rand(config.batch_size, 8, 8, generator=random, device=device)[place]
 
-            clips = to_clip(next(batches)[0].to(device, non_blocking=True))  # uint8 [B, T, H, W, 3] -> [B, T, 3, H, W]
-            with utils.autocast(device, config.bf16):
-                codes = codec.encoder(degrade(clips, config.degrade, grid))
-                codes = codes + noise * step_of(BITS)  # rounding, as far as a gradient goes
-                frames = codec.decoder(codes.gather(1, sources), t)
-                l2 = (frames.float() - clips).square().mean()  # Eq. 1
-                # The distribution is fitted in any case; the codes themselves are, where bits have a price.
-                cost = codec.decoder.cost(codes if config.rate else codes.detach(), BITS)
-                bpp = (cost * (sources == own)).sum(1).mean() / pixels
-                loss = l2 + (config.rate or 1e-3) * bpp
-            loss.backward()
-            log.add(loss=loss, l2=l2, bpp=bpp)
-            parts["step"](loss, lr)
-            utils.update_ema(ema, codec, 0.99 if "ema" in codec.chosen else 0.0, step)  # without: ema is the codec
-            if log.step(step):
-                parts["step"].check(step)
-            done = step + 1
-            stop = interrupt.stop()
-            if rank == 0 and (stop or done == config.steps or done % config.save_every == 0):
-                save(done, final=stop or done == config.steps)
-            if stop:
-                break
+        clips = to_clip(next(batches)[0].to(device, non_blocking=True))  # uint8 [B, T, H, W, 3] -> [B, T, 3, H, W]
+        with utils.autocast(device, config.bf16):
+            codes = codec.encoder(degrade(clips, config.degrade, grid))
+            codes = codes + noise * step_of(BITS)  # rounding, as far as a gradient goes
+            frames = codec.decoder(codes.gather(1, sources), t)
+            l2 = (frames.float() - clips).square().mean()  # Eq. 1
+            # The distribution is fitted in any case; the codes themselves are, where bits have a price.
+            cost = codec.decoder.cost(codes if config.rate else codes.detach(), BITS)
+            bpp = (cost * (sources == own)).sum(1).mean() / pixels
+            loss = l2 + (config.rate or 1e-3) * bpp
+        loss.backward()
+        log.add(loss=loss, l2=l2, bpp=bpp)
+        parts["step"](loss, lr)
+        utils.update_ema(ema, codec, 0.99 if "ema" in codec.chosen else 0.0, step)  # without: ema is the codec
+        if log.step(step):
+            parts["step"].check(step)
     log.print(f"wrote {config.out}; losses and sheets are in {log.directory}")
     log.close()
 
