@@ -39,7 +39,7 @@ from extras.refine import refine
 from extras.renorm import BatchRenorm
 from siblings import container, rd, rivals
 from siblings.degrade import KINDS, degrade
-from siblings.frames import cut, frame_range, join, read_video, write_frames
+from siblings.frames import cut, frame_range, join, read_video
 from siblings.videofile import VideoFile, coding_order, decode_frames, model_name, packed
 
 # ------------------------------------------------------------------------------------------------------------------- model
@@ -84,13 +84,8 @@ class CodecConfig:
 
     @property
     def codes(self):
-        """How many numbers the tokens of each layer are."""
+        """How many numbers the tokens of each layer are; P, all of a clip, is what a file holds, before any are left out."""
         return [n * d for n, d in self.tokens]
-
-    @property
-    def num_codes(self):
-        """P, the numbers of one clip: what a file holds of it, before any are left out."""
-        return sum(self.codes)
 
     def sources(self, keep):
         """Where each code is read from when each layer keeps its first tokens, the share `keep` of them: [P] indices.
@@ -190,8 +185,8 @@ class NeRVDec(nn.Module):
         sizes = [(*layer, *tokens) for layer, tokens in zip(c.layers, c.tokens)]
         self.layers = nn.ModuleList(Layer(*size, last=size is sizes[-1]) for size in sizes)
         self.shared = SharedBasis(c.basis, c.resolution, c.codes[-1] // c.basis, gain=4.0) if c.basis else None
-        self.mean = nn.Parameter(torch.zeros(c.num_codes))
-        self.log_scale = nn.Parameter(torch.full((c.num_codes,), math.log(0.3)))
+        self.mean = nn.Parameter(torch.zeros(sum(c.codes)))
+        self.log_scale = nn.Parameter(torch.full((sum(c.codes),), math.log(0.3)))
 
     def forward(self, codes, t):
         """codes [B, P], positions t [T'] real-valued, 0 … T-1 in the clip -> frames [B, T', 3, R, R] about [-1, 1]."""
@@ -350,7 +345,7 @@ def train(config):
     batches = data.endless(train_set, stream, device)
     log = utils.RunLog(config.out, config.steps, start, rank)
     sizes = f"encoder {utils.millions(codec.encoder):.2f} M, decoder {codec.decoder.num_weights() / 1e3:.1f} k"
-    log.print(f"{len(train_set)} clips, {sizes}, codes of a clip {codec.config.num_codes / 1e3:.1f} k, from step {start} on")
+    log.print(f"{len(train_set)} clips, {sizes}, codes of a clip {sum(codec.config.codes) / 1e3:.1f} k, from step {start} on")
     if utils.wants_compile(device, config.compile):
         codec.encoder.compile()
         codec.decoder.compile()
@@ -365,8 +360,7 @@ def train(config):
         found = preview(ema, held_out, seen, device, log.directory / f"step{step:07d}.png")
         log.print(f"step {step}: held-out clips, all and half of the tokens, {found}")
 
-    t, own = (torch.arange(n, device=device) for n in (config.num_frames, codec.config.num_codes))
-    pixels = config.num_frames * config.resolution**2
+    t, own = (torch.arange(n, device=device) for n in (config.num_frames, sum(codec.config.codes)))
     for step in utils.training_steps(start, config, save):
         lr = config.lr if step < 0.9 * config.steps else 0.1 * config.lr  # FastNeRV, §4.1
         if "cosine" in codec.chosen:
@@ -387,7 +381,7 @@ def train(config):
             l2 = (frames.float() - clips).square().mean()  # Eq. 1
             # The distribution is fitted in any case; the codes themselves are, where bits have a price.
             cost = codec.decoder.cost(codes if config.rate else codes.detach(), BITS)
-            bpp = (cost * (sources == own)).sum(1).mean() / pixels
+            bpp = (cost * (sources == own)).sum(1).mean() / clips[0, :, 0].numel()
             loss = l2 + (config.rate or 1e-3) * bpp
         loss.backward()
         log.add(loss=loss, l2=l2, bpp=bpp)
@@ -471,7 +465,9 @@ def decode(source, target, config):
     codec, _ = open_codec(config.ckpt)
     file = VideoFile(source, codec, config.ckpt)
     first, last = frame_range(config.frames, file.frames)
-    count = write_frames(target, decode_frames(file, codec, first, last, config.time_scale), file.rate * config.time_scale)
+    count = video.write_frames(
+        target, decode_frames(file, codec, first, last, config.time_scale), file.rate * config.time_scale
+    )
     print(f"wrote {target}: {count} frames of {file.width} x {file.height}")
 
 

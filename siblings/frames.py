@@ -1,14 +1,11 @@
-"""Whole videos in and out, at their own size and rate, and frames cut into tiles of the size that a network makes."""
+"""Whole videos at their own size and rate, and frames cut into tiles of the size that a network makes."""
 
 import math
-from fractions import Fraction
-from pathlib import Path
 
-import av
 import numpy as np
 
-from common.utils import UserError, make_parent, whole_file
-from common.video import printable, read_frames, to_clip
+from common.utils import UserError
+from common.video import printable, probe, read_frames, to_clip
 
 LARGEST = 2**25  # pixels of a frame
 
@@ -16,41 +13,13 @@ LARGEST = 2**25  # pixels of a frame
 def read_video(path, size=None):
     """(frames, frames a second) of a video: uint8 [T, H, W, 3], or cut to squares of `size` pixels.
 
-    A directory of images, which has no rate, has 25 frames a second. UserError where it cannot be read or frames are too large.
+    Images, which have no rate, have 25 frames a second. UserError where it cannot be read or frames are too large.
     """
-    frames, rate = read_frames(path, size), None
-    if not Path(path).is_dir():
-        with av.open(str(path)) as file:
-            rate = file.streams.video[0].average_rate
+    frames = read_frames(path, size)
     if math.prod(frames.shape[1:3]) > LARGEST:
         about = f"{frames.shape[2]} x {frames.shape[1]}, more than {LARGEST} pixels"
         raise UserError(f"{printable(path)} has frames of {about}")
-    return frames, float(rate or 25)
-
-
-def write_frames(path, parts, fps):
-    """Frames in parts, each uint8 [n, H, W, 3], as one video at its own size; returns how many frames there are.
-
-    .mkv is lossless (FFV1), .mp4 is H.264 that looks so. UserError for other suffixes and where it cannot be written.
-    """
-    codecs = {".mp4": ("libx264", "mp4", {"crf": "12"}), ".mkv": ("ffv1", "matroska", {})}
-    if Path(path).suffix.lower() not in codecs:
-        raise UserError(f"{printable(path)}: name a file that ends in {' or '.join(codecs)}")
-    make_parent(path)
-    codec, form, options = codecs[Path(path).suffix.lower()]
-    count, stream = 0, None
-    with whole_file(path) as file, av.open(file, "w", format=form) as out:
-        for frame in (frame for part in parts for frame in part):
-            if stream is None:
-                stream = out.add_stream(codec, Fraction(fps).limit_denominator(10_000), options)
-                stream.height, stream.width = frame.shape[:2]
-                even = frame.shape[0] % 2 == frame.shape[1] % 2 == 0
-                stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv420p" if even else "yuv444p"
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")
-            out.mux(stream.encode(picture.reformat(format=stream.pix_fmt)))
-            count += 1
-        out.mux(stream.encode(None))
-    return count
+    return frames, probe(path).fps or 25.0
 
 
 def frame_range(text, count):

@@ -24,7 +24,7 @@ from common.utils import UserError
 from siblings import codec, container, entropy
 from siblings.codec import CodecConfig, NeRVDec, VideoFile
 from siblings.degrade import degrade
-from siblings.frames import cut, join, read_video, write_frames
+from siblings.frames import cut, join, read_video
 
 SIZES = {"resolution": 16, "num_frames": 4, "width": 4}
 TINY = "train --resolution 16 --num-frames 4 --width 4 --tokens 3x8 8x6 --batch-size 4 --steps 3"
@@ -53,8 +53,8 @@ def trained(tmp_path_factory):
         x, t = np.arange(35), np.arange(18)[:, None, None]
         wave = 127 + 100 * np.sin((x + 5 * t) / 6) * np.cos(np.arange(21)[:, None] / 5)
         frames = np.stack([wave, wave[:, ::-1], 255 - wave], -1).astype(np.uint8)  # [18, 21, 35, 3]
-        write_frames("a.mkv", [frames[:7], frames[7:]], 10)
-        write_frames("small.mkv", [frames[:14, :12, :16]], 10)  # four chunks of one tile
+        video.write_frames("a.mkv", [frames[:7], frames[7:]], 10)
+        video.write_frames("small.mkv", [frames[:14, :12, :16]], 10)  # four chunks of one tile
         for command in (TINY, "encode a.mkv a.nerv", "encode small.mkv small.nerv --bits 5"):
             assert run(command) == 0
     return cwd
@@ -86,15 +86,15 @@ def decoded(path, model, first=0, last=None, **kw):
 def test_counts_of_the_papers():
     fastnerv, uniform = CodecConfig(), CodecConfig(tokens=((64, 64), (64, 144), (64, 144), (64, 108)))
     hypernerv = CodecConfig(width=20, tokens=((4, 256), (80, 240), (16, 240), (0, 0)))
-    assert NeRVDec(fastnerv).num_weights() == 85_552 and fastnerv.num_codes == 24_064  # FastNeRV, Table 2: 85.6k, 24.1k
+    assert NeRVDec(fastnerv).num_weights() == 85_552 and sum(fastnerv.codes) == 24_064  # FastNeRV, Table 2: 85.6k, 24.1k
     assert fastnerv.codes == [1024, 18432, 4608, 0] and uniform.codes == [4096, 9216, 9216, 6912]  # Table 4, in thousands
-    assert NeRVDec(hypernerv).num_weights() == 129_968 and hypernerv.num_codes == 24_064  # HyperNeRV: 130k, 24.1k
+    assert NeRVDec(hypernerv).num_weights() == 129_968 and sum(hypernerv.codes) == 24_064  # HyperNeRV: 130k, 24.1k
 
 
 def test_the_papers_network_by_hand():
     torch.manual_seed(0)
     c = CodecConfig(**SIZES, tokens=((3, 8), (4, 6)))
-    decoder, codes, t = NeRVDec(c).double(), torch.randn(2, c.num_codes, dtype=torch.float64), torch.arange(4.0)
+    decoder, codes, t = NeRVDec(c).double(), torch.randn(2, sum(c.codes), dtype=torch.float64), torch.arange(4.0)
     assert c.layers == [((64, 16, 1, 1), 4), ((48, 4, 3, 3), 4)]
     frames = decoder(codes, t)
     assert frames.shape == (2, 4, 3, 16, 16)
@@ -113,7 +113,7 @@ def test_the_papers_network_by_hand():
 
 def test_a_layer_without_tokens_is_the_same_for_all_videos():
     c = CodecConfig(**SIZES, tokens=((3, 8), (0, 0)))
-    decoder, codes, t = NeRVDec(c).double(), torch.randn(3, c.num_codes, dtype=torch.float64), torch.arange(2.0)
+    decoder, codes, t = NeRVDec(c).double(), torch.randn(3, sum(c.codes), dtype=torch.float64), torch.arange(2.0)
     whole = decoder(codes, t)
     torch.testing.assert_close(torch.cat([decoder(part, t) for part in codes.split(1)]), whole)
     assert (whole[0] - whole[1]).abs().max() > 1e-4
@@ -123,7 +123,7 @@ def test_a_basis_is_added():
     c = CodecConfig(**SIZES, tokens=((3, 8), (4, 6), (2, 9)), basis=6)
     decoder, plain = NeRVDec(c), NeRVDec(CodecConfig(**SIZES, tokens=((3, 8), (4, 6))))
     plain.layers.load_state_dict(decoder.layers.state_dict())
-    codes, t = torch.randn(2, c.num_codes), torch.tensor([0.0, 2.5])
+    codes, t = torch.randn(2, sum(c.codes)), torch.tensor([0.0, 2.5])
     torch.testing.assert_close(decoder(codes, t), plain(codes[:, :48], t))  # it begins black
     decoder.shared.components.data.normal_()
     torch.testing.assert_close(decoder(codes, t), plain(codes[:, :48], t) + decoder.shared(codes[:, 48:], t, 4))
@@ -408,7 +408,7 @@ def test_a_step_minimizes_the_error_of_clean_clips_and_the_rate(tmp_path, monkey
     # At the first step the distribution is at its start: mean 0, scale 0.3; a step of 6 bits is 8 / 64.
     upper, lower = (torch.sigmoid((made[0][0].detach() + half) / 0.3) for half in (1 / 16, -1 / 16))
     torch.testing.assert_close(logged[0]["bpp"], -torch.log2(upper - lower).sum(1).mean() / 1024, rtol=1e-3, atol=1e-4)
-    write_frames("b.mkv", [clean[0]], 10)
+    video.write_frames("b.mkv", [clean[0]], 10)
     assert run("encode b.mkv b.nerv") == 0 and run("encode b.mkv b.nerv --refine 1") == 2
     assert "would fit the degraded video" in capsys.readouterr().err
 
