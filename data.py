@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import progress, utils, video
-from common.cache import decode_once
+from common import utils, video
+from common.cache import decode_once, stamp
 from common.drawn import CELL, Shapes, Sprites
 from common.layouts import LAYOUTS, find_root, find_videos, locate
 from common.utils import UserError, option
@@ -62,6 +62,12 @@ class Videos:
 
     def name(self, i):
         return printable(self.items[i % len(self)][0])
+
+    def identity(self):
+        """A hash of which files these are: names, sizes and times."""
+        return hashlib.sha256(
+            " ".join(f"{path.name} {stamp(path)}" for path, _ in self.items).encode(errors="replace")
+        ).hexdigest()
 
     def __getitem__(self, i):
         for k in range(i, i + len(self)):
@@ -144,7 +150,7 @@ def open_dataset(config, role, classes=None):
     if getattr(c, "cache", "") == "off" or estimated_bytes(paths, c.resolution) > CACHE_LIMIT:
         return Videos(items, number, role, c)
     place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]
-    directory = Path(getattr(c, "cache_dir", CACHE)) / f"{video.file_name(root.resolve().name, 40)}-{c.resolution}-{place}"
+    directory = Path(getattr(c, "cache_dir", CACHE)) / f"{utils.file_name(root.resolve().name, 40)}-{c.resolution}-{place}"
     return Videos(items, number, role, c, *decode_once(directory, root, paths, c.resolution))
 
 
@@ -271,7 +277,7 @@ def describe(dataset):
             dataset.skip(path, error.reason)
 
     with ThreadPoolExecutor(utils.cores()) as pool:
-        list(progress.bar(pool.map(look, paths), "looking", len(paths), "video"))
+        list(utils.bar(pool.map(look, paths), "looking", len(paths), "video"))
     counts = collections.Counter(dataset.classes[label] for path, label in dataset.items if path in infos)
     yield f"{len(infos)} videos of {len(counts)} classes"
     yield from (f"    {name:32}{count:6}" for name, count in sorted(counts.items()))

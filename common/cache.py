@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from common import progress, utils, video
+from common import utils, video
 from common.utils import UserError
 
 
@@ -54,7 +54,7 @@ def decode_once(directory, root, paths, size):
         index["videos"] = {name: entry for name, entry in index["videos"].items() if name not in todo}
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            with utils.whole_file(file) as out, progress.bar(desc="decoding", total=len(todo), unit="video") as bar:
+            with utils.whole_file(file) as out, utils.bar(desc="decoding", total=len(todo), unit="video") as bar:
                 list(pool.map(decode, todo))
             index["failed"] = failed
             with utils.whole_file(directory / "index.json") as out:

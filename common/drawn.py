@@ -70,6 +70,9 @@ class Shapes:
     def name(self, i):
         return f"clip {i % self.length}"
 
+    def identity(self):
+        return f"shapes {self.resolution} {self.num_frames} {self.length} {self.seed} {self.period}"
+
     def draw(self, i, t=None):
         """Clip i as uint8 frames [T, H, W, 3], at the frame positions t [T], real-valued (default: all of the clip)."""
         t = np.arange(self.num_frames) if t is None else np.asarray(t)
@@ -164,6 +167,9 @@ class Sprites:
     def name(self, i):
         numbers = " ".join(f"{layer} {k}" for layer, k in self.character(i % len(self)).items() if layer in ATTRIBUTES)
         return f"{self.classes[self.label(i % len(self))]} of {numbers}"
+
+    def identity(self):
+        return f"sprites {self.resolution} {self.places}"
 
     def label(self, i):
         """The class of clip i. Were it i mod 9, every ninth or 90th clip, as a few are taken of all, would be of one class."""

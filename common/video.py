@@ -15,7 +15,6 @@ import math
 import os
 import re
 import stat
-import threading
 from fractions import Fraction
 from pathlib import Path
 
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common import plot
-from common.utils import UserError
+from common.utils import UserError, whole
 
 # In the order in which files of one name are taken: a GIF beside an MP4 is a preview.
 VIDEO_SUFFIXES = tuple(
@@ -43,7 +42,6 @@ SAFE = {
 NOTHING = "damaged, or not a video"
 MAX_PIXELS = 2**27  # of one frame; more is a file that is made to fill the memory
 PQ, HLG = 16, 18  # transfer functions of high dynamic range (ITU-T H.273)
-TO_BT709 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]])  # of BT.2020's RGB
 TURNED = {(1, 0): 0, (0, -1): 1, (-1, 0): 2, (0, 1): 3}  # first row of a display matrix -> quarter turns to the left
 
 
@@ -59,12 +57,6 @@ def printable(text):
     """A path or name as one line of text that any file and terminal takes, whatever bytes it is made of."""
     text = os.fsencode(text).decode(errors="backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def file_name(text, limit=200):
-    """text as part of the name of a file: letters, digits and "-", "_" for all else, never empty, up to limit bytes."""
-    name = "".join(c if c.isalnum() or c == "-" else "_" for c in str(text))
-    return name.encode(errors="replace")[:limit].decode(errors="ignore") or "_"
 
 
 # ---------------------------------------------------------------------------------------------------------- finding videos
@@ -226,8 +218,9 @@ def scaled(path, frames, size, aspect):
     """PyAV's frames, with pixels of this aspect, as arrays: uint8 [size, size, 3], or [H, W, 3] where size is None."""
     graph = before = None
     for frame in frames:
-        hdr = int(frame.color_trc) in (PQ, HLG)
-        looks = (frame.width, frame.height, frame.format.name, int(frame.colorspace), int(frame.color_range), hdr)
+        if int(frame.color_trc) in (PQ, HLG):
+            raise BadVideo(path, "high dynamic range is not read: convert it to BT.709 first")
+        looks = (frame.width, frame.height, frame.format.name, int(frame.colorspace), int(frame.color_range))
         try:
             if looks != before:
                 graph, before = scaler(*looks, size, aspect), looks
@@ -235,10 +228,10 @@ def scaled(path, frames, size, aspect):
             image = graph.pull().to_ndarray()
         except (av.FFmpegError, ValueError) as error:
             raise BadVideo(path, f"cannot be scaled ({error})") from None
-        yield upright(to_sdr(image, int(frame.color_trc)) if hdr else image, frame)
+        yield upright(image, frame)
 
 
-def scaler(width, height, pixels, colours, levels, hdr, size, aspect):
+def scaler(width, height, pixels, colours, levels, size, aspect):
     """A graph of filters from frames of this kind to RGB: the square in the middle, as it is seen, or all."""
     aspect = aspect if 1 / 16 < aspect < 16 else 1
     shape = f"{size}:{size}" if size else f"{round(width * aspect)}:{height}"
@@ -248,21 +241,9 @@ def scaler(width, height, pixels, colours, levels, hdr, size, aspect):
     chain = [graph.add("buffer", source), graph.add("scale", f"{shape}:flags=bicubic")]
     if size:
         chain.insert(1, graph.add("crop", f"{min(width, height / aspect)}:{min(height, width * aspect)}:exact=1"))
-    chain += [graph.add("format", "rgb48le" if hdr else "rgb24"), graph.add("buffersink")]
+    chain += [graph.add("format", "rgb24"), graph.add("buffersink")]
     graph.link_nodes(*chain).configure()
     return graph
-
-
-def to_sdr(image, transfer):
-    """16 bits of BT.2020, PQ or HLG (ITU-R BT.2100) -> 8 bits of BT.709: white, 203 cd/m², is 255, and what is brighter too."""
-    x = image / 65535
-    if transfer == PQ:
-        power = x ** (1 / 78.84375)
-        light = 10_000 * (np.maximum(power - 0.8359375, 0) / (18.8515625 - 18.6875 * power)) ** (1 / 0.1593017578125)
-    else:  # for a screen of 1000 cd/m²
-        scene = np.where(x <= 0.5, x**2 / 3, (np.exp((x - 0.55991073) / 0.17883277) + 0.28466892) / 12)
-        light = 1000 * scene * (scene @ [0.2627, 0.6780, 0.0593])[..., None] ** 0.2
-    return (255 * (light / 203 @ TO_BT709.T).clip(0, 1) ** (1 / 2.4)).round().astype(np.uint8)
 
 
 def upright(image, frame):
@@ -352,21 +333,6 @@ def mark(clip):
     return torch.where(inside, clip, torch.tensor([1.0, 0.2, -1.0])[:, None, None])
 
 
-@contextlib.contextmanager
-def whole(path):
-    """Inside a `with`, a name to write to; the file gets its own once it is whole. UserError where it cannot be written."""
-    part = Path(path).parent / f".{os.getpid()}-{threading.get_ident()}.part"
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        os.replace(part, path)
-    except (OSError, av.FFmpegError) as error:
-        raise UserError(f"cannot write {printable(path)}: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
-
-
 def write_mp4(path, clips, fps=12):
     """Clips [T, 3, H, W] of one video, one behind the other as path.mp4 (H.264), small ones enlarged. Raises UserError.
 
@@ -383,6 +349,15 @@ def write_video(path, clip, fps=12):
         images[0].save(part, "GIF", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
 
 
+@contextlib.contextmanager
+def ffmpeg_errors(path):
+    """An error of the encoder inside a `with` becomes a UserError."""
+    try:
+        yield
+    except av.FFmpegError as error:
+        raise UserError(f"cannot write {printable(path)}: {error.strerror}") from None
+
+
 def write_frames(path, parts, fps, crf=12):
     """Frames in parts, each uint8 [n, H, W, 3], as one video at its own size; returns how many frames there are.
 
@@ -393,7 +368,7 @@ def write_frames(path, parts, fps, crf=12):
         raise UserError(f"{printable(path)}: name a file that ends in {' or '.join(kinds)}")
     container, codec, options = kinds[Path(path).suffix.lower()]
     stream, count = None, 0
-    with whole(path) as part:
+    with whole(path) as part, ffmpeg_errors(path):
         with av.open(f"file:{part.absolute()}", "w", format=container) as out:
             for frame in itertools.chain.from_iterable(parts):
                 if stream is None:
