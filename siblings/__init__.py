@@ -1,1 +1,1 @@
-"""Papers beside the method: FastNeRV and HyperNeRV (codec), the NeRV family and XINC (fit), VIN (vin)."""
+"""Papers that share the decoder or the aim: run as `python -m siblings.codec`, `.fit` or `.vin`, each with its own helpers."""
