@@ -1,17 +1,14 @@
 """The page: its engine against PyTorch in Node, and the whole of it in headless Chromium (make test-page)."""
 
 import dataclasses
-import io
-import itertools
 import json
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image, ImageSequence
+from PIL import Image
 
 import dit
 import extras
@@ -21,8 +18,8 @@ import sample
 import vae
 from common import checkpoints, utils
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SHOWN = "[...model.nerv.forward(tokens_shown(), state.off)(2.5)]"  # the frame of a page at a time
+SCRIPTS = re.compile(r"<script[^>]*>(.*?)</script>", re.S)  # of a page: the sizes, the weights, the code
 T = [0.0, 2.5, 9.25, -1.5]  # on, between and beyond frames
 ODD = dict(num_tokens=7, token_dim=10, width=16, block=8, last_factor=2)  # divide neither blocks nor the product's four lanes
 VARIANTS = {  # sizes of the decoder, extras of stage 1 and of stage 2
@@ -33,6 +30,14 @@ VARIANTS = {  # sizes of the decoder, extras of stage 1 and of stage 2
     "64 x 64, one scene": (dict(resolution=64, num_frames=8, width=16, block=16), ["basis=24"], ["components=2x16"]),
     "16 x 16, one block": (dict(resolution=16, num_tokens=5, width=16, block=12), ["edges"], []),
 }
+HOSTILE = ["</script><script>alert(1)</script>", "<!--<script>", "{{WEIGHTS}}", "\u2028'\"\\", "<img src=x onerror=alert(1)>"]
+GENERATE = """({ about, weights, noise, label, guidance, steps, t, simd }) => {
+  let numbers = from_half(new Uint16Array(bytes_of(weights).buffer));
+  if (simd) numbers = use_simd(bytes_of(about.product), numbers, 1e6);
+  const { dit, nerv, latent_map } = load_dit(about, numbers);
+  const path = [...generate(dit, label, Float32Array.from(noise), steps, guidance)];
+  return t.flatMap(t => [...nerv.forward(latent_map.inverse(path.at(-1)))(t)]);
+}"""
 
 
 def checkpoint(name, classes=("one", "two", "three")):
@@ -45,18 +50,17 @@ def checkpoint(name, classes=("one", "two", "three")):
     latent_map = extras.latent_map(stage2, (config.num_tokens, config.token_dim))
     model = dit.DiT(dit.DiTConfig(*latent_map.shape, len(classes), 0, width=24, depth=2, heads=3))
     with torch.no_grad():
-        for x in itertools.chain(*(m.state_dict().values() for m in (autoencoder, latent_map, model))):
+        for x in (x for part in (autoencoder, latent_map, model) for x in part.state_dict().values()):
             x.copy_(torch.where(x == 0, 0.3 * torch.randn(x.shape), x).half())
         latent_map.scale.fill_(150)  # such a denoiser ends far from unit deviation
     ckpt = {"stage": "dit", "classes": list(classes), "denoiser": "DiT", "config": {"extras": stage2}}
     ckpt |= {"dit_config": vars(model.config), "ema": model.state_dict(), "latent_map": latent_map.state_dict()}
-    ckpt["vae"] = {
+    sizes = {"nerv_config": vars(config), "encoder_config": vars(encoder)}
+    ckpt["vae"] = sizes | {
         "decoder": "NeRV",
-        "nerv_config": vars(config),
-        "encoder_config": vars(encoder),
         "ema": autoencoder.state_dict(),
+        "config": {"extras": stage1, "dataset": "sprites"},
     }
-    ckpt["vae"]["config"] = {"extras": stage1, "dataset": "sprites"}
     return ckpt, dit.load_dit(ckpt)
 
 
@@ -67,30 +71,15 @@ def frames(networks, label, seed, guidance, steps, t):
     return vae.decode(autoencoder, tokens, torch.tensor(t))[0].permute(0, 2, 3, 1)
 
 
-def scripts(path):
-    """What the <script> elements of a page hold: the sizes, the weights, the code."""
-    return re.findall(r"<script[^>]*>(.*?)</script>", path.read_text(), re.S)
-
-
 def node(code, job):
     """Runs the engine and then `code`, a function of `job`, in Node; returns the numbers that it returns."""
-    if not shutil.which("node"):
-        pytest.skip("there is no node")
+    node = shutil.which("node") or pytest.skip("there is no node")
     engine = "\n".join((page.HERE / f"{name}.js").read_text() for name in ("engine", "extras"))
     code = f"const job = JSON.parse(require('fs').readFileSync(0)), made = Float32Array.from(({code})(job));"
-    command = ["node", "-e", f"{engine}\n{code}\nprocess.stdout.write(Buffer.from(made.buffer));"]
+    command = [node, "-e", f"{engine}\n{code}\nprocess.stdout.write(Buffer.from(made.buffer));"]
     done = subprocess.run(command, input=json.dumps(job).encode(), capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     return torch.frombuffer(bytearray(done.stdout), dtype=torch.float32)
-
-
-GENERATE = """({ about, weights, noise, label, guidance, steps, t, simd }) => {
-  let numbers = from_half(new Uint16Array(bytes_of(weights).buffer));
-  if (simd) numbers = use_simd(bytes_of(about.product), numbers, 1e6);
-  const { dit, nerv, latent_map } = load_dit(about, numbers);
-  const path = [...generate(dit, label, Float32Array.from(noise), steps, guidance)];
-  return t.flatMap(t => [...nerv.forward(latent_map.inverse(path.at(-1)))(t)]);
-}"""
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -98,7 +87,7 @@ def test_the_engine_makes_the_frames_of_sample_py(name, tmp_path):
     ckpt, networks = checkpoint(name)
     checkpoints.save(tmp_path / "dit.pt", **ckpt)
     sample.main(["--ckpt", str(tmp_path / "dit.pt"), "--page", str(tmp_path / "new" / "page.html"), "--seed", "5"])
-    about, weights, _ = scripts(tmp_path / "new" / "page.html")
+    about, weights, _ = SCRIPTS.findall((tmp_path / "new" / "page.html").read_text())
     job, c = {"about": json.loads(about), "weights": weights, "label": 1, "t": T}, networks[0].config
     assert job["about"]["defaults"] == {"guidance": 2.0, "steps": 20, "seed": 5}
     for seed, guidance, steps, simd in ((3, 1, 4, True), (4, 2, 7, True), (4, 2, 7, False))[: 3 if name == "nano" else 2]:
@@ -123,18 +112,12 @@ def test_the_matrix_product_is_its_text_in_bytes():
     assert bytes(wasmtime.wat2wasm((page.HERE / "gemm.wat").read_text())) == (page.HERE / "gemm.wasm").read_bytes()
 
 
-HOSTILE = ["</script><script>alert(1)</script>", "<!--<script>", "{{WEIGHTS}}", "\u2028'\"\\", "<img src=x onerror=alert(1)>"]
-
-
-def test_names_of_a_hostile_checkpoint_are_text(tmp_path):
-    page.write(tmp_path / "page.html", *checkpoint("nano", HOSTILE), note="<b>{{ABOUT}}</b>")
-    about, weights, code = scripts(tmp_path / "page.html")
+def test_a_page_is_text_whatever_its_names_and_is_refused_in_one_line(tmp_path, monkeypatch):
+    ckpt, networks = checkpoint("nano", HOSTILE)
+    page.write(tmp_path / "page.html", ckpt, networks, note="<b>{{ABOUT}}</b>")
+    about, weights, code = SCRIPTS.findall(text := (tmp_path / "page.html").read_text())
     assert json.loads(about)["classes"] == HOSTILE and "<" not in about and "alert" not in code and weights not in about
-    assert "&lt;b&gt;{{ABOUT}}&lt;/b&gt;" in (tmp_path / "page.html").read_text()
-
-
-def test_what_a_page_cannot_do_is_one_line(tmp_path, monkeypatch):
-    ckpt, networks = checkpoint("nano")
+    assert "&lt;b&gt;{{ABOUT}}&lt;/b&gt;" in text
     cases = ({"denoiser": "Mine"}, 0, 1e9, "not Mine"), ({}, 5, 1e9, "predict"), ({}, 0, 9, "too large")
     for change, cond_frames, most, message in cases:
         networks[0].config.cond_frames = cond_frames
@@ -147,11 +130,9 @@ def test_what_a_page_cannot_do_is_one_line(tmp_path, monkeypatch):
 def opened(tmp_path):
     """opened(ckpt, networks, …) -> a page in a browser without network; whatever it logs, asks or requests fails the test."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="there is no playwright: pip install playwright")
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium: apt-get install chromium")
-    options, problems = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update", []
+    chromium, problems = shutil.which("chromium") or pytest.skip("there is no Chromium: apt-get install chromium"), []
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options.split())
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
 
         def opened(ckpt, networks, width=1200, fragment=""):
             page.write(tmp_path / "page.html", ckpt, networks)
@@ -168,29 +149,19 @@ def opened(tmp_path):
     assert not problems
 
 
-def until(tab, condition):
-    for _ in range(3000):  # playwright's own wait is an eval, which the page forbids
-        if tab.evaluate(condition):
-            return
-        tab.wait_for_timeout(20)
-    pytest.fail(f"never: {condition}")
+def until(tab, condition):  # playwright's own wait is an eval, which the page forbids
+    assert any(tab.evaluate(condition) or tab.wait_for_timeout(20) for _ in range(3000)), condition
 
 
 @pytest.mark.browser
-def test_every_class_in_a_browser_is_that_of_pytorch(opened):
-    ckpt, networks = checkpoint("nano")
+def test_every_class_is_that_of_pytorch_and_every_control_can_be_used(opened):
+    ckpt, networks = checkpoint("64 x 64, one scene")
     tab = opened(ckpt, networks)
-    assert tab.evaluate("model.simd")
     for label, name in enumerate(ckpt["classes"]):
         tab.get_by_role("button", name=name, exact=True).click()
         until(tab, f"videos.A.label === {label} && !state.watching && !state.stale")
         wanted = frames(networks, label, 0, 2.0, 20, [2.5]).flatten()
         assert (torch.tensor(tab.evaluate(SHOWN)) - wanted).abs().max() < 1e-3
-
-
-@pytest.mark.browser
-def test_every_control_can_be_used(opened):
-    tab = opened(*checkpoint("64 x 64, one scene"))
     for slider in tab.locator("input[type=range]").all():
         for part in (0, 1, 0.3):
             slider.evaluate(f"x => {{ x.value = +x.min + {part} * (x.max - x.min); x.oninput(); }}")
@@ -206,11 +177,11 @@ def test_every_control_can_be_used(opened):
     for key in ("n", " ", "ArrowLeft", "ArrowRight", "x"):
         video.press(key)
     video.drag_to(video, source_position={"x": 50, "y": 50}, target_position={"x": 150, "y": 50})
-    assert not tab.evaluate("state.playing")
+    assert tab.evaluate("model.simd && !state.playing")
     with tab.expect_download() as download:
         tab.locator("#save").click()
-    gif = Image.open(io.BytesIO(Path(download.value.path()).read_bytes()))
-    assert gif.size == (320, 320) and len(list(ImageSequence.Iterator(gif))) > 5
+    gif = Image.open(download.value.path())
+    assert gif.format == "GIF" and gif.size == (320, 320) and gif.n_frames > 5
 
 
 @pytest.mark.browser
