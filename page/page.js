@@ -184,7 +184,8 @@ function report() {
     t < 0 ? "before the start" : t > T - 0.5 ? "beyond the end" : "",
     state.off.size ? `tokens off: ${state.off.size}` : "",
   ].filter(Boolean).join(" · ");
-  if ($("caption").textContent !== text) $("caption").textContent = $("video").ariaLabel = text;
+  if ($("caption").textContent !== text) $("video").setAttribute("aria-label", text);
+  put($("caption"), text);
   put($("python"), `python sample.py --classes ${label} --seed ${seed} --guidance ${guidance} --steps ${steps}`);
   const how = model.simd ? "" : ", without SIMD";
   put($("cost"), `A new video took ${Math.round(state.took)} ms, a frame takes ${state.cost.toFixed(1)} ms${how}.`);
@@ -226,7 +227,7 @@ async function follow(fragment, watch) {
   state.off.delete(-1);
   mark_tokens();
   state.chosen = "A";
-  await generate_video("A", video(fields.get("A"), 0, seed), watch);
+  await generate_video("A", video(fields.get("A"), 0, seed), watch && !fields.has("step"));
   $("walk").value = number(fields.get("walk"), 0, 1, 0);
   $("speed").value = number(fields.get("speed"), -5, 2, 0);
   $("beyond").checked = fields.has("beyond");
@@ -290,13 +291,12 @@ const add = (parent, tag, properties) => $(parent).appendChild(Object.assign(doc
 model.classes.forEach((_, label) => add("classes", "button", { textContent: name_of(label), onclick: () => make({ label }, true) }));
 for (let n = 0; n < N; n++) {
   const onclick = () => { state.off.has(n) ? state.off.delete(n) : state.off.add(n); mark_tokens(); };
-  add("tokens", "button", { onclick, title: `token ${n + 1}`, ariaLabel: `token ${n + 1}` }).append(document.createElement("canvas"));
+  add("tokens", "button", { onclick, title: `token ${n + 1}` }).append(document.createElement("canvas"));
 }
 for (const { name, in_ch, out_ch, k } of model.nerv.layers()) {
   const short = name.replace(/^(nerv\.)+/, "").replace(/s\.(\d)/g, (_, i) => ` ${+i + 1}`).replaceAll(".", " "); // block 1 conv 2
-  const canvas = Object.assign(document.createElement("canvas"), { role: "img", ariaLabel: `kernels of ${short}` });
-  add("kernels", "figure", { title: `${in_ch} → ${out_ch} channels, ${k} × ${k}` }).append(canvas, document.createElement("figcaption"));
-  canvas.nextSibling.textContent = short;
+  const figure = add("kernels", "figure", { title: `${in_ch} → ${out_ch} channels, ${k} × ${k}` });
+  figure.append(document.createElement("canvas"), Object.assign(document.createElement("figcaption"), { textContent: short }));
 }
 $("size").textContent = `${(model.count / 1e6).toFixed(1)} million`;
 for (const id of ["guidance", "steps"]) $(id).max = Math.max($(id).max, model.defaults[id]);
