@@ -110,13 +110,14 @@ class Discriminator(nn.Module):
 
 def generator_loss(discriminator, frames):
     """Non-saturating logistic loss (Goodfellow et al. 2014): the decoder wants its frames to be taken for real."""
+    discriminator.requires_grad_(False)  # its own loss alone trains it
     return F.softplus(-discriminator(frames)).mean()
 
 
 def discriminator_loss(discriminator, real, frames, r1_weight=0.0):
     """Logistic loss of real clips and decoded frames, both [B, T, 3, H, W], plus R1 (Mescheder et al. 2018) on the real ones,
     r1_weight / 2 * E[|dD/dx|²], in float32. Returns (loss, mean logit of real clips minus that of decoded ones)."""
-    on_decoded = discriminator(frames.detach())
+    on_decoded = discriminator.requires_grad_(True)(frames.detach())
     if r1_weight > 0:
         real = real.detach().requires_grad_()
         with torch.autocast(real.device.type, enabled=False):
