@@ -12,7 +12,10 @@ from conftest import ROOT
 
 import data
 import demo
-from common import video
+import dit
+import sample
+import vae
+from common import utils, video
 from common.utils import UserError
 
 
@@ -41,6 +44,22 @@ def test_a_signal_between_the_start_of_a_training_and_all_else_ends_it_too(monke
     with pytest.raises(KeyboardInterrupt):
         demo.call("vae.py")
     assert started[0].returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_its_commands_are_those_of_the_scripts(monkeypatch, tmp_path, weights):
+    def missing(name):
+        raise UserError("no weights")
+
+    commands = []
+    monkeypatch.setattr(demo, "weights", str if weights else missing)
+    monkeypatch.setattr(demo, "call", lambda script, *args: commands.append((script, list(map(str, args)))))
+    demo.train(tmp_path)
+    assert [script for script, _ in commands] == ["vae.py", "dit.py", *["sample.py"] * 3]
+    for script, args in commands:
+        module = {"vae.py": vae, "dit.py": dit, "sample.py": sample}[script]
+        config = utils.parse_options(module.Config, "", getattr(module, "preset_defaults", None), args)
+        assert script != "vae.py" or (config.lpips, config.preset) == ("alex" if weights else "none", "nano")
 
 
 def test_a_script_that_fails_ends_the_demo(tmp_path):
