@@ -27,7 +27,7 @@ def decode_once(directory, paths, size):
             return error.reason
 
     def stale():  # also where a file that failed now decodes: it may have been the machine's fault
-        entries = json.loads(index_file.read_text()) if index_file.is_file() else None
+        entries = json.loads(index_file.read_text()) if index_file.is_file() and frames_file.is_file() else None
         failed = [path for path, entry in zip(paths, entries or ()) if isinstance(entry, str)]
         return entries is None or any(not isinstance(decode(path), str) for path in failed)
 
