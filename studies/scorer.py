@@ -1,4 +1,4 @@
-"""How good generated clips are, for studies of many small models: class agreement and distances to training clips."""
+"""How good generated clips are, for studies of many small models: classifier accuracy and distances to training clips."""
 
 import functools
 
@@ -8,14 +8,14 @@ import data
 import dit
 import fvd
 from common import video
-from evaluate import agreement, train_classifier
+from evaluate import accuracy, train_classifier
 from vae import decode, reconstruct
 
 
 class Scorer:
     """Generated clips against up to `count` training clips, of whose `labels` they are: what studies compare small models by.
 
-    scorer(clips [B, T, 3, H, W], *features) -> (class agreement in %, Fréchet distance to the real clips, … to each of these
+    scorer(clips [B, T, 3, H, W], *features) -> (classifier accuracy in %, Fréchet distance to the real clips, … to each of these
     features); reconstructed(vae) gives those of the real clips after stage 1, whose blur then counts in both.
     """
 
@@ -32,7 +32,7 @@ class Scorer:
     def __call__(self, clips, *references):
         features = self.detector(video.to_frames(clips))
         distances = [fvd.frechet_distance_of(reference, features) for reference in (self.real, *references)]
-        return 100 * agreement(self.judge, clips, self.labels), *distances
+        return 100 * accuracy(self.judge, clips, self.labels), *distances
 
     def reconstructed(self, vae):
         return self.detector(video.to_frames(reconstruct(vae, self.clips, self.labels.device)))
