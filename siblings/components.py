@@ -1,9 +1,8 @@
 """The NeRV family in parts: position encodings, stems, blocks, skips, flow.
 
-A network of the family takes the number of a frame and returns that frame. "How to Design and Train Your Implicit Neural
-Representation for Video Compression" (below: HTD) takes its members apart so (§3.1.2, Fig. 2); methods.py puts them together
-again. What is fixed in a published configuration is fixed here; what is a width there goes with C0, the channels of the stem's
-map. t [B] are times in frames, real-valued, 0 … T-1.
+"How to Design and Train Your Implicit Neural Representation for Video Compression" (below: HTD) takes the family apart so
+(§3.1.2, Fig. 2); methods.py puts it together again. What is fixed in a published configuration is fixed here; what is a width
+there goes with C0, the channels of the stem's map. t [B] are times in frames, real-valued, 0 … T-1.
 """
 
 import math
@@ -44,105 +43,100 @@ def rows(table, place):
     return torch.lerp(table[left], table[(left + 1).clamp(max=len(table) - 1)], part)
 
 
+def grid(tables, t, frames, shift=0.0, dim=1):
+    """Tables [n, …] over a video of so many frames, each read at times t [B], side by side along a dimension: [B, …]."""
+    return torch.cat([rows(table, (t + shift) / frames * len(table) - shift) for table in tables], dim)
+
+
+def small(x):
+    return nn.init.uniform_(x, -1e-3, 1e-3)
+
+
 def conv(ins, outs, kernel, **kw):
     return nn.Conv2d(ins, outs, kernel, padding=kernel // 2, **kw)
 
 
-def channel_norm(x, weight=None, bias=None):
+def mlp(*sizes):
+    """Linear layers, a GELU after each."""
+    return nn.Sequential(*(layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.GELU())))
+
+
+class ChannelNorm(nn.LayerNorm):
     """Layer norm of maps [B, C, h, w] over their channels, each pixel by itself."""
-    return F.layer_norm(x.movedim(1, -1), x.shape[1:2], weight, bias, 1e-6).movedim(-1, 1)
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 # -------------------------------------------------------------------------------------------------------------- encodings
-# Each returns the code that the stem takes, and Diff-NeRV's difference or None.
+# A module returns the code that the stem takes, and Diff-NeRV's difference or None.
 
 
 def sinusoid(t, length):
-    """sin and cos of 1.25^i π t / length for i = 0 … 79 (NeRV, Chen et al. 2021, Eq. 2): t [B] -> [B, 160]."""
+    """NeRV's: sin and cos of 1.25^i π t / length for i = 0 … 79 (Chen et al. 2021, Eq. 2): t [B] -> [B, 160]."""
     # The highest frequency is 5e7: in float32 the angle would be noise, and not the same noise on every machine.
     angle = t.double()[:, None] / length * math.pi * 1.25 ** torch.arange(80, dtype=torch.float64, device=t.device)
     return torch.cat([angle.sin(), angle.cos()], -1).float()
 
 
-class Sinusoid(nn.Module):
-    """NeRV's position code: t [B] in frames -> [B, 160]."""
-
-    features = 160
-
-    def __init__(self, plan):
-        super().__init__()
-        self.frames = plan.frames
-
-    def forward(self, t, clips=None):
-        return sinusoid(t, self.frames), None
-
-
 class TemporalGrid(nn.Module):
     """Learned maps along time, at two rates, linear in between (FFNeRV, Lee et al. 2023, §3.2): t [B] -> [B, C0, h, w].
 
-    One map per frame and one per two frames, with half of the channels each; no more than the 600 and 300 of the published
-    configuration, so that a long video does not spend all of its parameters here.
+    One map per frame and one per two frames, with half of the channels each; at most the 600 and 300 of the published ones.
     """
+
+    shift, begin = 0.0, staticmethod(nn.init.xavier_uniform_)
 
     def __init__(self, plan):
         super().__init__()
+        self.frames, self.features = plan.frames, sum(c for _, c in self.sizes(plan))
+        self.tables = nn.ParameterList(self.begin(torch.empty(n, c, *plan.grid)) for n, c in self.sizes(plan))
+
+    def sizes(self, plan):
         half = plan.channels[0] // 2
-        sizes = (max(1, min(300, plan.frames // 2)), plan.channels[0] - half), (min(600, plan.frames), half)
-        self.tables = nn.ParameterList(nn.init.xavier_uniform_(torch.empty(n, c, *plan.grid)) for n, c in sizes)
-        self.frames, self.features = plan.frames, plan.channels[0]
+        return (max(1, min(300, plan.frames // 2)), plan.channels[0] - half), (min(600, plan.frames), half)
 
     def forward(self, t, clips=None):
-        return torch.cat([rows(table, t / self.frames * len(table)) for table in self.tables], 1), None
+        return grid(self.tables, t, self.frames, self.shift), None
 
 
-class HierarchicalGrid(nn.Module):
-    """HiNeRV's base grid (Kwan et al. 2023, §3.1, "base encoding"): t [B] -> [B, 12, h, w].
+class HierarchicalGrid(TemporalGrid):
+    """HiNeRV's base grid (Kwan et al. 2023, §3.1): t [B] -> [B, 12, h, w]. Its configuration for Bunny at 1.6 M has 40 maps of
+    4 channels and 20 of 8 for 132 frames, here 0.3 and 0.15 per frame."""
 
-    As its configuration for Bunny: 40 maps of 4 channels and 20 of 8 for 132 frames, here 0.3 and 0.15 per frame.
-    """
+    shift, begin = 0.5, staticmethod(small)
 
-    features = 12
-
-    def __init__(self, plan):
-        super().__init__()
-        sizes = ((max(1, round(share * plan.frames)), c) for share, c in ((0.3, 4), (0.15, 8)))
-        self.tables = nn.ParameterList(nn.init.uniform_(torch.empty(n, c, *plan.grid), -1e-3, 1e-3) for n, c in sizes)
-        self.frames = plan.frames
-
-    def forward(self, t, clips=None):
-        return torch.cat([rows(table, (t + 0.5) / self.frames * len(table) - 0.5) for table in self.tables], 1), None
+    def sizes(self, plan):
+        return [(max(1, round(share * plan.frames)), c) for share, c in ((0.3, 4), (0.15, 8))]
 
 
 class ConvNeXt(nn.Module):
-    """Depthwise convolution, layer norm, and two linear maps with a GELU between (Liu et al. 2022); added where sizes agree."""
+    """Depthwise convolution, norm, and two linear maps with a GELU between (Liu et al. 2022); added where sizes agree.
+
+    With `affine`, as in encoders of frames: biases, norms with scale and shift, and a scale of 1e-6 for what is added.
+    """
 
     def __init__(self, ins, outs, hidden, kernel, affine):
         super().__init__()
-        self.mix = conv(ins, ins, kernel, groups=ins, bias=affine)
-        self.norm = nn.LayerNorm(ins) if affine else None
+        self.mix, self.norm = conv(ins, ins, kernel, groups=ins, bias=affine), ChannelNorm(ins, 1e-6, affine)
         self.wide, self.narrow = conv(ins, hidden, 1, bias=affine), conv(hidden, outs, 1, bias=affine)
+        self.scale = nn.Parameter(torch.full((outs, 1, 1), 1e-6)) if affine else 1
 
     def forward(self, x):
-        affine = (self.norm.weight, self.norm.bias) if self.norm else ()
-        y = self.narrow(F.gelu(self.wide(channel_norm(self.mix(x), *affine))))
+        y = self.scale * self.narrow(F.gelu(self.wide(self.norm(self.mix(x)))))
         return x + y if x.shape == y.shape else y
 
 
-class ChannelNorm(nn.LayerNorm):
-    """channel_norm with a scale and a shift of each channel."""
-
-    def forward(self, x):
-        return channel_norm(x, self.weight, self.bias)
-
-
 def frame_encoder(ins, outs, strides, narrow):
-    """Frames to small maps, a strided convolution and a ConvNeXt per level (HNeRV §3.1): [B, ins, H, W] -> [B, outs, h, w]."""
-    dims = [ins, *(64 for _ in strides[:-1]), 64 if narrow else outs]
-    levels = [
-        nn.Sequential(nn.Conv2d(a, b, s, s), ChannelNorm(b), ConvNeXt(b, b, 4 * b, 7, True))
-        for a, b, s in zip(dims, dims[1:], strides)
-    ]
-    return nn.Sequential(*levels, *([nn.Conv2d(64, outs, 1)] if narrow else []))
+    """Frames to small maps, a strided convolution and a ConvNeXt per level (HNeRV §3.1): [B, ins, H, W] -> [B, outs, h, w].
+    HNeRV norms before each convolution but the first; DNeRV (`narrow`) after each, and ends with a 1 × 1 from 64 channels."""
+    layers = []
+    for i, stride in enumerate(strides):
+        a, b = 64 if i else ins, 64 if narrow or i < len(strides) - 1 else outs
+        down = nn.Conv2d(a, b, stride, stride)
+        layers += [down, ChannelNorm(b, 1e-6)] if narrow or i == 0 else [ChannelNorm(a, 1e-6), down]
+        layers.append(ConvNeXt(b, b, 4 * b, 7, True))
+    return nn.Sequential(*layers, *([nn.Conv2d(64, outs, 1)] if narrow else []))
 
 
 class Content(nn.Module):
@@ -151,35 +145,34 @@ class Content(nn.Module):
     The codes are stored, the encoder is not. Between frames (t real) codes are linear.
     """
 
-    features = 16
+    features, narrow, stored = 16, False, ("codes",)
 
     def __init__(self, plan):
         super().__init__()
-        self.encoder = frame_encoder(3, 16, plan.strides, narrow=False)
+        self.encoder = frame_encoder(3, 16, plan.strides, self.narrow)
         self.register_buffer("codes", torch.zeros(plan.frames, 16, *plan.grid))
 
     def encode(self, clips):
-        """Frames with the one before and the one after [B, 3, 3, H, W] -> (the codes of the middle ones, no difference)."""
-        return self.encoder(clips[:, 1]), None
-
-    @property
-    def stored(self):
-        return self.codes, None
+        """Frames with the one before and the one after, [B, 3, 3, H, W] in [0, 1] -> what is `stored` of the middle ones."""
+        return [self.encoder(clips[:, 1])]
 
     def forward(self, t, clips=None):
-        return self.encode(clips) if clips is not None else tuple(x if x is None else rows(x, t) for x in self.stored)
+        codes = self.encode(clips) if clips is not None else [rows(getattr(self, name), t) for name in self.stored]
+        return (*codes, None)[:2]
 
 
 class ContentAndDifference(Content):
     """Diff-NeRV's two embeddings (Zhao et al. 2023, "DNeRV", §3.1): content as HNeRV's, and differences to both neighbours.
 
-    The second is two channels of a larger map: the frame by 24 in the paper, here by what of the strides comes nearest.
+    The second is two channels of a larger map: the frame by 24, or by what of the strides comes nearest.
     """
+
+    narrow, stored = True, ("codes", "differences")
 
     def __init__(self, plan):
         super().__init__(plan)
         level = self.level(plan)
-        self.difference_encoder = frame_encoder(6, 2, plan.strides[level:], narrow=True)
+        self.difference_encoder = frame_encoder(6, 2, plan.strides[level:], True)
         size = (n * math.prod(plan.strides[:level]) for n in plan.grid)
         self.register_buffer("differences", torch.zeros(plan.frames, 2, *size))
 
@@ -190,29 +183,21 @@ class ContentAndDifference(Content):
 
     def encode(self, clips):
         before, now, after = clips.unbind(1)
-        return self.encoder(now), self.difference_encoder(torch.cat([now - before, after - now], 1))
-
-    @property
-    def stored(self):
-        return self.codes, self.differences
+        return [self.encoder(now), self.difference_encoder(torch.stack([now - before, after - now], 2).flatten(1, 2))]
 
 
 # ------------------------------------------------------------------------------------------------------------------ stems
 
 
 def mlp_stem(features, plan, hidden=True):
-    """NeRV's: a hidden layer, then the whole map at once (§3.1; 512 hidden for C0 = 26): [B, 160] -> [B, C0, h, w].
-
-    Without the hidden layer it is that of the plain NeRV in the HNeRV paper.
-    """
+    """NeRV's: a hidden layer, then the whole map (§3.1; 512 hidden for C0 = 26), or at once (HNeRV's plain NeRV)."""
     shape = (plan.channels[0], *plan.grid)
-    sizes = [features, *([max(8, round(512 / 26 * plan.channels[0]))] if hidden else []), math.prod(shape)]
-    layers = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.GELU())]
-    return nn.Sequential(*layers, nn.Unflatten(1, shape))
+    wide = [max(8, round(512 / 26 * plan.channels[0]))] if hidden else []
+    return nn.Sequential(mlp(features, *wide, math.prod(shape)), nn.Unflatten(1, shape))
 
 
 def conv_stem(features, plan, kernel, act=nn.Identity):
-    """One convolution: 3 × 3 on HiNeRV's grid; 1 × 1 and a GELU on HNeRV's codes. [B, features, h, w] -> [B, C0, h, w]."""
+    """One convolution: 3 × 3 on HiNeRV's grid; 1 × 1 on DNeRV's and HNeRV's codes, there with GELU. -> [B, C0, h, w]."""
     return nn.Sequential(conv(features, plan.channels[0], kernel), act())
 
 
@@ -221,9 +206,9 @@ class Transformer(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
-        self.heads, inner = heads, heads * max(1, width // 4)  # heads of 64 for a width of 256
+        self.heads, inner = heads, heads * (width // 4)  # heads of 64 for a width of 256
         self.qkv, self.out = nn.Linear(width, 3 * inner, bias=False), nn.Linear(inner, width)
-        self.mlp = nn.Sequential(nn.Linear(width, max(1, width // 2)), nn.GELU(), nn.Linear(max(1, width // 2), width))
+        self.mlp = nn.Sequential(mlp(width, width // 2), nn.Linear(width // 2, width))
 
     def forward(self, x):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)  # each [B, heads, L, inner / heads]
@@ -232,18 +217,15 @@ class Transformer(nn.Module):
 
 
 class TransformerStem(nn.Module):
-    """E-NeRV's (Li et al. 2022, §3.2): a map of (y, x) through a transformer, times a vector of t, through another.
-
-    Its width is 256 for C0 = 196, and 512 hidden in the MLP of t. [B, 160] -> [B, C0, h, w].
-    """
+    """E-NeRV's (Li et al. 2022, §3.2; 256 wide for C0 = 196): a map of (y, x) from a transformer, times a vector of t, through
+    another. [B, 160] -> [B, C0, h, w]."""
 
     def __init__(self, features, plan):
         super().__init__()
         self.grid, width = plan.grid, max(8, round(256 / 196 * plan.channels[0]))
-        self.time = nn.Sequential(nn.Linear(features, 2 * width), nn.GELU(), nn.Linear(2 * width, width), nn.GELU())
-        self.place = nn.Sequential(nn.Linear(2 * features, width), nn.GELU())
+        self.time, self.place = mlp(features, 2 * width, width), mlp(2 * features, width)
         self.first, self.second = Transformer(width, 1), Transformer(width, 8)
-        self.out = nn.Sequential(nn.Linear(width, plan.channels[0]), nn.GELU())
+        self.out = mlp(width, plan.channels[0])
 
     def forward(self, code):
         axes = torch.meshgrid(*(torch.arange(n, device=code.device) for n in self.grid), indexing="ij")
@@ -297,64 +279,52 @@ def convnext_block(i, plan, kernels):
 
 
 def time_features(plan):
-    """Width of the code of time that TimeSkips share: 128, and in networks with few channels four times C0."""
-    return min(128, 4 * plan.channels[0])
-
-
-def time_code(plan):
-    """sinusoid(t) [B, 160] -> the code of time [B, time_features]."""
-    width = time_features(plan)
-    return nn.Sequential(nn.Linear(160, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
+    """Width of the code of time that TimeSkips share: 128, and less only below C0 = 8."""
+    return min(128, 16 * plan.channels[0])
 
 
 class TimeSkip(nn.Module):
     """E-NeRV's (§3.4): what comes in is normalized, then scaled and shifted, channel by channel, by a linear map of t's code.
 
-    The published code has instance norm; HTD (§3.1.2, §4.3) says layer norm, of which E-NeRV's own text leaves the axes open.
-    The row says which. Scales begin near 0, as in E-NeRV's code, so that networks learn little at first, or with `bright` at
-    GELU(1) = 0.84.
+    The norm is instance norm in the code of E-NeRV and of HTD, which says layer norm (§3.1.2, §4.3). Scales begin near 0, as
+    there, so that networks learn little at first, or with `bright` at GELU(1) = 0.84.
     """
 
-    def __init__(self, i, plan, norm, bright=False):
+    def __init__(self, i, plan, bright=False):
         super().__init__()
-        self.norm, self.to_scale = norm, nn.Linear(time_features(plan), 2 * plan.channels[i])
+        self.to_scale = nn.Linear(time_features(plan), 2 * plan.channels[i])
         if bright:
             nn.init.ones_(self.to_scale.bias.data[: plan.channels[i]])
 
     def forward(self, x, t, given):
         scale, shift = F.gelu(self.to_scale(given))[:, :, None, None].chunk(2, 1)
-        # torch.group_norm takes maps of one pixel, which become 0; nn.InstanceNorm2d refuses them.
-        x = channel_norm(x) if self.norm == "layer" else torch.group_norm(x, x.shape[1], eps=1e-5)
-        return x * scale + shift
+        # Groups of one channel are instance norm; nn.InstanceNorm2d refuses maps of one pixel, which become 0 here.
+        return torch.group_norm(x, x.shape[1], eps=1e-5) * scale + shift
 
 
 class LocalGridSkip(nn.Module):
-    """HiNeRV's bilinear upsampling, and a learned grid in time that is added (§3.1, "hierarchical encoding"): a vector for each
-    of the stride² places in a cell.
+    """HiNeRV's layer norm, bilinear upsampling, and a learned grid in time that is added (§3.1, "hierarchical encoding"): a
+    vector for each of the stride² places in a cell.
 
-    As published: one row per frame of 8 channels, halved from level to level, one per two of twice as many, one per four of
-    four times as many; a linear map to the channels of the map.
+    One row per frame of 8 channels, halved from level to level, one per two of twice as many, one per four of four times.
     """
 
     def __init__(self, i, plan):
         super().__init__()
         self.stride, self.frames, base = plan.strides[i], plan.frames, max(1, 8 >> i)
         sizes = [(max(1, plan.frames >> k), base << k) for k in range(3)]
-        self.tables = nn.ParameterList(nn.init.uniform_(torch.empty(n, self.stride**2, c), -1e-3, 1e-3) for n, c in sizes)
-        self.to_map = nn.Linear(7 * base, plan.channels[i])
+        self.tables = nn.ParameterList(small(torch.empty(n, self.stride**2, c)) for n, c in sizes)
+        self.norm, self.to_map = ChannelNorm(plan.channels[i], 1e-6, False), nn.Linear(7 * base, plan.channels[i])
 
     def forward(self, x, t, given):
         h, w = x.shape[-2:]
-        code = [rows(table, (t + 0.5) / self.frames * len(table) - 0.5) for table in self.tables]
-        cell = self.to_map(torch.cat(code, -1)).transpose(1, 2).unflatten(2, (self.stride, self.stride))  # [B, C, s, s]
-        return F.interpolate(x, scale_factor=self.stride, mode="bilinear") + cell.repeat(1, 1, h, w)
+        cell = self.to_map(grid(self.tables, t, self.frames, 0.5, -1))  # [B, s * s, C]
+        cell = cell.transpose(1, 2).unflatten(2, (self.stride, self.stride))
+        return F.interpolate(self.norm(x), scale_factor=self.stride, mode="bilinear") + cell.repeat(1, 1, h, w)
 
 
 class DifferenceSkip(nn.Module):
-    """Diff-NeRV's collaborative content unit (DNeRV §3.2): a gate between content and difference, as in a GRU.
-
-    What a 1 × 1 convolution and a block make of the difference meets what the network's block at this size has made.
-    """
+    """Diff-NeRV's collaborative content unit (DNeRV §3.2): a gate between content and difference, as in a GRU."""
 
     def __init__(self, i, plan):
         super().__init__()
@@ -362,7 +332,7 @@ class DifferenceSkip(nn.Module):
         if self.here:
             channels = plan.channels[i]
             self.block = nn.Sequential(nn.Conv2d(2, plan.channels[i - 1], 1), nerv_block(i - 1, plan))
-            self.gates = nn.Conv2d(2 * channels, 2 * channels, 1)
+            self.gates = conv(2 * channels, 2 * channels, 3)
 
     def forward(self, x, t, given):
         if not self.here:
@@ -377,8 +347,7 @@ class DifferenceSkip(nn.Module):
 class Flow(nn.Module):
     """FFNeRV's flow-guided aggregation (§3.3): neighbouring frames, warped to this one, and the network's own, by weights.
 
-    Flows and the weights of the four neighbours come from the map at which two blocks are left to go, the weights of own and
-    warped from the last one.
+    Flows and the weights of neighbours come from the map before the last two blocks, those of own and warped from the last map.
     """
 
     NEIGHBOURS = (-2, -1, 1, 2)

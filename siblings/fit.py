@@ -44,7 +44,7 @@ from siblings.methods import METHODS, Network
 @dataclass
 class Config:
     method: str = option("network", "rnerv", f"one, or several by commas: {', '.join(METHODS)}")
-    size: str = option("network", "1.5M", "parameters, embeddings included: 300k, 1.5M, 3M, …; widths follow")
+    size: str = option("network", "1.5M", "parameters, without codes of frames: 300k, 1.5M, 3M, …; widths follow")
     bits: int = option("network", 8, "of a stored parameter, 4 to 8")
     minutes: float = option("training", 10.0, "of training, for each method; they take turns, step by step")
     steps: int = option("training", 0, "of each method, instead of --minutes: then the same command makes the same file")
@@ -74,8 +74,8 @@ class Video:
         return len(self.frames)
 
     def clip(self, number, padded):
-        """What an encoder sees of a frame: [1, 3, 3, H, W], the one before, itself and the one after."""
-        clip = to_clip(self.frames[np.arange(number - 1, number + 2).clip(0, len(self) - 1)])
+        """What an encoder sees of a frame: [1, 3, 3, H, W] in [0, 1], the one before, itself and the one after."""
+        clip = to_clip(self.frames[np.arange(number - 1, number + 2).clip(0, len(self) - 1)]) / 2 + 0.5
         return F.pad(clip, (0, padded[1] - self.width, 0, padded[0] - self.height), "replicate")[None]
 
 
@@ -178,9 +178,8 @@ class Fit:
         """Let encoders make the codes of all frames, which is what a file has of them."""
         for i in range(len(self.video) if self.encoder else 0):
             clip = self.video.clip(i, self.plan.padded).to(self.device)
-            for codes, code in zip(self.network.encoding.stored, self.network.encoding.encode(clip)):
-                if codes is not None:
-                    codes[i] = code[0]
+            for name, code in zip(self.network.encoding.stored, self.network.encoding.encode(clip)):
+                getattr(self.network.encoding, name)[i] = code[0]
 
     def measure(self, most=16):
         """A point of the curve: PSNR after quantization, over up to so many frames, outside the training's seconds."""
@@ -249,9 +248,8 @@ def fit(source, config):
         for one in fits:
             one.load_state_dict(state["fits"][one.name])
     for one in fits:
-        total = sum(x.numel() for x in one.network.stored().values())
-        going = f"; going on after step {one.steps}" if one.steps else ""
-        print(f"{one.name}: {total:,} parameters, strides {one.plan.strides}, channels {one.plan.channels}{going}")
+        size, going = methods.count(one.method, one.plan), f"; going on after step {one.steps}" if one.steps else ""
+        print(f"{one.name}: {size:,} parameters, strides {one.plan.strides}, channels {one.plan.channels}{going}")
 
     def save():
         checkpoints.save(run / "state.pt", False, stage="fit", about=about, fits={one.name: one.state_dict() for one in fits})
@@ -285,8 +283,10 @@ def fit(source, config):
             writer = csv.DictWriter(f, list(lines[0]))
             writer.writeheader()
             writer.writerows(lines)
-    lines = {one.name: [point[1:] for point in one.curve] for one in fits}
-    plot.families(run / "curves.png", [("seconds of training", "PSNR after quantization, dB", lines)])
+    panels = []
+    for k, what in ((1, "seconds of training"), (0, "steps of training")):
+        panels.append((what, "PSNR after quantization, dB", {one.name: [(p[k], p[2]) for p in one.curve] for one in fits}))
+    plot.families(run / "curves.png", panels)
     print(f"\ncurves are in {run}")
 
 

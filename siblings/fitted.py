@@ -84,7 +84,7 @@ class FittedVideo:
             plan = Plan(self.frames, self.height, self.width, steps, channels)
             good = good and self.width * self.height <= PIXELS and math.prod(plan.padded) <= 16 * PIXELS
             # Counted before anything of that size is allocated; a parameter takes at least this much of a file.
-            self.parameters = methods.count(METHODS[self.method], plan) if good else 0
+            self.parameters = methods.count(METHODS[self.method], plan, codes=True) if good else 0
         except (KeyError, TypeError, ValueError, RuntimeError):
             good = False
         if not good or self.parameters > min(MOST, 2**14 * reader.length):

@@ -2,9 +2,9 @@
 
 python -m studies.fit --video bunny.mp4 --resize 160x320 --frames 0:132          ten minutes a method, three seeds
 python -m studies.fit --video bunny.mp4 --resize 160x320 --minutes 3 --seeds 1 --methods ffnerv rnerv --rd rnerv
+python -m studies.fit parity --peers DIR                                         our methods beside the published code
 
-A seed is one run of siblings.fit with all methods in turns, step by step. It is resumed where it stopped, and a seed that is
-done is not done again. "HTD" is the paper that siblings/fit.py is after.
+A seed is one run of siblings.fit, resumed where it stopped and not done again. "HTD" is the paper in siblings/fit.py's head.
 """
 
 import csv
@@ -23,19 +23,20 @@ from common.utils import UserError, option
 from siblings import fit, rd, rivals
 from siblings.fitted import FittedVideo, decoded
 from siblings.methods import METHODS
+from studies import fit_parity
 
 TIMES = {"1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2, "end": 1.0}  # of the training, at which PSNR is in the table
 # What HTD says -> (method, those it is better than, when); "all" is every other method of the paper. Its times are those of 20
-# epochs of NeRV (short), 300 of NeRV (medium) and 300 of HiNeRV (long); minutes of a CPU are a part of the first.
+# epochs of NeRV, 300 of NeRV and 300 of HiNeRV; minutes of a CPU are a part of the first.
 CLAIMS = {
     "RNeRV is best early": ("rnerv", "all", "1/8"),
     "RNeRV is best in the middle": ("rnerv", "all", "1/2"),
     "HiNeRV is best at the end": ("hinerv", "all", "end"),
     "HiNeRV is behind RNeRV early": ("rnerv", ["hinerv"], "1/8"),
     "flow costs more than it gives": ("ffnerv-flowless", ["ffnerv"], "end"),
-    "parameters toward later layers help": ("rnerv", ["rnerv-steep"], "end"),
+    "parameters toward later layers help": ("rnerv-text", ["rnerv-steep"], "end"),
 }
-OURS = ("rnerv+", "ffnerv-flowless", "rnerv-steep")  # rows that are not a method of the paper
+OURS = ("rnerv-text", "rnerv+", "ffnerv-flowless", "rnerv-steep")  # rows that are not a method of the paper
 
 
 @dataclass
@@ -52,48 +53,44 @@ class Config:
     out_dir: str = option("output", "out/fit", "a directory for each seed, curves.png and the files go here")
 
 
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def run(config, seed):
-    """Fit all methods with one seed, or take what is there -> ({method: report}, {method: [(seconds, PSNR), …]})."""
-    directory = Path(config.out_dir) / f"seed{seed}"
+    """Fit all methods with one seed, or take what is there -> ({method: report}, {method: [(seconds, PSNR, steps), …]})."""
+    directory = Path(config.out_dir).resolve() / f"seed{seed}"
 
     def reports():
-        with open(directory / "report.csv", newline="") as file:
-            return {row["method"]: row for row in csv.DictReader(file)}
+        rows = rows_of(directory / "report.csv") if (directory / "report.csv").is_file() else []
+        done = all(float(row["seconds"]) > 0.98 * 60 * config.minutes for row in rows)  # Ctrl-C has a report too
+        return {row["method"]: row for row in rows if done}
 
-    def done():  # Ctrl-C has a report too
-        there = (directory / "report.csv").is_file()
-        return there and all(float(row["seconds"]) > 0.98 * 60 * config.minutes for row in reports().values())
-
-    if not done():
-        options = {"method": ",".join(config.methods), "size": config.size, "bits": config.bits, "minutes": config.minutes}
-        options |= {"resize": config.resize, "frames": config.frames, "seed": seed}
-        options |= {"run-dir": directory.resolve(), "out": directory.resolve() / "video.nerv"}
-        command = [sys.executable, "-m", "siblings.fit", Path(config.video).resolve(), "--resume"]
+    if not reports():
+        options = {name: getattr(config, name) for name in ("size", "bits", "minutes", "resize", "frames")} | {"seed": seed}
+        options |= {"method": ",".join(config.methods), "run-dir": directory, "out": directory / "video.nerv"}
+        command = [sys.executable, "-m", "siblings.fit", str(Path(config.video).resolve()), "--resume"]
         command += [f"--{name}={value}" for name, value in options.items()]
-        ended = subprocess.run(list(map(str, command)), cwd=Path(__file__).parent.parent)
-        if ended.returncode or not done():
-            raise UserError(f"seed {seed} was interrupted: start again to go on")
-    found = reports()
+        subprocess.run(command, cwd=Path(__file__).parent.parent)
+    if not (found := reports()):
+        raise UserError(f"seed {seed} was interrupted: start again to go on")
     if missing := [name for name in config.methods if name not in found]:
         raise UserError(f"{directory} is of other methods, without {missing[0]}: use another --out-dir")
     curves = {name: [] for name in found}
-    with open(directory / "curves.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            curves[row["method"]].append((float(row["seconds"]), float(row["PSNR"])))
+    for row in rows_of(directory / "curves.csv"):
+        curves[row["method"]].append((float(row["seconds"]), float(row["PSNR"]), int(row["steps"])))
     return found, curves
 
 
 def at(curve, seconds):
-    """The last PSNR of a curve [(seconds, PSNR), …] up to that time and 2 % more, for a point comes a step late; or NaN."""
-    return ([np.nan] + [quality for when, quality in curve if when <= 1.02 * seconds])[-1]
+    """The last PSNR of a curve [(seconds, PSNR, …), …] up to that time and 2 % more, for a point comes a step late; or NaN."""
+    return ([np.nan] + [quality for when, quality, *_ in curve if when <= 1.02 * seconds])[-1]
 
 
 def verdict(ours, others):
-    """Is a method better, by PSNR of each seed, ours [S] and {other: [S]}? (margin in dB, spread, "yes | no | not separated").
-
-    The margin is to the best other by its mean over seeds; the spread is the range of that difference over seeds. One seed has
-    none, and separates nothing.
-    """
+    """Is a method better, by PSNR of each seed, ours [S], {other: [S]}? (margin in dB to the best other by its mean, the range of
+    that difference over seeds, "yes | no | not separated"); one seed separates nothing."""
     gap = np.subtract(ours, max(others.values(), key=np.mean))
     margin, spread = gap.mean(), np.ptp(gap) if len(gap) > 1 else np.inf
     return margin, spread, "not separated" if abs(margin) <= spread else "yes" if margin > 0 else "no"
@@ -118,12 +115,12 @@ def rate_and_distortion(config, v):
 
 
 def main():
+    if sys.argv[1:2] == ["parity"]:
+        return fit_parity.compare(utils.parse_options(fit_parity.Config, fit_parity.__doc__, argv=sys.argv[2:]))
     config = utils.parse_options(Config, __doc__)
-    if wrong := [name for name in config.rd if name not in config.methods]:
-        raise UserError(f"--rd {wrong[0]}: it is none of --methods")
+    if not config.video or set(config.rd) - set(config.methods):
+        raise UserError("name a video with --video, and with --rd only what is in --methods")
     utils.check_positive(config, "seeds", "minutes")
-    if not config.video:
-        raise UserError("name a video with --video")
     v = fit.Video(config.video, fit.Config(resize=config.resize, frames=config.frames))
     runs, whole = [run(config, seed) for seed in range(config.seeds)], 60 * config.minutes
     rows, found = [], {}
@@ -144,10 +141,11 @@ def main():
             rows.append([claim, when, f"{margin:+.2f}", f"{wide:.2f}", said])
     print()
     table(["claim", "at", "margin in dB", "spread", "verdict"], rows)
-    marks = [whole * share for share in (*fit.MARKS, 1.0)]
-    lines = {name: [(s, np.mean([at(curves[name], s) for _, curves in runs])) for s in marks] for name in config.methods}
-    lines = {name: [point for point in points if np.isfinite(point[1])] for name, points in lines.items()}
-    plot.families(f"{config.out_dir}/curves.png", [("seconds of training", "PSNR after quantization, dB", lines)])
+    panels = []
+    for k, what in ((0, "seconds of training"), (2, "steps of training")):
+        lines = {name: [(point[k], point[1]) for point in runs[0][1][name]] for name in config.methods}
+        panels.append((what, "PSNR after quantization, dB, seed 0", lines))
+    plot.families(f"{config.out_dir}/curves.png", panels)
     if config.rd:
         rate_and_distortion(config, v)
 
