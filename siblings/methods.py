@@ -163,10 +163,9 @@ def strides(height, width, rows, levels):
 
 
 def plan(method, size, frames, height, width):
-    """The Plan with about `size` parameters: C0 first, then one or two layers by a step each until it is within half a percent.
-
-    Where no step comes nearer (very small networks) it stays. ValueError where even the narrowest network is much larger.
-    """
+    """The Plan with about `size` parameters: C0 first, then steps of single layers until it is within half a percent, or of two
+    until it is within one. Where no step comes nearer (very small networks) it stays. ValueError where the narrowest network is
+    much larger."""
     steps = strides(height, width, method.grid, method.levels)
     reduction, least = (x[size > 2.12e6] if isinstance(x, tuple) else x for x in (method.reduction, method.least))
     units = [2 if method.multiple > 1 else 1, *(method.multiple for _ in steps)]
@@ -188,7 +187,7 @@ def plan(method, size, frames, height, width):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if off(channels(middle)) < 0 else (low, middle)
     base, together = channels(low), 1  # layers that move at once
-    while abs(off(base)) > 0.005 and together < 3:
+    while abs(off(base)) > 0.005 * together and together < 3:
         moves = [m for m in itertools.product((-1, 0, 1), repeat=len(base)) if 0 < sum(map(abs, m)) <= together]
         moved = [[c + sign * unit for c, sign, unit in zip(base, move, units)] for move in moves]
         nearest = min((m for m in moved if min(m) > 0), key=lambda m: abs(off(m)))

@@ -54,8 +54,7 @@ class Config:
 
 
 def rows_of(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(path.read_text().splitlines()))
 
 
 def run(config, seed):
@@ -89,8 +88,8 @@ def at(curve, seconds):
 
 
 def verdict(ours, others):
-    """Is a method better, by PSNR of each seed, ours [S], {other: [S]}? (margin in dB to the best other by its mean, the range of
-    that difference over seeds, "yes | no | not separated"); one seed separates nothing."""
+    """Is a method better, by PSNR of each seed, ours [S], {other: [S]}? (margin in dB to the best other by its mean, its range
+    over seeds, "yes | no | not separated"); one seed separates nothing."""
     gap = np.subtract(ours, max(others.values(), key=np.mean))
     margin, spread = gap.mean(), np.ptp(gap) if len(gap) > 1 else np.inf
     return margin, spread, "not separated" if abs(margin) <= spread else "yes" if margin > 0 else "no"
@@ -132,7 +131,6 @@ def main():
         rows.append([name, runs[0][0][name]["parameters"], f"{size:,.0f}", f"{steps:,.0f}", *shown])
     print(f"PSNR in dB, mean of {config.seeds} seeds (least to most); at the end, of the files\n")
     table(["method", "parameters", "bytes", "steps", *TIMES], rows)
-
     rows = []
     for claim, (name, others, when) in CLAIMS.items():
         others = [m for m in config.methods if m not in (name, *OURS)] if others == "all" else others
@@ -141,10 +139,8 @@ def main():
             rows.append([claim, when, f"{margin:+.2f}", f"{wide:.2f}", said])
     print()
     table(["claim", "at", "margin in dB", "spread", "verdict"], rows)
-    panels = []
-    for k, what in ((0, "seconds of training"), (2, "steps of training")):
-        lines = {name: [(point[k], point[1]) for point in runs[0][1][name]] for name in config.methods}
-        panels.append((what, "PSNR after quantization, dB, seed 0", lines))
+    lines = ({name: [(p[k], p[1]) for p in runs[0][1][name]] for name in config.methods} for k in (0, 2))
+    panels = [(what, "PSNR after quantization, dB, seed 0", x) for what, x in zip(("seconds of training", "steps"), lines)]
     plot.families(f"{config.out_dir}/curves.png", panels)
     if config.rd:
         rate_and_distortion(config, v)

@@ -7,7 +7,6 @@ time are ours in both: theirs are of float32, in which the highest frequencies a
 import argparse
 import functools
 import importlib
-import logging
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -97,7 +96,7 @@ def hinerv(load, plan):
     models.set_args(parser)
     words = (Path(models.__file__).parents[1] / "cfgs/models/bunny-hinerv-xs_1280x720.txt").read_text().split()
     size = {"video_size": (T, *plan.padded), "patch_size": (1, *plan.padded), "idx_max": (T, 1, 1)}
-    net = models.build_model(parser.parse_args(words[2:]), logging.getLogger(), size).eval()
+    net = models.build_model(parser.parse_args(words[2:]), MagicMock(), size).eval()
     net.grids = nn.ParameterList(x.weight.unflatten(0, (-1, *plan.grid)).permute(0, 3, 1, 2) for x in net.encoding.grids)
     pairs = ["encoding: grids, stem: decoder.stem, head: decoder.head"]
     for i, (b, block) in enumerate((f"decoder.blocks.{i}", block) for i, block in enumerate(net.decoder.blocks)):
