@@ -22,6 +22,7 @@ import codec  # noqa: E402
 import data  # noqa: E402
 import demo  # noqa: E402
 import dit  # noqa: E402
+import fit  # noqa: E402
 import sample  # noqa: E402
 import vae  # noqa: E402
 import vin  # noqa: E402
@@ -43,7 +44,7 @@ def script(name, *args, cwd, **kw):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **kw)
 
 
-PROGRAMS = {f"{module.__name__}.py": module for module in (vae, dit, vin, sample, demo, codec)}
+PROGRAMS = {f"{module.__name__}.py": module for module in (vae, dit, vin, sample, demo, codec, fit)}
 
 
 @pytest.fixture

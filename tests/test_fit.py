@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from common import utils, video
+from common.video import write_frames
 from siblings import components as parts
 from siblings import container, fit, fitted, methods, xinc
 from siblings.components import Plan
-from siblings.frames import read_video, write_frames
+from siblings.frames import read_video
 from siblings.methods import METHODS, Network
 
 CURVES = fit.plot.families

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from common.utils import UserError
-from siblings.frames import write_frames
+from common.video import write_frames
 from studies import fit as study
 from tests.test_fit import moving_frames
 
