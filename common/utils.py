@@ -95,7 +95,7 @@ def parse_options(cls, description, presets=None, argv=None):
 
     presets(argparse.Namespace) -> {name: value} changes defaults by the options that are given (--preset and --dataset, say).
     """
-    parser = Parser(description=description, formatter_class=HelpFormatter, add_help=False)
+    parser = Parser(description=description, formatter_class=HelpFormatter, add_help=False, allow_abbrev=False)
     groups = {}
     for f in dataclasses.fields(cls):
         kw = dict(f.metadata)
