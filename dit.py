@@ -9,13 +9,9 @@ python dit.py --ckpt vae.pt
 
 import copy
 import dataclasses
-import json
 import math
-import time
-import zlib
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -114,29 +110,6 @@ class DiT(nn.Module):
         return self.out(modulate(self.norm(x), shift, scale))
 
 
-class LatentScale(nn.Module):
-    """Tokens <-> latents of unit deviation, by one number (Rombach et al. 2022). extras.components has another such map."""
-
-    def __init__(self, token_shape):
-        super().__init__()
-        self.shape = tuple(token_shape)  # N and d of the latents
-        self.register_buffer("scale", torch.ones(()))
-
-    def fit(self, mean, deviation):
-        """Posterior means and deviations of many videos, both [videos, N, d]: draws from them get unit deviation."""
-        self.scale.copy_((mean.float().var() + deviation.float().square().mean()).rsqrt())
-
-    def forward(self, tokens):
-        return self.scale * tokens
-
-    def spread(self, deviation):
-        """Standard deviations of tokens -> those of latents."""
-        return self.scale * deviation
-
-    def inverse(self, latents):
-        return latents / self.scale
-
-
 # -------------------------------------------------------------------------------------------------------------- diffusion
 
 NUM_STEPS = 1000
@@ -182,12 +155,11 @@ def sampling_times(sampler, steps, alpha, sigma):
 
 
 @torch.no_grad()
-def generate(model, labels, steps=20, guidance=2.0, sampler="dpm", seed=None, given=None, watch=None):
+def generate(model, labels, steps=20, guidance=2.0, sampler="dpm", seed=None, given=None):
     """Latents [B, N, d] for labels [B], from noise, and from given frames' latents [B, N, d] in prediction.
 
     steps: evaluations of the model, 1 … 1000; guidance: scale of classifier-free guidance, 1 is none (Ho & Salimans 2022);
-    sampler: "dpm" (DPM-Solver++, deterministic, second order), "ddim" (deterministic, first order) or "ddpm" (ancestral);
-    watch(θ_0 as predicted) is called at each step.
+    sampler: "dpm" (DPM-Solver++, deterministic, second order), "ddim" (deterministic, first order) or "ddpm" (ancestral).
     """
     device, c = labels.device, model.config
     # Noise is drawn on the CPU, so that a seed means the same videos on every device, and from a generator of its own, so that
@@ -209,12 +181,10 @@ def generate(model, labels, steps=20, guidance=2.0, sampler="dpm", seed=None, gi
             both = model(x.repeat(2, 1, 1), timestep.repeat(2), *conditions).float()
             with_class, without = both.chunk(2)
             eps = without + guidance * (with_class - without)
-        x0 = (x - sigma[now] * eps) / alpha[now]
-        if watch:
-            watch(x0)
         if sampler == "dpm":
             # DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2) is the DDIM step with another θ_0: the line through the last two
             # predictions, taken halfway through the step in λ. The first step has one prediction only, the last has no half.
+            x0 = (x - sigma[now] * eps) / alpha[now]
             if before is not None and then > 0:
                 ratio = (lam[then] - lam[now]) / (lam[now] - lam[before])  # their 1 / r
                 halfway = x0 + ratio / 2 * (x0 - x0_before)  # their D
@@ -227,8 +197,8 @@ def generate(model, labels, steps=20, guidance=2.0, sampler="dpm", seed=None, gi
 def diffusion_loss(model, theta0, labels, given, timestep, noise, gamma, scheduled):
     """Weighted squared error of the predicted noise, mean over the batch (Eq. 2).
 
-    theta0 [B, N, d] at unit deviation; given [B, N, d] or None; timesteps [B], from 2 on if scheduled; noise [B, N, d]; gamma of
-    Min-SNR, 0 for none; scheduled: whether to add the second pass of scheduled sampling.
+    theta0 [B, N, d] at unit deviation; given [B, N, d] or None; timesteps [B], from 2 on if scheduled; noise [B, N, d]; gamma
+    of Min-SNR, 0 for none; scheduled: whether to add the second pass of scheduled sampling.
     """
     alpha, sigma = (schedule[:, None, None] for schedule in noise_schedule(theta0.device))  # [1001, 1, 1]
 
@@ -248,49 +218,10 @@ def diffusion_loss(model, theta0, labels, given, timestep, noise, gamma, schedul
     return loss
 
 
-# ---------------------------------------------------------------------------------------------------------------- latents
-
-
 def encode_given(vae, video, cond_frames):
     """Tokens [B, N, d] of clips [B, T, 3, H, W] of which only the first frames are given: the others are zero (§4.3)."""
     given = torch.arange(video.shape[1], device=video.device) < cond_frames
     return vae.encode(video * given[:, None, None, None])[0]
-
-
-@torch.no_grad()
-def encode_batch(vae, video, cond_frames):
-    """Clips [B, T, 3, H, W] -> the posterior's mean and deviation [B, 2, N, d]; [B, 3, N, d] with the given frames' tokens."""
-    mean, logvar = vae.encode(video)
-    given = [encode_given(vae, video, cond_frames)] if cond_frames else []
-    return torch.stack([mean, torch.exp(0.5 * logvar), *given], 1)
-
-
-def cached_tokens(directory, key, vae, train_set, count, cond_frames, device, rank=0, world=1, batch_size=64):
-    """encode_batch of clips 0 … count - 1 (data.Stream numbers them past len) and their labels, encoded once, kept on disk.
-
-    Returns memory-mapped (tokens [count, 2 or 3, N, d] in half precision, labels [count]). Each process encodes its share.
-    `key` names what is in the cache: one with another key is written anew, one that was interrupted goes on.
-    """
-    key_file, files = directory / "key.json", [directory / "tokens.npy", directory / "labels.npy"]
-    if rank == 0 and not (key_file.is_file() and json.loads(key_file.read_text()) == key):
-        utils.make_parent(key_file)
-        c = vae.nerv_config
-        np.lib.format.open_memmap(files[0], "w+", np.float16, (count, 3 if cond_frames else 2, c.num_tokens, c.token_dim))
-        np.lib.format.open_memmap(files[1], "w+", np.int64, (count,))[:] = -1  # not encoded yet
-        key_file.write_text(json.dumps(key))
-    utils.wait_for_all()
-    tokens, labels = (np.load(file, mmap_mode="r+") for file in files)
-    mine = [i for i in range(rank * count // world, (rank + 1) * count // world) if labels[i] < 0]
-    progress = utils.bar(total=len(mine), desc="encoding", unit="clip", disable=rank > 0 or not mine)
-    for i in range(0, len(mine), batch_size):
-        video, label = data.clips(train_set, mine[i : i + batch_size])
-        tokens[mine[i : i + batch_size]] = encode_batch(vae, video.to(device), cond_frames).half().cpu().numpy()
-        labels[mine[i : i + batch_size]] = label
-        progress.update(len(label))
-    progress.close()
-    tokens.flush(), labels.flush()
-    utils.wait_for_all()
-    return tuple(torch.from_numpy(np.load(file, mmap_mode="c")) for file in files)
 
 
 def load_dit(ckpt, denoiser=DiT, load_vae=stage1.load_vae):
@@ -301,7 +232,7 @@ def load_dit(ckpt, denoiser=DiT, load_vae=stage1.load_vae):
             raise ValueError(f"its denoiser is {ckpt['denoiser']!r}, not {denoiser.__name__!r}")
         model = denoiser(DiTConfig(**ckpt["dit_config"]))
         model.load_state_dict(ckpt["ema"])
-        latent_map = extras.latent_map(LatentScale, ckpt["config"]["extras"], vae.token_shape)
+        latent_map = extras.latent_map(ckpt["config"]["extras"], (vae.nerv_config.num_tokens, vae.nerv_config.token_dim))
         latent_map.load_state_dict(ckpt["latent_map"])
     return model.eval().requires_grad_(False), vae, latent_map
 
@@ -317,9 +248,7 @@ class Config:
     width: int = option("model", 1024, "of the transformer")
     depth: int = option("model", 24, "its blocks")
     heads: int = option("model", 16, "heads of its attention, which divide the width")
-    cond_frames: int = option(
-        "model", 0, "frame prediction from this many given frames (the paper: 5); 0 generates whole clips"
-    )
+    cond_frames: int = option("model", 0, "frame prediction from this many frames (the paper: 5); 0 generates whole clips")
     extras: list = option("model", [], "not the paper's: see extras/; nothing behind it is none", nargs="*", metavar="NAME")
     steps: int = option("training", 1_000_000, "optimizer steps")
     batch_size: int = option("training", 64, "clips per step, of all processes together")
@@ -356,114 +285,97 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     rows = utils.rows_per_process(config.batch_size, 1, world)
     mine = slice(rank * rows, (rank + 1) * rows)  # this process's clips in a batch
     utils.make_parent(config.out)
+    torch.manual_seed(config.seed)
     vae_ckpt = checkpoints.load(config.ckpt, "vae", "python vae.py")
-    vae_ckpt.pop("training", None)  # stage 2 uses stage 1 and does not train it
+    vae_ckpt.pop("training", None)  # stage 1 is used, and not trained
     vae, classes, stage1_hash = load_vae(vae_ckpt).to(device), vae_ckpt["classes"], utils.fingerprint(vae_ckpt["ema"])
-    T, cond_frames, nano = vae.nerv_config.num_frames, config.cond_frames, vae_ckpt["config"]["preset"] == "nano"
-    if not 0 <= cond_frames < T:
-        raise UserError(f"--cond-frames {cond_frames}: stage 1 has clips of {T} frames, use 0 … {T - 1}")
+    c, cond_frames, nano = vae.nerv_config, config.cond_frames, vae_ckpt["config"]["preset"] == "nano"
+    if not 0 <= cond_frames < c.num_frames:
+        raise UserError(f"--cond-frames {cond_frames}: stage 1 has clips of {c.num_frames} frames")
     if config.width % config.heads:
         raise UserError(f"--heads {config.heads} must divide --width {config.width}")
+
+    # All clips are encoded once. The whole set gives the map that brings tokens to unit deviation.
     source = stage1.clips_of(vae_ckpt, data_dir=config.data_dir)
     train_set = data.open_dataset(source, "train", classes)
-    torch.manual_seed(config.seed)
-
-    # All clips are encoded once; the whole set gives the map that brings tokens to unit deviation.
-    videos, log_directory = len(train_set), utils.log_directory(config.out)
+    videos, directory = len(train_set), utils.log_directory(config.out)
     count = config.num_latents or (min(max(512, 10 * videos), 4096) if nano else max(videos, min(10 * videos, 200_000)))
-    key = {name: getattr(source, name) for name in ("dataset", "stride", "flip")} | {"stage1": stage1_hash, "count": count}
-    key |= {"cond_frames": cond_frames, "videos": zlib.crc32("\n".join(map(train_set.name, range(videos))).encode())}
-    tokens, labels = cached_tokens(log_directory, key, vae, train_set, count, cond_frames, device, rank, world)
-    try:
-        latent_map = extras.latent_map(LatentScale, config.extras, vae.token_shape)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if count < math.prod(latent_map.shape) and "muon" in config.extras:
-        raise UserError(f"{math.prod(latent_map.shape)} components take as many --num-latents or more")
-    some = tokens[:: max(1, count // 16384), :2].float()
-    latent_map.to(device).fit(*some.to(device).unbind(1))
+
+    def encode(indices):
+        clips, labels = data.clips(train_set, indices)
+        (mean, logvar), given = vae.encode(clips.to(device)), []
+        if cond_frames:
+            given = [encode_given(vae, clips.to(device), cond_frames)]
+        return torch.stack([mean, torch.exp(0.5 * logvar), *given], 1), labels
+
+    key = {"stage1": stage1_hash, "data": train_set.identity(), "stride": source.stride, "flip": source.flip}
+    key, shape = key | {"cond_frames": cond_frames}, (3 if cond_frames else 2, c.num_tokens, c.token_dim)
+    tokens, labels = checkpoints.cached(directory, key, count, shape, encode, rank, world)
+    latent_map = extras.latent_map(config.extras, shape[1:]).to(device)
+    latent_map.fit(*tokens[:: max(1, count // 16384), :2].float().to(device).unbind(1))
     utils.from_first_rank(latent_map)  # rounding may turn a direction round
 
-    model = denoiser(DiTConfig(*latent_map.shape, len(classes), cond_frames, config.width, config.depth, config.heads)).to(
-        device
-    )
+    dit_config = DiTConfig(*latent_map.shape, len(classes), cond_frames, config.width, config.depth, config.heads)
+    model = denoiser(dit_config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     parts = {"model": model, "step": utils.FiniteStep(model, make_optimizer(model, muon="muon" in config.extras))}
     start = 0
     if ckpt := checkpoints.resume(config, "dit", denoiser=denoiser.__name__, stage1=stage1_hash):
-        ema.load_state_dict(ckpt["ema"])
+        start = checkpoints.restore(ckpt, parts, ema)
         latent_map.load_state_dict(ckpt["latent_map"])
-        for name, part in parts.items():
-            part.load_state_dict(ckpt["training"][name])
-        start = ckpt["step"]
     stream = data.Stream(count, config.batch_size, config.seed, start)
     log = utils.RunLog(config.out, config.steps, start, rank)
-    log.print(
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(classes)} classes, from step {start} on"
-    )
+    log.print(f"{utils.millions(model):.2f} M parameters, {count} clips of {len(classes)} classes, from step {start} on")
     if utils.wants_compile(device, config.compile):
         model.compile()
 
-    # What previews show: a sample of every class, of ten at most; in frame prediction, held-out clips and how they go on.
-    shown, real, known = torch.linspace(0, len(classes) - 1, min(10, len(classes)), device=device).round().long(), [], None
-    titles = [classes[i] for i in shown]
+    # Previews: a sample of every class, of ten at most; in frame prediction, how held-out clips go on.
+    shown, known = torch.linspace(0, len(classes) - 1, min(10, len(classes)), device=device).round().long(), None
     if cond_frames:
         real, shown = (x.to(device) for x in data.fixed_clips(data.open_dataset(source, "test", classes), 6))
-        with torch.no_grad():
-            known = latent_map(encode_given(vae, real, cond_frames))
-        titles = ["real", f"from {cond_frames} frames"] * len(real)
+        known = latent_map(encode_given(vae, real, cond_frames))
 
-    def save(step, final=False):
+    def save(step, final):
         checkpoints.save(
             config.out, final, stage="dit", step=step, config=dataclasses.asdict(config), classes=classes, vae=vae_ckpt,
-            stage1=stage1_hash, dit_config=dataclasses.asdict(model.config), denoiser=denoiser.__name__,
+            stage1=stage1_hash, dit_config=dataclasses.asdict(dit_config), denoiser=denoiser.__name__,
             latent_map=latent_map.state_dict(), ema=ema.state_dict(),
             training={name: part.state_dict() for name, part in parts.items()},
         )  # fmt: skip
         log.write()
         samples = latent_map.inverse(generate(ema, shown, seed=config.seed, given=known))
-        clips = stage1.decode(vae, samples, torch.arange(T))
-        if cond_frames:
-            clips = torch.stack([real.cpu(), clips], 1).flatten(0, 1)
-        write_sheet(log.directory / f"step{step:07d}.png", clips, titles)
+        clips = stage1.decode(vae, samples, torch.arange(c.num_frames))
+        write_sheet(log.directory / f"step{step:07d}.png", clips, [classes[i] for i in shown])
 
-    with utils.Interrupt() as interrupt:
-        for step in range(start, config.steps):
-            lr = utils.learning_rate(step, config.steps, config.lr, config.warmup)
-            # The random numbers of the whole batch, of which this process uses its rows. The coin is drawn on the CPU, so that
-            # nothing waits for a GPU, and from another seed than the noise.
-            coin = torch.rand((), generator=utils.step_generator("cpu", config.seed - 1, step)).item()
-            scheduled = coin < config.scheduled_sampling
-            random = utils.step_generator(device, config.seed, step)
-            posterior_noise = torch.randn(config.batch_size, *latent_map.shape, generator=random, device=device)
-            noise = torch.randn(config.batch_size, *latent_map.shape, generator=random, device=device)
-            first = 2 if scheduled else 1  # scheduled sampling goes one back
-            timestep = torch.randint(first, NUM_STEPS + 1, (config.batch_size,), generator=random, device=device)
-            drop = torch.rand(config.batch_size, generator=random, device=device)[mine]
+    for step in utils.training_steps(start, config, save):
+        lr = utils.learning_rate(step, config.steps, config.lr, config.warmup)
+        # The random numbers of the whole batch, of which this process uses its rows. The coin is drawn on the CPU, so that
+        # nothing waits for a GPU, and from another seed than the noise.
+        coin = torch.rand((), generator=utils.step_generator("cpu", config.seed - 1, step)).item()
+        scheduled = coin < config.scheduled_sampling
+        random = utils.step_generator(device, config.seed, step)
+        posterior_noise, noise = torch.randn(2, config.batch_size, *latent_map.shape, generator=random, device=device)
+        first = 2 if scheduled else 1  # scheduled sampling goes one back
+        timestep = torch.randint(first, NUM_STEPS + 1, (config.batch_size,), generator=random, device=device)[mine]
+        drop = torch.rand(config.batch_size, generator=random, device=device)[mine]
 
-            chosen = torch.tensor(stream.batch(step))[mine] % count
-            mean, deviation, *given = tokens[chosen].to(device, non_blocking=True).float().unbind(1)  # each [B, N, d]
-            # A draw from the posterior, of unit deviation.
-            theta0 = latent_map(mean) + latent_map.spread(deviation) * posterior_noise[mine]
-            # Classifier-free guidance needs the model without a condition; prediction, with frames of unknown class.
-            given = latent_map(given[0]) * (drop >= DROP_CONDITION)[:, None, None] if given else None
-            no_class = drop < DROP_CONDITION * (2 if cond_frames else 1)
-            label = torch.where(no_class, len(classes), labels[chosen].to(device))
-            with utils.autocast(device, config.bf16):
-                loss = diffusion_loss(model, theta0, label, given, timestep[mine], noise[mine], config.min_snr_gamma, scheduled)
-            loss.backward()
-            log.add(loss=loss / 2 if scheduled else loss)
+        chosen = torch.tensor(stream.batch(step)[mine]) % count
+        mean, deviation, *given = tokens[chosen].to(device).float().unbind(1)  # each [B, N, d]
+        theta0 = latent_map(mean) + latent_map.spread(deviation) * posterior_noise[mine]  # a draw from the posterior
+        # Classifier-free guidance needs the model without a condition; prediction, with frames of unknown class.
+        given = latent_map(given[0]) * (drop >= DROP_CONDITION)[:, None, None] if given else None
+        no_class = drop < DROP_CONDITION * (2 if cond_frames else 1)
+        label = torch.where(no_class, len(classes), labels[chosen].to(device))
+        with utils.autocast(device, config.bf16):
+            loss = diffusion_loss(model, theta0, label, given, timestep, noise[mine], config.min_snr_gamma, scheduled)
+        loss.backward()
+        log.add(loss=loss / 2 if scheduled else loss)
 
-            parts["step"](loss, lr)
-            utils.update_ema(ema, model, 0.99 if nano else 0.9999, step)
-            if log.step(step):
-                parts["step"].check(step)
-            stop, done = interrupt.stop(), step + 1
-            if rank == 0 and (stop or done == config.steps or done % config.save_every == 0):
-                save(done, final=stop or done == config.steps)
-            if stop:
-                break
-    log.print(f"wrote {config.out}, {time.time() - log.start:.0f} s; losses and sheets are in {log.directory}")
+        parts["step"](loss, lr)
+        utils.update_ema(ema, model, 0.99 if nano else 0.9999, step)
+        if log.step(step):
+            parts["step"].check(step)
+    log.print(f"wrote {config.out}; losses and sheets are in {log.directory}; {utils.peak_memory(device):.2f} GiB at most")
     log.close()
 
 

@@ -11,13 +11,11 @@ python vae.py --dataset folder --data-dir PATH --preset nano --resolution 64
 
 import copy
 import dataclasses
-import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 import data
 import extras
@@ -52,19 +50,16 @@ ENCODERS["nano"] = EncoderConfig(width=128, depth=3, heads=4, patch=(4, 8, 8))
 class Attention(nn.Module):
     """Multi-head self-attention: [B, L, width] -> [B, L, width].
 
-    qk_gain > 0 normalizes queries and keys (Dehghani et al. 2023) and starts both at that scale (not in the paper). Attention
-    starts out sharp, so that queries differ in where they look from the first step on.
+    qk_gain > 0 normalizes queries and keys (Dehghani et al. 2023; not in the paper), so that attention starts out sharp.
     """
 
     def __init__(self, width, heads, qk_gain=0.0):
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.q_norm = nn.LayerNorm(width // heads, bias=False) if qk_gain else nn.Identity()
-        self.k_norm = nn.LayerNorm(width // heads, bias=False) if qk_gain else nn.Identity()
-        for parameter in [*self.q_norm.parameters(), *self.k_norm.parameters()]:
-            nn.init.constant_(parameter, qk_gain)
+        self.heads, self.qkv, self.out = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.q_norm = self.k_norm = nn.Identity()
+        if qk_gain:
+            self.q_norm, self.k_norm = (nn.LayerNorm(width // heads, bias=False) for _ in range(2))
+            nn.init.constant_(self.q_norm.weight, qk_gain), nn.init.constant_(self.k_norm.weight, qk_gain)
 
     def forward(self, x, last=0):
         """last: outputs of the last `last` tokens only, which still attend to all; 0 is all, as x[:, -0:] is x."""
@@ -79,37 +74,12 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads, qk_gain=2.0)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm1, self.attention, self.norm2 = nn.LayerNorm(width), Attention(width, heads, qk_gain=2.0), nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x, last=0):
         x = x[:, -last:] + self.attention(self.norm1(x), last)
         return x + self.mlp(self.norm2(x))
-
-
-class BatchNorm(nn.Module):
-    """Batch norm of [B, features] whose statistics are over the clips of all processes, on CPUs as on GPUs."""
-
-    def __init__(self, features, momentum=0.1, eps=1e-5):
-        super().__init__()
-        self.momentum, self.eps = momentum, eps
-        self.weight, self.bias = nn.Parameter(torch.ones(features)), nn.Parameter(torch.zeros(features))
-        self.register_buffer("running_mean", torch.zeros(features))
-        self.register_buffer("running_var", torch.ones(features))
-
-    def statistics(self, x):
-        """Mean and variance of a batch x [B, features], toward which the running ones move."""
-        mean = utils.average_over_ranks(x.mean(0))
-        var = utils.average_over_ranks((x - mean).square().mean(0))
-        with torch.no_grad():
-            for running, now in ((self.running_mean, mean), (self.running_var, var)):
-                running.lerp_(torch.where(now.isfinite(), now, running), self.momentum)  # a step that is skipped is not finite
-        return mean, var
-
-    def forward(self, x):
-        mean, var = self.statistics(x.float()) if self.training else (self.running_mean, self.running_var)
-        return (x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
 
 
 class ViT(nn.Module):
@@ -118,20 +88,17 @@ class ViT(nn.Module):
     def __init__(self, config, nerv_config):
         super().__init__()
         self.patch, self.num_tokens, self.recompute = config.patch, nerv_config.num_tokens, config.recompute
-        pt, ph, pw = config.patch
-        size = nerv_config.resolution
-        for name, length, step in (("num_frames", nerv_config.num_frames, pt), ("resolution", size, ph)):
-            if length % step:
-                raise ValueError(f"{name} {length} does not divide into patches of {step}: use a multiple of {step}")
+        (pt, ph, pw), size = config.patch, nerv_config.resolution
+        if nerv_config.num_frames % pt or size % ph:
+            raise ValueError(f"num_frames must be a multiple of {pt}, and resolution of {ph}")
         grid = (nerv_config.num_frames // pt, size // ph, size // pw)
         self.embed = nn.Linear(3 * pt * ph * pw, config.width)
-        # Positions start at the scale of the patch embeddings, and queries small: attention sees both normalized.
         self.position = nn.Parameter(grid_position(grid, config.width))
         self.query = nn.Parameter(torch.randn(nerv_config.num_tokens, config.width) * 0.02)
         self.blocks = nn.ModuleList(EncoderBlock(config.width, config.heads) for _ in range(config.depth))
         # "Batch normalized along the token embedding dimension" (§3.1), each token by itself: at the start most of the variance
-        # is between tokens, and statistics pooled over them would leave little of what differs between videos.
-        self.norm = BatchNorm(nerv_config.num_tokens * config.width)
+        # is between tokens, not between videos.
+        self.norm = utils.BatchNorm(nerv_config.num_tokens * config.width)
 
     def forward(self, video):
         """video [B, T, 3, H, W] in [-1, 1] -> the queries' outputs, batch normalized: [B, N, width]."""
@@ -141,7 +108,11 @@ class ViT(nn.Module):
         x = self.embed(x) + self.position
         x = torch.cat([x, self.query.expand(len(x), -1, -1)], 1)
         for block in self.blocks[:-1]:
-            x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
+            x = (
+                torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+                if self.recompute and self.training
+                else block(x)
+            )
         x = self.blocks[-1](x, last=self.num_tokens)  # what the patches would become is not used
         return self.norm(x.flatten(1)).unflatten(1, (self.num_tokens, -1))
 
@@ -164,9 +135,8 @@ class Encoder(ViT):
 def grid_position(grid, width):
     """Fixed-frequency position embeddings to start from: [t * h * w, width], a third of the width for each axis."""
     dim = width // 6 * 2
-    axes = [nerv.sinusoid(torch.arange(n, dtype=torch.float32), dim, n) for n in grid]  # each [n, dim]
-    t, h, w = axes[0][:, None, None], axes[1][None, :, None], axes[2][None, None, :]
-    code = torch.cat([axis.expand(*grid, dim) for axis in (t, h, w)], -1)
+    t, h, w = (nerv.sinusoid(torch.arange(n, dtype=torch.float32), dim, n) for n in grid)  # each [n, dim]
+    code = torch.cat([axis.expand(*grid, dim) for axis in (t[:, None, None], h[:, None], w)], -1)
     return F.pad(code, (0, width - 3 * dim)).flatten(0, 2)
 
 
@@ -176,12 +146,7 @@ class VAE(nn.Module):
     def __init__(self, nerv_config, encoder_config, decoder=nerv.NeRV):
         super().__init__()
         self.nerv_config, self.encoder_config = nerv_config, encoder_config
-        self.encoder = Encoder(encoder_config, nerv_config)
-        self.nerv = decoder(nerv_config)
-
-    @property
-    def token_shape(self):
-        return self.nerv_config.num_tokens, self.nerv_config.token_dim
+        self.encoder, self.nerv = Encoder(encoder_config, nerv_config), decoder(nerv_config)
 
     def encode(self, video):
         """video [B, T, 3, H, W] in [-1, 1] -> mean, logvar of the tokens' posterior, each [B, N, d]."""
@@ -278,24 +243,21 @@ def preset_defaults(args):
     name = args.preset or ("nano" if args.dataset in data.DRAWN else "S")
     defaults = {k: getattr(nerv.CONFIGS[name], k) for k in SIZES} | {"preset": name} | data.DEFAULTS.get(args.dataset, {})
     if name == "nano":  # small enough for two CPU cores, and nothing to download
-        defaults.update(steps=2000, batch_size=16, decode_frames=2, lr=1.5e-3, warmup=50, kl_weight=1e-6)
-        defaults.update(lpips="none", lpips_weight=0.05, gan_weight=0.0)
-        defaults["extras"] = ["mixing=8", "renorm=0.3", "muon", "edges"] + ["filter"] * (args.dataset in data.SHAPES)
+        small = dict(steps=2000, batch_size=16, decode_frames=2, lr=1.5e-3, warmup=50, kl_weight=1e-6, lpips="none")
+        more = ["mixing=8", "renorm=0.3", "muon", "edges"] + ["filter"] * (args.dataset in data.SHAPES)
+        defaults |= small | dict(lpips_weight=0.05, gan_weight=0.0, extras=more)
     return defaults
 
 
 def networks(config, decoder, device):
     """The VAE of the settings, and its critics: the discriminator and LPIPS, or None for what is not asked for."""
-    nano = config.preset == "nano"
     try:
         nerv_config = dataclasses.replace(nerv.CONFIGS[config.preset], **{k: getattr(config, k) for k in SIZES})
         encoder_config = dataclasses.replace(ENCODERS[config.preset], recompute=config.recompute)
         vae = extras.build_vae(VAE, nerv_config, encoder_config, decoder, config.extras, config.steps * config.accumulate)
     except ValueError as error:
         raise UserError(str(error)) from None
-    discriminator = losses.Discriminator(8 if nano else 64).to(device) if config.gan_weight else None
-    if discriminator and config.resolution < discriminator.smallest:
-        raise UserError(f"--gan-weight {config.gan_weight} takes --resolution {discriminator.smallest} or more")
+    discriminator = losses.Discriminator(8 if config.preset == "nano" else 64).to(device) if config.gan_weight else None
     return vae.to(device), discriminator, losses.LPIPS(config.lpips).to(device) if config.lpips != "none" else None
 
 
@@ -304,8 +266,6 @@ def main(argv=None, decoder=nerv.NeRV):
     utils.check_positive(config, "steps", "batch_size", "accumulate", "decode_frames", "stride", "save_every", *SIZES)
     device, rank, world = utils.start_processes(config.device)
     rows = utils.rows_per_process(config.batch_size, config.accumulate, world)  # clips that this process takes at a time
-    if rows * world < 2:
-        raise UserError("batch norm takes two clips or more at a time: use a larger --batch-size")
     utils.make_parent(config.out)
     torch.manual_seed(config.seed)
     vae, discriminator, perceptual = networks(config, decoder, device)
@@ -314,24 +274,17 @@ def main(argv=None, decoder=nerv.NeRV):
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
     parts = {"model": vae, "step": utils.FiniteStep(vae, make_optimizer(vae, muon="muon" in config.extras))}
     if discriminator:
-        parts |= {"discriminator": discriminator}
-        parts |= {"disc_step": utils.FiniteStep(discriminator, make_optimizer(discriminator))}
+        parts |= {"discriminator": discriminator, "disc_step": utils.FiniteStep(discriminator, make_optimizer(discriminator))}
     start = 0
     if ckpt := checkpoints.resume(config, "vae", decoder=decoder.__name__):
-        ema.load_state_dict(ckpt["ema"])
-        for name, part in parts.items():
-            part.load_state_dict(ckpt["training"][name])
-        start = ckpt["step"]
+        start = checkpoints.restore(ckpt, parts, ema)
     else:
         extras.start(vae, ema, data.endless(train_set, data.Stream(len(train_set), 4, config.seed)), config.seed)
     stream = data.Stream(len(train_set), config.batch_size, config.seed, start, config.accumulate, rank, world)
     batches = data.endless(train_set, stream, device)
     log = utils.RunLog(config.out, config.steps, start, rank)
-    log.print(
-        f"{len(train_set)} clips of {len(train_set.classes)} classes; encoder "
-        f"{sum(p.numel() for p in vae.encoder.parameters()) / 1e6:.2f} M parameters, kernels of one video "
-        f"{vae.nerv.num_kernel_weights() / 1e6:.2f} M, tokens {config.num_tokens} x {config.token_dim}, from step {start} on"
-    )
+    encoder_size, kernels = utils.millions(vae.encoder), vae.nerv.num_kernel_weights() / 1e6
+    log.print(f"{len(train_set)} clips, encoder {encoder_size:.2f} M, kernels of a video {kernels:.2f} M, from step {start} on")
     if utils.wants_compile(device, config.compile):
         for network in filter(None, (vae.encoder, vae.nerv, perceptual)):  # R1 differentiates the discriminator twice
             network.compile()
@@ -346,67 +299,55 @@ def main(argv=None, decoder=nerv.NeRV):
         with utils.autocast(device, config.bf16):
             reconstructions = reconstruct(ema, held_out, device)
         few = data.spread(held_out, 6)
-        pairs = [clip for pair in zip(held_out[few], reconstructions[few]) for clip in pair]
+        pairs = torch.stack([held_out[few], reconstructions[few]], 1).flatten(0, 1)
         write_sheet(log.directory / f"step{step:07d}.png", pairs, ["real", "reconstructed"] * len(few))
-        log.print(f"step {step}, {time.time() - log.start:.0f} s: held-out PSNR {psnr(held_out, reconstructions):.2f} dB")
+        log.print(f"step {step}: held-out PSNR {psnr(held_out, reconstructions):.2f} dB")
 
     T, count, gan_start = config.num_frames, min(config.decode_frames, config.num_frames), min(20_000, config.steps // 2)
-    gan_warmup = min(1000, config.steps // 20)  # steps in which the discriminator learns and its gradient is not used yet
-    with utils.Interrupt() as interrupt:
-        for step in range(start, config.steps):
-            lr = utils.learning_rate(step, config.steps, config.lr, config.warmup)
-            # The random numbers of the whole batch, of which this process uses its rows.
-            random = utils.step_generator(device, config.seed, step)
-            noise = torch.randn(config.batch_size, config.num_tokens, config.token_dim, generator=random, device=device)
-            # Frames are independent given the weights, so a step may decode any subset of them: here at random, or neighbours,
-            # in which the discriminator can see motion.
-            adversarial = discriminator is not None and step >= gan_start
-            if adversarial:
-                t = torch.randint(T - count + 1, (1,), generator=random, device=device) + torch.arange(count, device=device)
-            else:
-                t = torch.randperm(T, generator=random, device=device)[:count].sort().values
-            update, turn_of_disc = adversarial and (step - gan_start) % GAN_EVERY == 0, (step - gan_start) // GAN_EVERY
+    for step in utils.training_steps(start, config, save):
+        lr = utils.learning_rate(step, config.steps, config.lr, config.warmup)
+        # The random numbers of the whole batch, of which this process uses its rows.
+        random = utils.step_generator(device, config.seed, step)
+        noise = torch.randn(config.batch_size, config.num_tokens, config.token_dim, generator=random, device=device)
+        # Frames are independent given the weights: any few of them will do. The discriminator needs neighbours, for motion.
+        adversarial = discriminator is not None and step >= gan_start
+        t = torch.randperm(T, generator=random, device=device)[:count].sort().values
+        if adversarial:
+            t = torch.randint(T - count + 1, (1,), generator=random, device=device) + torch.arange(count, device=device)
+        update = adversarial and (step - gan_start) % GAN_EVERY == 0  # of the discriminator
+        lazy = (step - gan_start) % (GAN_EVERY * R1_EVERY) == 0  # R1 is taken now and then, and weighs as much more
 
-            for turn in range(config.accumulate):
-                place = (turn * world + rank) * rows  # of this process's clips in the batch
-                video = to_clip(next(batches)[0].to(device, non_blocking=True))  # uint8 [B, T, H, W, 3] -> [B, T, 3, H, W]
-                with utils.autocast(device, config.bf16):
-                    mean, logvar = vae.encode(video)
-                    tokens = mean + torch.exp(0.5 * logvar) * noise[place : place + rows]
-                    frames, real = vae.decode(tokens, t), video[:, t]
-                    # Eq. 1. The KL is summed over a video's N × d numbers.
-                    l2 = (frames.float() - real).square().mean()
-                    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2)).mean()
-                    loss, terms = l2 + config.kl_weight * kl, {"l2": l2, "kl": kl}
-                    if perceptual:
-                        terms["lpips"] = perceptual(losses.at_least_64(frames), losses.at_least_64(real))
-                        loss = loss + config.lpips_weight * terms["lpips"]
-                    if adversarial and step >= gan_start + gan_warmup:
-                        discriminator.requires_grad_(False)
-                        terms["gan"] = losses.generator_loss(discriminator, frames)
-                        loss = loss + config.gan_weight * terms["gan"]
-                (loss / config.accumulate).backward()
-                log.add(loss=loss, **terms)
-                if update:
-                    discriminator.requires_grad_(True)
-                    r1_weight = R1_WEIGHT * R1_EVERY if turn_of_disc % R1_EVERY == 0 else 0.0
-                    with utils.autocast(device, config.bf16):
-                        disc_loss, margin = losses.discriminator_loss(discriminator, real, frames, r1_weight)
-                    (disc_loss / config.accumulate).backward()
-                    log.add(disc_loss=disc_loss, disc_margin=margin)
-
-            parts["step"](loss, lr)
-            utils.update_ema(ema, vae, 0.99 if config.preset == "nano" else 0.9995, step)
+        for turn in range(config.accumulate):
+            place = (turn * world + rank) * rows  # of this process's clips in the batch
+            video = to_clip(next(batches)[0].to(device, non_blocking=True))  # uint8 [B, T, H, W, 3] -> [B, T, 3, H, W]
+            with utils.autocast(device, config.bf16):
+                mean, logvar = vae.encode(video)
+                tokens = mean + torch.exp(0.5 * logvar) * noise[place : place + rows]
+                frames, real = vae.decode(tokens, t), video[:, t]
+                # Eq. 1. The KL is summed over a video's N × d numbers.
+                l2 = (frames.float() - real).square().mean()
+                kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2)).mean()
+                loss, terms = l2 + config.kl_weight * kl, {"l2": l2, "kl": kl}
+                if perceptual:
+                    terms["lpips"] = perceptual(losses.at_least_64(frames), losses.at_least_64(real))
+                    loss = loss + config.lpips_weight * terms["lpips"]
+                if adversarial:
+                    terms["gan"] = losses.generator_loss(discriminator, frames)
+                    loss = loss + config.gan_weight * terms["gan"]
+            (loss / config.accumulate).backward()
+            log.add(loss=loss, **terms)
             if update:
-                parts["disc_step"](disc_loss, lr * GAN_LR)
-            if log.step(step):
-                parts["step"].check(step)
-            done = step + 1
-            stop = interrupt.stop()
-            if rank == 0 and (stop or done == config.steps or done % config.save_every == 0):
-                save(done, final=stop or done == config.steps)
-            if stop:
-                break
+                with utils.autocast(device, config.bf16):
+                    disc_loss, margin = losses.discriminator_loss(discriminator, real, frames, R1_WEIGHT * R1_EVERY * lazy)
+                (disc_loss / config.accumulate).backward()
+                log.add(disc_loss=disc_loss, disc_margin=margin)
+
+        parts["step"](loss, lr)
+        utils.update_ema(ema, vae, 0.99 if config.preset == "nano" else 0.9995, step)
+        if update:
+            parts["disc_step"](disc_loss, lr * GAN_LR)
+        if log.step(step):
+            parts["step"].check(step)
     log.print(f"wrote {config.out}; losses and sheets are in {log.directory}; {utils.peak_memory(device):.2f} GiB at most")
     log.close()
 

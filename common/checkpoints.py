@@ -1,6 +1,6 @@
 """The format of all checkpoints, which lives here and nowhere else.
 
-A checkpoint is one torch.save'd dictionary of tensors, numbers and strings. It loads with weights_only=True: no code in it is executed.
+A checkpoint is one torch.save'd dictionary of tensors, numbers and strings, loaded with weights_only=True: it executes no code.
 
     format    "nerv-diffusion 6"
     stage     "vae", "dit", "vin", "codec" or "fit"
@@ -18,14 +18,16 @@ Each stage adds entries of its own: the sizes of its networks, and dit and vin a
 
 import contextlib
 import dataclasses
+import json
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.utils import UserError, git_revision, make_parent, run, whole_file
+from common.utils import UserError, bar, git_revision, make_parent, run, wait_for_all, whole_file
 
 FORMAT = "nerv-diffusion 6"
 
@@ -71,6 +73,42 @@ def resume(config, stage, **fixed):
         if ckpt[name] != value:
             raise UserError(f"{config.out} was trained with another {name}: start anew with another --out")
     return ckpt
+
+
+def restore(ckpt, parts, ema):
+    """Load what resume() gave into {name: network or optimizer} and the averaged network; returns the finished steps."""
+    ema.load_state_dict(ckpt["ema"])
+    for name, part in parts.items():
+        part.load_state_dict(ckpt["training"][name])
+    return ckpt["step"]
+
+
+def cached(directory, key, count, shape, make, rank=0, world=1, batch_size=64):
+    """make([i, …]) -> (values [n, *shape], labels [n]) of 0 … count - 1, made once and kept in a directory.
+
+    Returns memory-mapped tensors (float16 [count, *shape], int64 [count]). Each process makes its share. `key` names what is in
+    them, as JSON: a cache with another key is made anew, one that was interrupted goes on.
+    """
+    key_file, files = directory / "cache.json", [directory / "values.npy", directory / "labels.npy"]
+    key = json.dumps(key | {"count": count, "shape": shape})
+    if rank == 0 and not (key_file.is_file() and key_file.read_text() == key):
+        make_parent(key_file)
+        key_file.unlink(missing_ok=True)
+        np.lib.format.open_memmap(files[0], "w+", np.float16, (count, *shape))
+        np.lib.format.open_memmap(files[1], "w+", np.int64, (count,))[:] = -1  # not made yet
+        key_file.write_text(key)
+    wait_for_all()
+    values, labels = (np.load(file, mmap_mode="r+") for file in files)
+    todo = [i for i in range(rank * count // world, (rank + 1) * count // world) if labels[i] < 0]
+    with bar(total=len(todo), desc="encoding", unit="clip", disable=rank > 0 or not todo) as progress:
+        for i in range(0, len(todo), batch_size):
+            part = todo[i : i + batch_size]
+            made, label = make(part)
+            values[part], labels[part] = made.half().cpu().numpy(), label
+            progress.update(len(part))
+    values.flush(), labels.flush()
+    wait_for_all()
+    return tuple(torch.from_numpy(np.load(file, mmap_mode="c")) for file in files)
 
 
 def load(path, stage, made_by):

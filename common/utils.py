@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from tqdm import tqdm
 
 from common import plot
@@ -49,7 +50,7 @@ MEMORY_HELP = "Use --recompute, --accumulate 2, a smaller --batch-size or fewer 
 
 
 class Interrupt:
-    """Inside a `with`, Ctrl-C and SIGTERM only ask: the loop calls `stop` between two steps and ends where it is true."""
+    """Inside a `with`, Ctrl-C and SIGTERM only ask; the loop calls `stop` between two steps and ends where it is true."""
 
     def __enter__(self):
         self.asked = False
@@ -195,6 +196,30 @@ def from_first_rank(network):
         dist.all_reduce(x)
 
 
+class BatchNorm(nn.Module):
+    """Batch norm of [B, features] whose statistics are over the clips of all processes, on CPUs as on GPUs."""
+
+    def __init__(self, features, momentum=0.1, eps=1e-5):
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.weight, self.bias = nn.Parameter(torch.ones(features)), nn.Parameter(torch.zeros(features))
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+
+    def statistics(self, x):
+        """Mean and variance of a batch x [B, features], toward which the running ones move."""
+        mean = average_over_ranks(x.mean(0))
+        var = average_over_ranks((x - mean).square().mean(0))
+        with torch.no_grad():
+            for running, now in ((self.running_mean, mean), (self.running_var, var)):
+                running.lerp_(torch.where(now.isfinite(), now, running), self.momentum)  # a step that is skipped is not finite
+        return mean, var
+
+    def forward(self, x):
+        mean, var = self.statistics(x.float()) if self.training else (self.running_mean, self.running_var)
+        return (x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
+
+
 def max_over_ranks(value):
     """The largest of the numbers of all processes. It goes between CPUs, so that no GPU is waited for."""
     value = torch.tensor(float(value))
@@ -246,6 +271,22 @@ def wants_compile(device, choice):
 # --------------------------------------------------------------------------------------------------------------- the step
 
 
+def training_steps(start, config, save):
+    """The numbers of the steps of a training, from `start` to config.steps - 1.
+
+    Rank 0 calls save(finished steps, last) after every config.save_every steps and after the last one, which is also the step
+    in which Ctrl-C or SIGTERM came.
+    """
+    with Interrupt() as interrupt:
+        for step in range(start, config.steps):
+            yield step
+            last = interrupt.stop() or step + 1 == config.steps
+            if rank() == 0 and (last or (step + 1) % config.save_every == 0):
+                save(step + 1, last)
+            if last:
+                return
+
+
 def learning_rate(step, steps, peak, warmup):
     """Linear warm-up, then cosine decay to zero (§A.1)."""
     if step < warmup:
@@ -276,7 +317,7 @@ class FiniteStep:
             loss, *parts = flat.split([1, *(p.numel() for p in parameters)])
             # Copied, not assigned: a fused optimizer wants each gradient in the memory format of its parameter.
             torch._foreach_copy_([p.grad for p in parameters], [part.view_as(p) for p, part in zip(parameters, parts)])
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
+        norm = nn.utils.clip_grad_norm_(parameters, self.max_norm)
         bad = (~torch.isfinite(norm + loss.sum())).float()
         self.in_a_row.copy_((self.in_a_row + bad) * bad)
         for group in self.optimizer.param_groups:
@@ -306,6 +347,11 @@ def update_ema(ema, model, decay, step):
     """ema <- decay * ema + (1 - decay) * model, parameters and buffers; early steps forget the random start faster."""
     weight = 1 - min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_([*ema.parameters(), *ema.buffers()], [*model.parameters(), *model.buffers()], weight)
+
+
+def millions(network):
+    """Parameters of a network, in millions."""
+    return sum(p.numel() for p in network.parameters()) / 1e6
 
 
 def peak_memory(device):
@@ -357,7 +403,7 @@ def whole_file(path):
 def fingerprint(state):
     """A hash of the tensors of a network, or of its state dict: names what was made with it."""
     digest = hashlib.sha256()
-    for name, x in (state.state_dict() if isinstance(state, torch.nn.Module) else state).items():
+    for name, x in (state.state_dict() if isinstance(state, nn.Module) else state).items():
         digest.update(name.encode() + x.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -409,9 +455,9 @@ class RunLog:
         self.start = time.time() - before
 
     def print(self, line):
-        """A line below the bar, from rank 0."""
+        """A line above the bar, with the seconds so far, from rank 0."""
         if self.rank == 0:
-            tqdm.write(line)
+            tqdm.write(f"{time.time() - self.start:.0f} s: {line}")
 
     def add(self, **values):
         for k, v in values.items():

