@@ -181,7 +181,7 @@ class Study:
             clips = vae.decode(network, tokens, torch.arange(network.nerv_config.num_frames))
             names = ("agreement", "to_real", "to_reconstructed")
             self.keep(start, *second, **dict(zip(names, self.judge(clips, network))))
-            for file in (dit_pt, utils.log_directory(dit_pt) / "tokens.npy"):
+            for file in (dit_pt, utils.log_directory(dit_pt) / "values.npy"):
                 file.unlink()
 
 

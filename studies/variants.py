@@ -18,7 +18,6 @@ stage 2 (3b) are options of vae.py and dit.py.
 
 import argparse
 import dataclasses
-import importlib
 import math
 import sys
 
@@ -27,6 +26,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import dit
+import evaluate
+import sample
 import vae
 from common import utils
 from nerv import GELU_GAIN, Block, ModulatedConv, NeRV, double
@@ -248,9 +249,11 @@ class Latte(dit.DiT):
     Weight tokens have no frames: they are cut, as they come, into rows as many as the largest divisor of N up to its root.
     """
 
-    def __init__(self, config, rows=0):
+    rows = 0
+
+    def __init__(self, config):
         super().__init__(config)
-        self.blocks = nn.ModuleList(LatteBlock(config, i % 2 == 1, rows) for i in range(config.depth))
+        self.blocks = nn.ModuleList(LatteBlock(config, i % 2 == 1, self.rows) for i in range(config.depth))
 
 
 DENOISERS = {"dit": dit.DiT, "gpt": GPT, "latte": Latte}
@@ -278,8 +281,10 @@ def main(argv=None):
         vae.main(rest, decoder(**vars(chosen)))
     elif script == "dit":
         dit.main(rest, DENOISERS[chosen.denoiser], load_vae)
-    elif script in ("sample", "evaluate"):
-        importlib.import_module(script).main(rest, load_dit, load_vae)
+    elif script == "sample":
+        sample.main(rest, load_dit, load_vae)
+    elif script == "evaluate":
+        evaluate.main(utils.parse_options(evaluate.Config, evaluate.__doc__, argv=rest), load_dit, load_vae)
     else:
         raise utils.UserError("name a script first: vae, dit, sample or evaluate")
 
