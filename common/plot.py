@@ -1,13 +1,9 @@
-"""Plots as PNGs, by matplotlib: dark ink on an opaque light card, which is readable on a light page and on a dark one.
-
-matplotlib is imported when the first plot is drawn, so that the start of a script does not wait for it. Only Figure is used,
-never pyplot, which keeps figures in memory and looks for a screen.
-"""
+"""Plots as PNGs, dark ink on a light card. matplotlib is imported for the first one; pyplot never, since it keeps figures."""
 
 import logging
 import math
 
-logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of its font cache, and where it may not write one
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it reports on its font cache
 PAPER, INK, FAINT = "#f6f8fa", "#24292f", "#d0d7de"
 BLUE, RED, GREEN = "#0969da", "#b62324", "#1a7f37"  # the contrast of each with the card is 4.5 or more
 
@@ -23,28 +19,23 @@ def figure(count, columns=3, width=3.2, height=2.2):
     """A figure of `count` panels, of width × height inches each, so many in a row -> (figure, list of axes)."""
     from matplotlib.figure import Figure
 
-    columns = min(columns, count)
-    rows = math.ceil(count / columns)
+    columns, rows = min(columns, count), math.ceil(count / min(columns, count))
     fig = Figure((columns * width, rows * height), dpi=110, facecolor=PAPER, layout="constrained")
-    fig.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     axes = list(fig.subplots(rows, columns, squeeze=False).flat)
     for ax in axes[count:]:
         ax.remove()
     for ax in axes[:count]:
-        ax.set_facecolor(PAPER)
+        ax.set(facecolor=PAPER, axisbelow=True)
         ax.grid(color=FAINT, linewidth=0.6)
-        ax.set_axisbelow(True)
         ax.tick_params(which="both", colors=INK, labelsize=8, length=2)
-        for side, spine in ax.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(INK)
+        ax.spines[["top", "right"]].set_visible(False)
         for text in (ax.xaxis.label, ax.yaxis.label, ax.title):
             text.set(color=INK, size=9)  # set_title takes a size of its own
     return fig, axes[:count]
 
 
 def logarithmic(axis, ticks=None):
-    """A logarithmic x or y axis with numbers as people write them, at the given ticks, or at those that its range asks for."""
+    """A logarithmic x or y axis with plain numbers, at the given ticks, or at those that its range asks for."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
@@ -55,35 +46,24 @@ def logarithmic(axis, ticks=None):
 
 
 def curves(path, panels):
-    """Line plots [(name of x, name of y, [(x, y), …])] as a PNG, a panel each.
-
-    y is logarithmic where it spans a factor of 20. Points that are not finite are left out.
-    """
+    """Line plots [(name of x, name of y, [(x, y), …])] as a PNG; y is logarithmic where it spans a factor of 20."""
     fig, axes = figure(len(panels))
-    from matplotlib.ticker import EngFormatter
-
     for ax, (x_name, y_name, points) in zip(axes, panels):
         points = [(x, y) for x, y in points if math.isfinite(y)]
         ax.set(xlabel=x_name, ylabel=y_name)
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x >= 1e3 else f"{x:g}")
+        ax.plot(*zip(*points), color=BLUE, linewidth=1.2, marker="o" if len(points) < 30 else "", markersize=3)
         if not points:
             ax.text(0.5, 0.5, "no finite value", color=RED, size=9, ha="center", transform=ax.transAxes)
-            ax.set(xticks=[], yticks=[])
-            continue
-        x, y = zip(*points)
-        ax.plot(x, y, color=BLUE, linewidth=1.2, marker="o" if len(x) < 30 else "", markersize=3)
-        if min(y) > 0 and max(y) > 20 * min(y):
+        elif 0 < 20 * min(y for _, y in points) < max(y for _, y in points):
             logarithmic(ax.yaxis)
-        ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500, 20k, 2M
     fig.savefig(path)
 
 
 def families(path, panels):
-    """Panels [(name of x, name of y, {name of a line: [(x, y), …]})] as a PNG, with a legend; x is logarithmic.
-
-    A line's colour and marker are the same in all panels.
-    """
+    """Panels [(name of x, name of y, {name of a line: [(x, y), …]})] as a PNG, with a legend; x is logarithmic."""
     fig, axes = figure(len(panels), width=4.6, height=3.6)
-    names = list(dict.fromkeys(name for _, _, lines in panels for name in lines))
+    names = list(dict.fromkeys(name for _, _, lines in panels for name in lines))  # a line looks the same in all panels
     for ax, (x_name, y_name, lines) in zip(axes, panels):
         ax.set(xlabel=x_name, ylabel=y_name)
         for name, points in lines.items():

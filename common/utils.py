@@ -9,10 +9,10 @@ import functools
 import hashlib
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -30,7 +30,8 @@ class UserError(Exception):
 
 def run(main):
     """Call a script's main() and turn a UserError into one line on stderr and exit status 2."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be any bytes
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be any bytes
     try:
         main()
         if dist.is_initialized():  # not after an error: it would wait for the other processes
@@ -379,25 +380,32 @@ def make_parent(path):
         raise UserError(f"cannot write {path}: " + ("it is a directory" if path.is_dir() else "its directory is read-only"))
 
 
-def file_name(text, most=100):
-    """text as part of the name of a file: letters, digits, -, . and spaces within it stay, and all else becomes _."""
-    name = re.sub(r"[^\w.-]+", "_", os.fsencode(text).decode(errors="replace")).strip("._")
-    return name.encode()[:most].decode(errors="ignore") or "_"
+def file_name(text, limit=200):
+    """text as part of the name of a file: letters, digits and "-", and _ for all else; never empty, up to limit bytes."""
+    name = "".join(c if c.isalnum() or c == "-" else "_" for c in str(text))
+    return name.encode(errors="replace")[:limit].decode(errors="ignore") or "_"
+
+
+@contextlib.contextmanager
+def whole(path):
+    """Inside a `with`, a name to write to; the file gets its own once it is whole. UserError where it cannot be written."""
+    part = Path(path).parent / f".{os.getpid()}-{threading.get_ident()}.part"
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Inside a `with`, a binary file beside path, which gets its name once it is whole. UserError where that fails."""
-    part = Path(f"{path}.part")
-    try:
-        try:
-            with open(part, "wb") as file:
-                yield file
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    """`whole`, as a binary file that is open."""
+    with whole(path) as part, open(part, "wb") as file:
+        yield file
 
 
 def fingerprint(state):

@@ -1,49 +1,48 @@
 """Video files: any of them as frames, and frames as files that people can watch.
 
-Frames are uint8 [T, H, W, 3], as in files and caches; a clip is float32 [T, 3, H, W] in [-1, 1], as in networks.
+Frames are uint8 [T, H, W, 3], as in files; a clip is float32 [T, 3, H, W] in [-1, 1], as in networks.
 
-ffmpeg decodes, in a process of its own: a file that crashes it, or makes it hang, costs that file and no more. Every reader
-here scales the shorter side to the size that is asked for and cuts out the centre, or leaves frames at their own size (size
-None), with rotation and pixel aspect as players show them. Frames are evenly spaced in time: a file of variable frame rate is
-read at its nominal one.
+PyAV decodes in order, and frame k is the k-th that comes out of the decoder: no rate, no time and no header has a part in it.
+Readers scale the shorter side to the size that is asked for and cut out the centre, or leave frames at their own size (size
+None), with rotation and pixel aspect as players show them.
 """
 
+import collections
 import contextlib
 import errno
-import functools
+import itertools
 import math
 import os
 import re
-import signal
 import stat
-import subprocess
-import tempfile
-import time
+from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
 
-import imageio_ffmpeg
+import av
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common import plot
-from common.utils import UserError, make_parent
+from common.utils import UserError, whole
 
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpg", ".mpeg", ".wmv", ".flv")
-IMAGE_SUFFIXES = (".png", ".apng", ".webp", ".jpg", ".jpeg", ".bmp")
-# Containers that hold pictures themselves; play lists, which make ffmpeg open other files and addresses, are not among them.
-CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,gif,apng,webp_anim,mpeg,mpegts,mpegvideo,asf,flv,h264,m4v"
+# In the order in which files of one name are taken: a GIF beside an MP4 is a preview.
+VIDEO_SUFFIXES = tuple(
+    ".mp4 .m4v .mov .qt .avi .divx .mkv .webm .y4m .ogv .ogg .ogm .ts .m2ts .mts .mpg .mpeg .m1v .m2v .vob .3gp .3g2 .wmv .asf "
+    ".flv .f4v .mxf .dv .ivf .h264 .264 .hevc .h265 .265 .mjpeg .mjpg .gif".split()
+)
+IMAGE_SUFFIXES = (".png", ".apng", ".webp", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+# Containers that hold pictures themselves; play lists, which make a decoder open other files and addresses, are not among them.
+SAFE = {
+    "protocol_whitelist": "file",
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,yuv4mpegpipe,ogg,mpegts,mpeg,mpegvideo,asf,flv,mxf,dv,ivf,"
+    "h264,hevc,m4v,mjpeg,gif",
+}
+NOTHING = "damaged, or not a video"
 MAX_PIXELS = 2**27  # of one frame; more is a file that is made to fill the memory
-FASTEST = 121  # frames per second; nominal rates beyond are clock ticks, not frames
-WHOLE = "scale='round(iw*sar)':ih:flags=bicubic"  # a frame as seen, at its own size
-PPM = ["-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24"]  # which says how large it is: rotation may have turned it
-RAW = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-fps_mode", "passthrough", "-threads", "1"]
-TIME_LIMIT = 30.0  # seconds without a byte, after which a decoder counts as hanging
-
-
-NO_PICTURES = "it has no pictures"
+PQ, HLG = 16, 18  # transfer functions of high dynamic range (ITU-T H.273)
+TURNED = {(1, 0): 0, (0, -1): 1, (-1, 0): 2, (0, 1): 3}  # first row of a display matrix -> quarter turns to the left
 
 
 class BadVideo(UserError):
@@ -54,285 +53,52 @@ class BadVideo(UserError):
         self.reason = reason
 
 
-def printable(path):
-    """A path as text that any terminal and any JSON takes, whatever bytes the name is made of."""
-    return os.fsencode(path).decode(errors="replace")
+def printable(text):
+    """A path or name as one line of text that any file and terminal takes, whatever bytes it is made of."""
+    text = os.fsencode(text).decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # ---------------------------------------------------------------------------------------------------------- finding videos
 
 
 def list_videos(root):
-    """All videos under a directory: (paths in order, {suffix: count} of the files that are none).
+    """All videos under a directory: (paths in order, notes on what was left out, a line each).
 
-    A path is a video file, a directory of frames, an animated image, or a strip: one image with square frames side by side
-    or below each other, as MoCoGAN's data come. Links are followed. Hidden files and directories are left out, and so are
-    stills beside videos, which are thumbnails.
+    A path is a video file, a directory of frames, or an animated image. Files of one name and several suffixes are one video.
+    Links are followed, once. Hidden files are left out in silence; stills beside videos are thumbnails.
     """
-    videos, others, above = [], {}, {os.fspath(root): {os.path.realpath(root)}}  # a link may lead back up
+    videos, left_out, above = [], collections.Counter(), {os.fspath(root): {os.path.realpath(root)}}  # a link may lead back up
     for directory, folders, files in os.walk(root, followlinks=True):
         real = {f: os.path.realpath(os.path.join(directory, f)) for f in folders}
         folders[:] = sorted(f for f in folders if not f.startswith(".") and real[f] not in above[directory])
         above |= {os.path.join(directory, f): above[directory] | {real[f]} for f in folders}
-        files = sorted((f for f in files if not f.startswith(".")), key=natural)
-        images = [f for f in files if f.lower().endswith(IMAGE_SUFFIXES)]
-        own = [Path(directory, f) for f in files if f.lower().endswith(VIDEO_SUFFIXES)]
-        if images and image_kind(Path(directory, images[0])) != "still":
-            own += [Path(directory, f) for f in images]
+        own, images = {}, []
+        for path in (Path(directory, f) for f in sorted(files, key=natural) if not f.startswith(".")):
+            suffix = path.suffix.lower()
+            if suffix in VIDEO_SUFFIXES:
+                own.setdefault(path.stem, []).append(path)
+            elif suffix in IMAGE_SUFFIXES:
+                images.append(path)
+            else:
+                left_out[f"files {printable(path.suffix) or 'without a suffix'}"] += 1
+        for paths in own.values():
+            first, *again = sorted(paths, key=lambda path: VIDEO_SUFFIXES.index(path.suffix.lower()))
+            videos.append(first)
+            for path in again:
+                left_out[f"files {path.suffix} beside a {first.suffix} of the same name"] += 1
+        if images and is_animated(images[0]):
+            videos += [path for path in images if path.stem not in own]
         elif len(images) > 1 and not own:
-            own.append(Path(directory))
-        videos += own
-        for f in files:
-            if not f.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES):
-                others[Path(f).suffix] = others.get(Path(f).suffix, 0) + 1
-    return sorted(videos, key=str), others
+            videos.append(Path(directory))
+        elif images:
+            left_out["still images, too few for a video or beside videos"] += len(images)
+    return sorted(videos, key=str), [f"{count} {what}" for what, count in sorted(left_out.items())]
 
 
 def natural(name):
     """A sorting key that puts frame_2 before frame_10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def image_kind(path):
-    """ "animated", "strip" or "still", of an image file; a damaged one counts as a still."""
-    try:
-        with Image.open(path) as image:
-            short, long = sorted(image.size)
-            if getattr(image, "n_frames", 1) > 1:
-                return "animated"
-            return "strip" if long >= 3 * short and long % short == 0 else "still"
-    except Exception:  # whatever a damaged file makes the library raise
-        return "still"
-
-
-@functools.lru_cache(65536)
-def video_kind(path):
-    """How a path of list_videos is read: "frames" of a directory, "strip", or by the "decoder"."""
-    if Path(path).is_dir():
-        return "frames"
-    images = str(path).lower().endswith(IMAGE_SUFFIXES)
-    return "strip" if images and image_kind(path) == "strip" else "decoder"
-
-
-# --------------------------------------------------------------------------------------------------------- files to frames
-
-
-class Info(NamedTuple):
-    """What the header of a video says: number of frames, frames per second (0 for images), width and height as stored."""
-
-    frames: int
-    fps: float
-    width: int
-    height: int
-
-
-@functools.lru_cache(65536)
-def probe(path):
-    """The Info of a video. Raises BadVideo."""
-    if (kind := video_kind(path)) != "decoder":
-        files = frame_files(path) if kind == "frames" else [path]
-        if not files:
-            raise BadVideo(path, "it has no frames")
-        width, height = image_size(files[0])
-        if kind == "frames":
-            return Info(len(files), 0.0, width, height)
-        short, long = sorted((width, height))
-        return Info(long // short, 0.0, short, short)
-    check_readable(path)
-    text, _ = run_decoder(path, [*decoder("info"), *source(path)])  # without an output it describes its input
-    streams = [line for line in text.splitlines() if re.match(r"\s*Stream #", line)]  # a title may say " Video: " as well
-    video = next((line for line in streams if " Video: " in line and "attached pic" not in line), None)
-    if video is None:
-        raise BadVideo(path, explain(text) if " Audio: " not in text else NO_PICTURES)
-    size = re.search(r"\b(\d+)x(\d+)\b", re.sub(r"\b0x[0-9A-Fa-f]+", "", video))
-    width, height = (int(x) for x in size.groups()) if size else (0, 0)
-    rate = re.search(r"([\d.]+)(k?) " + ("fps" if "mpeg1video" in video else "tbr"), video)  # whose tbr counts fields
-    fps = float(rate[1]) * (1000 if rate[2] else 1) if rate else 25.0
-    fps = fps if fps <= FASTEST else 30.0
-    if duration := re.search(r"Duration: (\d+):(\d+):([\d.]+)", text):
-        hours, minutes, seconds = (float(x) for x in duration.groups())
-        return Info(max(1, round((3600 * hours + 60 * minutes + seconds) * fps)), fps, width, height)
-    return Info(len(read_frames(path, 8)), fps, width, height)  # animated images do not say
-
-
-def read_frames(path, size, start=0, count=None, fps=0.0):
-    """Frames of a video, from number start on, uint8 [up to count, size, size, 3]; all of them without a count.
-
-    size None gives whole frames at their own size, [up to count, H, W, 3].
-    fps > 0 reads a file at that rate, whatever its own; images, which have none, stay as they are. Fewer frames than count
-    come where the video ends. Only what is needed is decoded: the decoder seeks. Raises BadVideo where there are none.
-    """
-    kind, last = video_kind(path), None if count is None else start + count
-    if kind == "decoder" and start and str(path).lower().endswith(IMAGE_SUFFIXES):  # in animated images it cannot seek
-        frames = read_frames(path, size, 0, last, fps)[start:]
-    elif kind == "decoder":
-        # A quarter of a frame early, so that rounding does not lose the first one.
-        seconds = (start - 0.25) / (fps or probe(path).fps) if start else 0.0
-        with tempfile.TemporaryFile() as out:
-            decode(path, size, out, fps, seconds, count)
-            skip, height, width = frame_layout(out, 0, size)
-            out.seek(0)
-            rows = np.fromfile(out, np.uint8).reshape(-1, skip + height * width * 3)
-            return rows[:, skip:].reshape(-1, height, width, 3)
-    else:
-        frames = list(image_frames(path, size, start, last))
-    if not len(frames):
-        raise BadVideo(path, f"it ends before frame {start}")
-    if len({frame.shape for frame in frames}) > 1:
-        raise BadVideo(path, "its frames have different sizes")
-    return np.stack(frames)
-
-
-def read_clip(path, size, start, count, fps=0.0):
-    """read_frames, but from the first frame where the header promises more than there is: a longer sound, a file cut off."""
-    if start:
-        with contextlib.suppress(BadVideo):
-            if len(frames := read_frames(path, size, start, count, fps)) == count:
-                return frames
-    return read_frames(path, size, 0, count, fps)
-
-
-def whole_video(path):
-    """All frames of a video at their own size, uint8 [T, H, W, 3], on the disk where a decoder made them. Raises BadVideo."""
-    if video_kind(path) != "decoder":
-        return read_frames(path, None)
-    with tempfile.TemporaryFile() as out:
-        count = decode(path, None, out)
-        skip, height, width = frame_layout(out, 0, None)
-        rows = np.memmap(out, np.uint8, "r", shape=(count, skip + height * width * 3))
-    return rows[:, skip:].reshape(count, height, width, 3)
-
-
-def decode(path, size, out, fps=0.0, start=0.0, count=None, threads=1):
-    """Have the frames of a video file written into the open file `out`, as raw RGB at its end; returns how many.
-
-    start is in seconds; threads are the decoder's. Where size is None, each frame comes with a header, see frame_layout. Raises
-    BadVideo, and leaves `out` as it was, where there are none.
-    """
-    check_readable(path)
-    limit = ["-frames:v", str(count)] if count else []
-    filters = ["-filter_threads", "1", "-vf", f"fps={frame_rate(fps)},{square(size) if size else WHOLE}"]
-    filters += RAW if size else PPM
-    command = [*decoder("error"), *source(path, start, threads), "-map", "0:V:0", *limit, *filters, "pipe:1"]
-    begin = out.seek(0, os.SEEK_END)
-    frames = skip = height = width = 0
-    try:
-        text, _ = run_decoder(path, command, out)
-        if (full := os.strerror(errno.ENOSPC)) in text:
-            raise OSError(errno.ENOSPC, full)
-        skip, height, width = frame_layout(out, begin, size)
-        frames = (os.fstat(out.fileno()).st_size - begin) // max(1, skip + height * width * 3)
-    finally:
-        out.truncate(begin + frames * (skip + height * width * 3))  # no part of a frame stays
-    if not frames:
-        raise BadVideo(path, explain(text))
-    return frames
-
-
-def frame_layout(out, begin, size):
-    """(bytes of header, height, width) of each frame that decode has written into the open file `out`, from `begin` on."""
-    if size:
-        return 0, size, size
-    header = re.match(rb"P6\n(\d+) (\d+)\n255\n", os.pread(out.fileno(), 64, begin))
-    return (header.end(), int(header[2]), int(header[1])) if header else (0, 0, 0)
-
-
-def decode_several(paths, size, out, fps=0.0):
-    """Small video files with one decoder, whose start would take longer than one of them, as `decode` does one behind the
-    other; returns how many frames each has, or None, with `out` as it was, where any of them gives reason to complain."""
-    command, graph, ends = decoder("level+verbose") + ["-filter_complex_threads", "1"], "", ""
-    for k, path in enumerate(paths):
-        command += source(path)
-        graph += f"[{k}:V:0]fps@{k}={frame_rate(fps)},{square(size)},setsar=1,format=rgb24[v{k}];"
-        ends += f"[v{k}]"
-    graph += f"{ends}concat=n={len(paths)}[out]"
-    begin, counts = out.seek(0, os.SEEK_END), None
-    try:
-        text, status = run_decoder(paths[0], [*command, "-filter_complex", graph, "-map", "[out]", *RAW, "pipe:1"], out)
-        # What tells where one video ends and the next begins is what the fps filters say of themselves when they are done.
-        said = [(int(k), int(n)) for k, n in re.findall(r"\[fps@(\d+) @ .*\b([1-9]\d*) frames out", text)]
-        total = (os.fstat(out.fileno()).st_size - begin) / (size * size * 3)
-        well = status == 0 and not re.search(r"\[(error|fatal|panic)\]", text) and sum(n for _, n in said) == total
-        if well and len(said) == len(paths):
-            counts = [n for _, n in sorted(said)]
-    except BadVideo:
-        pass
-    finally:
-        if not counts:
-            out.truncate(begin)
-    return counts
-
-
-def decoder(level):
-    return [imageio_ffmpeg.get_ffmpeg_exe(), "-v", level, "-nostdin"]
-
-
-def source(path, start=0.0, threads=1):
-    """Options that open a file, and say what may be done with it; names are only names, since there is no shell."""
-    seek = ["-ss", f"{start:.6f}"] if start > 0 else []
-    safe = ["-max_pixels", str(MAX_PIXELS), "-format_whitelist", CONTAINERS, "-protocol_whitelist", "file"]
-    return ["-threads", str(threads), *safe, *seek, "-i", f"file:{Path(path).absolute()}"]
-
-
-def frame_rate(fps):
-    return f"'{fps}'" if fps else f"'if(gt(source_fps,{FASTEST}),30,source_fps)'"
-
-
-def square(size):
-    """Filters that cut out the square in the middle, as seen with the file's pixel aspect, and scale it."""
-    return f"crop='min(iw,ih/sar)':'min(ih,iw*sar)':exact=1,scale={size}:{size}:flags=bicubic"
-
-
-def run_decoder(path, command, out=None):
-    """Run a decoder whose standard output is the open file `out`; returns (messages, exit status).
-
-    Kills it, and raises BadVideo, where nothing has been written for TIME_LIMIT seconds.
-    """
-    # A session of its own, so that all of it can be killed, and Ctrl-C reaches this process alone.
-    files = {"stdin": subprocess.DEVNULL, "stdout": out or subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, **files, start_new_session=True)
-    written, since = 0, time.monotonic()
-    try:
-        while True:
-            try:
-                messages = process.communicate(timeout=min(1.0, TIME_LIMIT))[1]
-                return messages.decode(errors="replace"), process.returncode
-            except subprocess.TimeoutExpired:
-                size = os.fstat(out.fileno()).st_size if out else 0
-                if size > written:
-                    written, since = size, time.monotonic()
-                elif time.monotonic() - since > TIME_LIMIT:
-                    raise BadVideo(path, f"the decoder hangs: nothing for {TIME_LIMIT:.0f} s") from None
-    finally:
-        if process.returncode is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-
-
-def check_readable(path):
-    """BadVideo with the reason, where a path is not a file with something in it that may be read."""
-    try:
-        info = os.stat(path)
-    except OSError as error:
-        dangling = os.path.islink(path) and isinstance(error, FileNotFoundError)
-        raise BadVideo(path, "a link to nowhere" if dangling else (error.strerror or "cannot be opened")) from None
-    if not stat.S_ISREG(info.st_mode):
-        raise BadVideo(path, "not a file")
-    if info.st_size == 0:
-        raise BadVideo(path, "empty")
-    if not os.access(path, os.R_OK):
-        raise BadVideo(path, "no permission to read it")
-
-
-def explain(text):
-    """The decoder's complaints -> one line for people."""
-    if "matches no streams" in text:
-        return NO_PICTURES
-    if "not on whitelist" in text:
-        return "not a video, but a play list or the like"
-    lines = [re.sub(r"^(\[.*?\] )+", "", line).strip() for line in text.splitlines() if line.strip()]
-    known = any("Invalid data found" in line or "moov atom" in line for line in lines)
-    return "damaged, or not a video" if known or not lines else f"cannot be decoded ({lines[-1][:100]})"
 
 
 def frame_files(directory):
@@ -341,59 +107,194 @@ def frame_files(directory):
     return [Path(directory, f) for f in sorted(names, key=natural)]
 
 
-def image_size(path):
-    """(width, height) of an image file. Raises BadVideo."""
+def is_animated(path):
+    with contextlib.suppress(BadVideo), image_of(path) as image:
+        return getattr(image, "n_frames", 1) > 1
+
+
+# --------------------------------------------------------------------------------------------------------- files to frames
+
+
+# What the header of a video says, true or not; fps is 0 for images, width and height are as stored.
+Info = collections.namedtuple("Info", "frames fps width height")
+
+
+def probe(path):
+    """The Info of a video. Raises BadVideo."""
+    if is_images(path):
+        files = frame_files(path) if Path(path).is_dir() else [path]
+        if not files:
+            raise BadVideo(path, "it has no frames")
+        with image_of(files[0]) as image:
+            return Info(len(files) if Path(path).is_dir() else getattr(image, "n_frames", 1), 0.0, *image.size)
+    with opened(path) as (container, stream):
+        fps = float(stream.average_rate or stream.base_rate or 25)
+        seconds = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
+        return Info(stream.frames or round(seconds * fps), fps, stream.width, stream.height)
+
+
+def count_frames(path):
+    """How many frames a video has: a file is decoded, since headers err. Raises BadVideo."""
+    if is_images(path):
+        return probe(path).frames
+    with opened(path) as (container, stream):
+        if count := sum(1 for _ in decoded(path, container, stream)):
+            return count
+    raise BadVideo(path, NOTHING)
+
+
+def read_frames(path, size, start=0, count=None):
+    """Frames of a video, from number start on, uint8 [up to count, size, size, 3]; all of them without a count.
+
+    size None gives whole frames at their own size, [up to count, H, W, 3]. Fewer frames than count come where the video ends.
+    Raises BadVideo where there are none.
+    """
+    frames = list(iterate(path, size, start, None if count is None else start + count))
+    if not frames:
+        raise BadVideo(path, f"it ends before frame {start}" if start else NOTHING)
+    if len({frame.shape for frame in frames}) > 1:
+        raise BadVideo(path, "its frames have different sizes")
+    return np.stack(frames)
+
+
+def iterate(path, size, start=0, stop=None):
+    """The frames of read_frames one by one, uint8 [size, size, 3] each. Raises BadVideo."""
+    if Path(path).is_dir():
+        yield from (read_image(file, size) for file in frame_files(path)[start:stop])
+    elif is_images(path):
+        with image_of(path) as image:
+            for k in range(getattr(image, "n_frames", 1))[start:stop]:
+                image.seek(k)
+                yield picture(image, size)
+    else:
+        with opened(path) as (container, stream):
+            frames = itertools.islice(decoded(path, container, stream), start, stop)
+            yield from scaled(path, frames, size, float(stream.sample_aspect_ratio or 1))
+
+
+def is_images(path):
+    return Path(path).is_dir() or str(path).lower().endswith(IMAGE_SUFFIXES)
+
+
+@contextlib.contextmanager
+def opened(path):
+    """(container, its stream of pictures) of a video file. Raises BadVideo."""
+    check_readable(path)
+    try:
+        container = av.open(f"file:{Path(path).absolute()}", options=SAFE, metadata_errors="replace")
+    except av.error.ArgumentError:
+        raise BadVideo(path, "not a video, but a play list or the like") from None
+    except av.error.InvalidDataError:
+        raise BadVideo(path, NOTHING) from None
+    except (av.FFmpegError, OSError) as error:
+        raise BadVideo(path, error.strerror or str(error)) from None
+    with container:
+        cover = av.stream.Disposition.attached_pic
+        stream = next((s for s in container.streams.video if s.codec_context and not s.disposition & cover), None)
+        if stream is None:
+            raise BadVideo(path, "it has no pictures")
+        if stream.width * stream.height > MAX_PIXELS:
+            raise BadVideo(path, f"its frames of {stream.width} x {stream.height} are too large")
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+        stream.codec_context.thread_count = 1  # whoever reads many files has a thread for each
+        yield container, stream
+
+
+def decoded(path, container, stream):
+    """The frames of a video as PyAV has them, in the order in which they are shown; damaged packets are passed over."""
+    packets, packet = container.demux(stream), stream
+    while packet is not None:
+        frames = []
+        try:
+            packet = next(packets, None)
+            frames = stream.decode(packet)  # None brings what the decoder still holds, also where the file was cut off
+        except av.FFmpegError as error:
+            if error.errno in (errno.EIO, errno.ENOMEM):  # the machine's fault, not the file's
+                raise BadVideo(path, error.strerror) from None
+        yield from frames
+
+
+def scaled(path, frames, size, aspect):
+    """PyAV's frames, with pixels of this aspect, as arrays: uint8 [size, size, 3], or [H, W, 3] where size is None."""
+    graph = before = None
+    for frame in frames:
+        if int(frame.color_trc) in (PQ, HLG):
+            raise BadVideo(path, "high dynamic range is not read: convert it to BT.709 first")
+        looks = (frame.width, frame.height, frame.format.name, int(frame.colorspace), int(frame.color_range))
+        try:
+            if looks != before:
+                graph, before = scaler(*looks, size, aspect), looks
+            graph.push(frame)
+            image = graph.pull().to_ndarray()
+        except (av.FFmpegError, ValueError) as error:
+            raise BadVideo(path, f"cannot be scaled ({error})") from None
+        yield upright(image, frame)
+
+
+def scaler(width, height, pixels, colours, levels, size, aspect):
+    """A graph of filters from frames of this kind to RGB: the square in the middle, as it is seen, or all."""
+    aspect = aspect if 1 / 16 < aspect < 16 else 1
+    shape = f"{size}:{size}" if size else f"{round(width * aspect)}:{height}"
+    graph = av.filter.Graph()
+    graph.threads = 1
+    source = f"video_size={width}x{height}:pix_fmt={pixels}:time_base=1/25:colorspace={colours}:range={levels}"
+    chain = [graph.add("buffer", source), graph.add("scale", f"{shape}:flags=bicubic")]
+    if size:
+        chain.insert(1, graph.add("crop", f"{min(width, height / aspect)}:{min(height, width * aspect)}:exact=1"))
+    chain += [graph.add("format", "rgb24"), graph.add("buffersink")]
+    graph.link_nodes(*chain).configure()
+    return graph
+
+
+def upright(image, frame):
+    """A frame [H, W, 3], mirrored and turned as the file's display matrix has it."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return image
+    a, b, _, c, d = np.sign(np.frombuffer(matrix, np.int32)[:5]).tolist()
+    if a * d - b * c < 0:
+        image, a, b = image[:, ::-1], -a, -b
+    return np.rot90(image, TURNED.get((a, b), 0))
+
+
+def check_readable(path):
+    """BadVideo with the reason, where a path is not a file with something in it."""
+    try:
+        info = os.stat(path)
+    except OSError as error:
+        raise BadVideo(path, error.strerror or "cannot be opened") from None
+    if not (stat.S_ISREG(info.st_mode) and info.st_size):
+        raise BadVideo(path, "empty" if stat.S_ISREG(info.st_mode) else "not a file")
+
+
+@contextlib.contextmanager
+def image_of(path):
+    """A PIL image of a file, inside a `with`; whatever a damaged one makes the library raise becomes BadVideo."""
     check_readable(path)
     try:
         with Image.open(path) as image:
-            return image.size
-    except Exception as error:  # whatever a damaged file makes the library raise
-        raise BadVideo(path, bad_image(error)) from None
-
-
-def bad_image(error):
-    return f"a damaged image ({str(error)[:100] or type(error).__name__})"
-
-
-def image_frames(path, size, start=0, last=None):
-    """Frames start … last of a strip or a directory of frames, one after the other, each uint8 [size, size, 3].
-
-    size None leaves them as they are, [H, W, 3]; so it does in the two readers below.
-    """
-    if video_kind(path) == "strip":
-        yield from read_strip(path, size)[start:last]
-    else:
-        for file in frame_files(path)[start:last]:
-            yield read_image(file, size)
+            yield image
+    except BadVideo:
+        raise
+    except Exception as error:
+        raise BadVideo(path, f"a damaged image ({str(error)[:100] or type(error).__name__})") from None
 
 
 def read_image(path, size):
-    """One image as a frame, uint8 [size, size, 3]."""
-    check_readable(path)
-    try:
-        with Image.open(path) as image:
-            if size is None:
-                return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    """One image as a frame, uint8 [size, size, 3], or [H, W, 3] where size is None. Raises BadVideo."""
+    with image_of(path) as image:
+        if size:
             image.draft("RGB", (size, size))  # JPEG: decode no larger than needed
-            return np.asarray(
-                ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-            )
-    except Exception as error:
-        raise BadVideo(path, bad_image(error)) from None
+        return picture(image, size)
 
 
-def read_strip(path, size):
-    """All frames of a strip: uint8 [T, size, size, 3]."""
-    check_readable(path)
-    try:
-        with Image.open(path) as image:
-            short, long = sorted(image.size)
-            size = size or short
-            wide, image = image.width > image.height, image.convert("RGB")
-            boxes = [(i, 0, i + short, short) if wide else (0, i, short, i + short) for i in range(0, long, short)]
-            return np.stack([image.resize((size, size), Image.Resampling.BICUBIC, box) for box in boxes])
-    except Exception as error:
-        raise BadVideo(path, bad_image(error)) from None
+def picture(image, size):
+    if image.mode == "F" or image.mode == "I" and image.format != "PNG":
+        raise BadVideo(image.filename, f"its depth is not read (mode {image.mode})")
+    if image.mode.startswith("I"):  # 16 bits, of which PIL would keep the lower ones
+        image = Image.fromarray((np.asarray(image).astype(np.int64) // 257).astype(np.uint8))
+    image = ImageOps.exif_transpose(image).convert("RGB")
+    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC) if size else image)
 
 
 # ---------------------------------------------------------------------------------------------------------- frames to files
@@ -419,36 +320,6 @@ def tile(clips):
     return grid.permute(2, 3, 0, 4, 1, 5).flatten(4).flatten(2, 3)
 
 
-def cut(frames, count, size):
-    """Up to `count` frames, uint8 [n, H, W, 3] -> their tiles as clips [tiles, count, 3, size, size], row by row.
-
-    What is beyond an edge repeats the edge; after the last frame it repeats the last frame.
-    """
-    n, height, width, _ = frames.shape
-    clip = to_clip(np.pad(frames, ((0, count - n), (0, -height % size), (0, -width % size), (0, 0)), "edge"))
-    clip = clip.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [count, 3, rows, size, columns, size]
-    return clip.permute(2, 4, 0, 1, 3, 5).flatten(0, 1)
-
-
-def join(tiles, height, width):
-    """Tiles [..., rows * columns, T, 3, size, size] -> clip [..., T, 3, height, width]; what `cut` added is cut off."""
-    size = tiles.shape[-1]
-    tiles = tiles.unflatten(-5, (math.ceil(height / size), math.ceil(width / size)))  # [..., rows, columns, T, 3, size, size]
-    clip = tiles.movedim((-6, -5), (-4, -2))  # [..., T, 3, rows, size, columns, size]
-    return clip.flatten(-2).flatten(-3, -2)[..., :height, :width]
-
-
-def frame_range(text, count):
-    """ "100:140" -> (100, 140), "" -> (0, count). UserError where the video has no such frames."""
-    if not text:
-        return 0, count
-    numbers = text.split(":")
-    first, last = (int(n) if n.isdigit() else -1 for n in numbers) if len(numbers) == 2 else (-1, -1)
-    if not 0 <= first < last <= count:
-        raise UserError(f"--frames {text}: the video has frames 0 to {count - 1}, 0:{count} is all")
-    return first, last
-
-
 def enlarge(frames, smallest=128):
     """Repeat pixels of small frames [T, H, W, 3] a whole number of times, so that a person can see them."""
     factor = max(1, smallest // frames.shape[1])
@@ -463,61 +334,55 @@ def mark(clip):
 
 
 def write_mp4(path, clips, fps=12):
-    """Clips [T, 3, H, W] of one video, H and W even, one behind the other as path.mp4 (H.264), small ones enlarged.
+    """Clips [T, 3, H, W] of one video, one behind the other as path.mp4 (H.264), small ones enlarged. Raises UserError.
 
     clips may be a generator: each part is written as it comes, and a video of any length takes the memory of one.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    send(f"{path}.mp4", (enlarge(to_frames(clip)) for clip in clips), fps, quality=8, macro_block_size=2)
+    write_frames(f"{path}.mp4", (enlarge(to_frames(clip)) for clip in clips), fps, crf=10)
 
 
 def write_video(path, clip, fps=12):
-    """A clip [T, 3, H, W], H and W even, as path.mp4 (H.264) and path.gif, small ones enlarged."""
+    """A clip [T, 3, H, W] as path.mp4 (H.264) and path.gif, small ones enlarged. Raises UserError."""
     write_mp4(path, [clip], fps)
-    frames = enlarge(to_frames(clip))
-    images = [Image.fromarray(frame) for frame in frames]
-    images[0].save(f"{path}.gif", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
+    images = [Image.fromarray(frame) for frame in enlarge(to_frames(clip))]
+    with whole(f"{path}.gif") as part:
+        images[0].save(part, "GIF", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
 
 
-def write_frames(path, parts, fps):
+@contextlib.contextmanager
+def ffmpeg_errors(path):
+    """An error of the encoder inside a `with` becomes a UserError."""
+    try:
+        yield
+    except av.FFmpegError as error:
+        raise UserError(f"cannot write {printable(path)}: {error.strerror}") from None
+
+
+def write_frames(path, parts, fps, crf=12):
     """Frames in parts, each uint8 [n, H, W, 3], as one video at its own size; returns how many frames there are.
 
-    .mkv is lossless (FFV1), .mp4 is H.264 that looks so. UserError for other suffixes and where it cannot be written.
+    .mkv is lossless (FFV1), .mp4 is H.264 of quality crf. UserError for other suffixes and where it cannot be written.
     """
-    codecs = {".mp4": ("libx264", ["-crf", "12"]), ".mkv": ("ffv1", [])}
-    if Path(path).suffix.lower() not in codecs:
-        raise UserError(f"{printable(path)}: name a file that ends in {' or '.join(codecs)}")
-    make_parent(path)
-    codec, settings = codecs[Path(path).suffix.lower()]
-    try:
-        return send(str(path), parts, fps, codec, quality=None, macro_block_size=1, output_params=settings)
-    except OSError as error:
-        raise UserError(f"cannot write {printable(path)}: {str(error).strip().splitlines()[0]}") from None
-
-
-def send(path, parts, fps, codec="libx264", **options):
-    """Frames in parts, each uint8 [n, H, W, 3], to ffmpeg, which writes the file `path`; returns how many frames there are.
-
-    No part of a video stays where it does not come to its end.
-    """
-    writer, count = None, 0
-    try:
-        for part in parts:
-            if writer is None:
-                height, width = part.shape[1:3]
-                pixels = "gbrp" if codec == "ffv1" else "yuv420p" if height % 2 == width % 2 == 0 else "yuv444p"
-                options |= {"fps": fps, "codec": codec, "pix_fmt_out": pixels, "ffmpeg_log_level": "error"}
-                writer = imageio_ffmpeg.write_frames(path, (width, height), **options)
-                writer.send(None)
-            for frame in part:
-                writer.send(np.ascontiguousarray(frame))
-            count += len(part)
-        writer.close()
-    except BaseException:
-        if writer:
-            writer.close()
-            Path(path).unlink(missing_ok=True)
-        raise
+    kinds = {".mp4": ("mp4", "libx264", {"crf": str(crf)}), ".mkv": ("matroska", "ffv1", {})}
+    if Path(path).suffix.lower() not in kinds:
+        raise UserError(f"{printable(path)}: name a file that ends in {' or '.join(kinds)}")
+    container, codec, options = kinds[Path(path).suffix.lower()]
+    stream, count = None, 0
+    with whole(path) as part, ffmpeg_errors(path):
+        with av.open(f"file:{part.absolute()}", "w", format=container) as out:
+            for frame in itertools.chain.from_iterable(parts):
+                if stream is None:
+                    stream = out.add_stream(codec, Fraction(fps).limit_denominator(10_000), options=options)
+                    stream.height, stream.width = frame.shape[:2]
+                    odd = stream.height % 2 or stream.width % 2
+                    stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv444p" if odd else "yuv420p"
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")
+                out.mux(stream.encode(picture.reformat(format=stream.pix_fmt, interpolation="BICUBIC")))
+                count += 1
+            out.mux(stream.encode())
+        with av.open(f"file:{part.absolute()}") as written:
+            if (found := sum(packet.size > 0 for packet in written.demux(video=0))) != count:
+                raise UserError(f"cannot write {printable(path)}: {found} of {count} frames were written")
     return count
 
 
@@ -529,7 +394,7 @@ def write_sheet(path, rows, titles=None, columns=8):
         strips.append(np.concatenate(list(enlarge(to_frames(clip[picks]), 64)), 1))  # [H, columns * W, 3]
     height, margin = strips[0].shape[0], 0
     if titles:
-        titles = [" ".join(printable(title).split()) for title in titles]
+        titles = [printable(" ".join(title.split())) for title in titles]
         size = max(14, height // 6)  # a sheet of large frames is shown smaller
         font = ImageFont.truetype(plot.font_file(), size)
         margin = math.ceil(max(font.getlength(title) for title in titles)) + size
@@ -539,5 +404,5 @@ def write_sheet(path, rows, titles=None, columns=8):
         image.paste(Image.fromarray(strip), (margin, i * (height + 2)))
         if titles:
             draw.text((margin - size // 2, i * (height + 2) + height // 2), titles[i], "black", font, "rm")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
+    with whole(path) as part:
+        image.save(part, "PNG")

@@ -1,27 +1,111 @@
-"""Sprites: which characters, which cells, laid over each other as PIL does. The layers here are small and made up."""
+"""Shapes and Sprites: what moves how, which characters and cells, laid over each other as PIL does."""
 
+import hashlib
 import math
+import random
 from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import ROOT
 from PIL import Image
 
 import data
-import demo
-import evaluate
-import fvd
-import vae
-from common import drawn, video
-from common.drawn import CELL, COLUMNS, LOOPS, Sprites
+from common import drawn
+from common.drawn import CELL, COLUMNS, LOOPS, Shapes, Sprites
 from common.utils import UserError
+from common.video import to_clip
 
 SHARED = ROOT.parent / "shared" / "data" / "sprites"
 SHEETS = [("shoes", 1), *((layer, k) for layer in drawn.ATTRIBUTES for k in range(6))]
+
+
+def digest(*parts):
+    """A hash of clips of (data set, indices)."""
+    found = hashlib.sha256()
+    for dataset, indices in parts:
+        for i in indices:
+            frames, label = dataset[i]
+            found.update(frames.tobytes() + bytes([label]))
+    return found.hexdigest()[:16]
+
+
+# -------------------------------------------------------------------------------------------------------------------- shapes
+
+
+def test_shapes_are_what_they_always_were():
+    sets = (Shapes(), range(18)), (Shapes("test", 64, 8), range(9)), (Shapes("train", 32, 16, period=64), range(9))
+    assert digest(*sets) == "1549f1b394590ad0"
+
+
+def test_shapes_do_not_depend_on_global_random_state_and_on_nothing_but_seed_role_and_index():
+    frames, label = Shapes()[3]
+    np.random.seed(7), random.seed(7), torch.manual_seed(7)
+    assert np.array_equal(Shapes()[3][0], frames) and label == 3 and frames.shape == (16, 32, 32, 3)
+    for other in (Shapes(seed=1)[3], Shapes("test")[3], Shapes()[3 + 9]):
+        assert abs(other[0].astype(int) - frames).mean() > 1
+    assert [Shapes("test")[i][1] for i in range(18)] == list(range(9)) * 2
+
+
+def bright_centre(clip):
+    """Path [T, 2] of the bright shape, (x, y), both in frame widths."""
+    weight = (clip.mean(1) - clip.mean(1).quantile(0.5)).clamp_min(0).square()
+    grid = torch.linspace(0, 1, clip.shape[-1])
+    total = weight.sum((1, 2))
+    return torch.stack([(weight * grid).sum((1, 2)) / total, (weight * grid[:, None]).sum((1, 2)) / total], 1)
+
+
+def test_shapes_move_as_their_class_says():
+    shapes = Shapes()
+    for i in range(9):
+        motion = shapes.classes[label := shapes[i][1]].split("_")[1]
+        path = bright_centre(to_clip(shapes[i][0]))
+        across, down = (path.amax(0) - path.amin(0)).tolist()
+        assert (across > 0.1) == (motion in ("sideways", "circle")), (shapes.classes[label], across, down)
+        assert (down > 0.1) == (motion in ("updown", "circle")), (shapes.classes[label], across, down)
+
+
+def test_long_shapes_take_several_clips_for_a_turn():
+    settings = data.Config("shapes-long", resolution=32)
+    clips, longer = (data.open_dataset(replace(settings, num_frames=n), "train") for n in (16, 2 * data.LONG_PERIOD))
+    for i in (0, 2, 4):
+        frames = longer[i][0]
+        assert np.array_equal(clips[i][0], frames[:16])  # what stage 1 learns from is the beginning of what vin.py does
+        turn = abs(frames[: data.LONG_PERIOD].astype(int) - frames[data.LONG_PERIOD :])
+        moved = abs(frames[: data.LONG_PERIOD].astype(int) - frames[0]).mean((1, 2, 3))
+        assert turn.max() <= 1 and moved.max() > 5
+    steps = [abs(np.diff(s[2][0].astype(int), axis=0)).mean() for s in (clips, Shapes())]
+    assert steps[0] < 0.5 * steps[1]  # and slower
+    start = [int(clips[i][0][0].sum((0, 2), int).argmax()) for i in range(0, 90, 9)]  # the brightest column at the beginning
+    assert min(start) < 12 and max(start) > 19  # left or right
+
+
+def test_shapes_can_be_drawn_between_their_frames():
+    shapes = Shapes()
+    assert np.array_equal(shapes.draw(3, [2, 5.0]), shapes.draw(3)[[2, 5]])
+    left, between, right = (shapes.draw(0, [t]).astype(float) for t in (3, 3.5, 4))  # class 0 moves sideways, fast at t = 4
+    assert min(abs(between - left).mean(), abs(between - right).mean()) > 0.3 * abs(left - right).mean() > 0
+
+
+def test_what_is_drawn_is_kept_up_to_a_limit(monkeypatch):
+    made = []
+    monkeypatch.setattr(Shapes, "draw", lambda self, i, draw=Shapes.draw: made.append(i) or draw(self, i))
+    monkeypatch.setattr(drawn, "LIMIT", 10 * 4 * 32 * 32 * 3)
+    shapes = Shapes(num_frames=4)
+    before = [shapes[i][0] for i in range(30)]
+    assert len(shapes.cache) == 10 and sum(frames.nbytes for frames in shapes.cache.values()) <= drawn.LIMIT
+    assert all(np.array_equal(shapes[i][0], frames) for i, frames in enumerate(before))
+    assert made == [*range(30), *range(10, 30)]
+
+
+def test_all_of_the_nano_preset_and_of_sprites_is_drawn_once(train):
+    for dataset in (Shapes(), train):
+        assert len(dataset) * dataset[0][0].nbytes <= drawn.LIMIT
+
+
+# ------------------------------------------------------------------------------------------------------------------- sprites
 
 
 @pytest.fixture(scope="module")
@@ -119,19 +203,6 @@ def test_sizes(layers, train):
     assert Sprites(layers, resolution=48)[3][0].shape == (8, 48, 48, 3)
 
 
-def test_what_is_composed_is_kept_up_to_a_limit(layers, monkeypatch):
-    monkeypatch.setattr(drawn, "KEPT_SPRITES", 4 * 8 * 64 * 64 * 3)
-    dataset, made = Sprites(layers), []
-    monkeypatch.setattr(dataset, "draw", lambda i: made.append(i) or Sprites.draw(dataset, i))
-    before = [dataset[i][0] for i in range(6)]
-    assert all(np.array_equal(dataset[i][0], frames) for i, frames in enumerate(before))
-    assert made == [0, 1, 2, 3, 4, 5, 4, 5]
-
-
-def test_all_of_sprites_is_kept_at_its_own_size(train):
-    assert len(train) * train[0][0].nbytes <= drawn.KEPT_SPRITES
-
-
 CONFIG = data.Config("sprites", resolution=64, num_frames=8)
 
 
@@ -154,9 +225,8 @@ def test_bad_input(layers, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "git clone https://github.com/YingzhenLi/Sprites data/Sprites" in error("")
     (tmp_path / "empty" / "within").mkdir(parents=True)
-    assert "does not look like Sprites" in (line := error("empty/within")) and drawn.CLONE in line
-    for flag in ({"flip": True}, {"crop_scale": 0.8}):
-        assert "--flip and --crop-scale" in error(layers, **flag)
+    assert "does not look like sprites" in (line := error("empty/within")) and drawn.CLONE in line
+    assert "leave out --flip" in error(layers, flip=True)
 
     root = tmp_path / "copy"
     for layer, k in SHEETS:
@@ -173,37 +243,11 @@ def test_bad_input(layers, tmp_path, monkeypatch):
     assert "it has 640 x 64 pixels, and a sheet 832 x 1344" in error(root)
 
 
-def test_preview(layers, tmp_path):
-    done = script("data.py", "--dataset", "sprites", "--data-dir", layers, "--preview", "out.png", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "1000 characters to train on and 296 held out" in done.stdout and "slash_right" in done.stdout
-    assert Image.open(tmp_path / "out.png").width > 8 * 64
-
-
-def test_training_starts_with_one_loop_at_its_own_size():
-    for preset in ("", "nano", "S"):
-        given = vae.preset_defaults(SimpleNamespace(dataset="sprites", preset=preset))
-        assert given["preset"] == (preset or "nano") and (given["resolution"], given["num_frames"]) == (64, 8)
-
-
-def test_stage_1_trains_and_is_evaluated(layers, call, monkeypatch, capsys):
-    assert call("vae.py", f"--dataset sprites --data-dir {layers} --steps 1 --batch-size 2 --width 8 --device cpu") == 0
-    detector = fvd.Detector(fvd.I3D.random(), "random I3D, seed 0", size=32)
-    monkeypatch.setattr(fvd, "load_detector", lambda *args: detector)
-    evaluate.main(evaluate.Config(ckpt="vae.pt", videos=4, lpips="none", bootstrap=0, device="cpu"))
-    line = "random I3D, seed 0, protocol stylegan-v, each clip played 2 times, since I3D takes 9 frames or more"
-    assert f"\n{line}\n" in capsys.readouterr().out
-
-
-def test_the_nearest_training_clip_is_found(train):
-    few = torch.stack([video.to_clip(train[i][0]) for i in (5, 40)])
-    found, difference = demo.nearest_clips(few + 0.02, train, 60)
-    assert torch.equal(found, few) and difference.max() < 1e-3
-
-
 @pytest.mark.skipif(not SHARED.is_dir(), reason="shared/data is not here")
 def test_the_published_layers():
     train, test = (Sprites(SHARED, role) for role in ("train", "test"))
+    sets = (train, range(0, 900, 7)), (Sprites(SHARED, "test", 128, 11, 2), range(9)), (Sprites(SHARED, "test", 48), range(9))
+    assert digest(*sets) == "15b35afc41a5cb59"
     for i in (0, 100, 2000):
         assert np.array_equal(test[i][0], composed(SHARED, test, i))
     by_class = {test.classes[test.label(i)]: test[i][0].astype(int) for i in range(9)}  # of one character

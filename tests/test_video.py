@@ -1,18 +1,238 @@
-import imageio_ffmpeg
+"""Every frame of every kind of file, in its order and colours; and what is written is whole."""
+
+import os
+from fractions import Fraction
+
+import av
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, write_mp4
-from PIL import Image, ImageDraw, ImageFont
-from test_data import counting_clip
+from PIL import Image
 
-from common import plot, video
+from common import video
 from common.utils import UserError
-from common.video import read_frames, tile, to_clip, to_frames, write_sheet
+from common.video import count_frames, probe, read_frames, to_clip, to_frames
 from data import Shapes
-from vae import psnr
 
-SHARED = ROOT.parent / "shared" / "data"
+CLIPS = ROOT.parent / "shared" / "data" / "clips"
+
+
+def grey(count, size=32, step=8):
+    """Frames [count, size, size, 3] that tell their number by their brightness."""
+    return np.tile((16 + step * np.arange(count)).astype(np.uint8)[:, None, None, None], (1, size, size, 3))
+
+
+def numbers(frames, step=8):
+    """The numbers of frames of `grey`."""
+    return [round((v - 16) / step) for v in np.asarray(frames).mean((1, 2, 3)).tolist()]
+
+
+def encode(
+    path, frames, codec="libx264", container=None, rate=25, pixels="yuv420p", stamps=None, aspect=None, colours=None, **options
+):
+    """A video made by PyAV itself; stamps are the times of frames in units of 1/600 s. Skips the test where it cannot."""
+    try:
+        with av.open(str(path), "w", format=container) as out:
+            stream = out.add_stream(codec, rate, options={k: str(v) for k, v in options.items()})
+            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
+            if stamps:
+                stream.codec_context.time_base = Fraction(1, 600)
+            if aspect:
+                stream.sample_aspect_ratio = aspect
+            if colours:
+                stream.color_trc, stream.color_primaries, stream.colorspace = colours
+            for k, frame in enumerate(frames):
+                picture = av.VideoFrame.from_ndarray(
+                    np.ascontiguousarray(frame), "rgb24" if frame.dtype == np.uint8 else "rgb48le"
+                )
+                picture = picture.reformat(format=pixels, dst_colorspace=colours and 9)
+                if stamps:
+                    picture.pts, picture.time_base = stamps[k], Fraction(1, 600)
+                out.mux(stream.encode(picture))
+            out.mux(stream.encode())
+    except av.codec.codec.UnknownCodecError:
+        pytest.skip(f"PyAV has no encoder {codec}")
+    return path
+
+
+def gif(path, frames, ms):
+    images = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=ms, loop=0)
+
+
+PHONE = [20 * k + 5 * (k % 3 == 1) for k in range(24)]  # 30 frames a second, on a grid of 1/120 s
+FILES = {
+    "h264.mp4": dict(bf=3, g=8),
+    "h264-open-gop.mp4": {"bf": 3, "g": 8, "x264-params": "open-gop=1:keyint=8"},
+    "late.mp4": dict(bf=2, stamps=[300 + 24 * k for k in range(24)]),
+    "phone.mp4": dict(stamps=PHONE),
+    "slow.mp4": dict(rate=240),
+    "hevc.mp4": dict(codec="libx265", **{"x265-params": "log-level=none"}),
+    "xvid.avi": dict(codec="mpeg4", bf=2, g=8, qmin=1, qmax=2, b="9M"),
+    "h264.avi": dict(bf=2),
+    "h264.mkv": dict(bf=2, g=6),
+    "ffv1.mkv": dict(codec="ffv1"),
+    "vp9.webm": dict(codec="libvpx-vp9", g=8),
+    "vp8.ogv": dict(codec="libvpx", container="webm"),
+    "h264.ts": dict(bf=2, container="mpegts"),
+    "mpeg2.mpg": dict(codec="mpeg2video", bf=2, qmin=1, qmax=2, b="9M"),
+    "raw.y4m": dict(codec="wrapped_avframe", container="yuv4mpegpipe"),
+    "h264.3gp": dict(bf=2, container="3gp"),
+    "wmv2.wmv": dict(codec="wmv2"),
+    "flv1.flv": dict(codec="flv"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_frame_k_is_frame_k_in_every_container_and_codec(tmp_path, name):
+    path = encode(tmp_path / name, grey(24), **FILES[name])
+    assert video.list_videos(tmp_path) == ([path], [])
+    whole = read_frames(path, 16)
+    assert numbers(whole) == list(range(24)) and count_frames(path) == 24
+    for start in (1, 2, 3, 7, 8, 9, 20, 23):
+        assert np.array_equal(read_frames(path, 16, start), whole[start:])
+        assert np.array_equal(read_frames(path, 16, start, 4), whole[start : start + 4])
+    with pytest.raises(video.BadVideo, match="ends before frame 24"):
+        read_frames(path, 16, 24)
+
+
+@pytest.mark.parametrize("ms", [20, 70, 100, 130, 143, 330, [40, 40, 120, 40] * 6])
+@pytest.mark.parametrize("suffix", [".gif", ".png", ".webp"])
+def test_animated_images_have_as_many_frames_as_were_encoded(tmp_path, suffix, ms):
+    gif(tmp_path / f"a{suffix}", grey(24), ms)
+    whole = read_frames(tmp_path / f"a{suffix}", 16)
+    assert numbers(whole) == list(range(24)) and count_frames(tmp_path / f"a{suffix}") == 24
+    assert np.array_equal(read_frames(tmp_path / f"a{suffix}", 16, 5, 3), whole[5:8])
+
+
+def test_headers_say_rate_and_size(tmp_path):
+    encode(tmp_path / "a.mp4", grey(24), rate=Fraction(30000, 1001))
+    assert probe(tmp_path / "a.mp4") == (24, pytest.approx(29.97, abs=0.01), 32, 32)
+    gif(tmp_path / "b.gif", grey(4), 70)
+    assert probe(tmp_path / "b.gif").fps == pytest.approx(1 / 0.07)
+
+
+# ---------------------------------------------------------------------------------------------------------- depths and colours
+
+
+@pytest.mark.parametrize(
+    "pixels, codec", [("yuv420p10le", "libx265"), ("gray16le", "ffv1"), ("rgb48le", "ffv1"), ("bgra", "ffv1")]
+)
+def test_other_depths_keep_their_greys(tmp_path, pixels, codec):
+    options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+    path = encode(tmp_path / "a.mkv", grey(4, step=70), codec, pixels=pixels, **options)
+    assert abs(read_frames(path, 16).mean((1, 2, 3)) - [16, 86, 156, 226]).max() < 3
+
+
+@pytest.mark.parametrize("transfer, white", [(16, 0.5807), (18, 0.75)])  # ITU-R BT.2408: the signal of 203 cd/m²
+def test_white_of_high_dynamic_range_is_white(tmp_path, transfer, white):
+    frames = np.full((2, 32, 32, 3), round(white * 65535), np.uint16)
+    frames[:, :, :16] = 0
+    colours = (transfer, 9, 9)
+    path = encode(
+        tmp_path / "a.mp4", frames, "libx265", pixels="yuv444p10le", colours=colours, **{"x265-params": "log-level=none"}
+    )
+    read = read_frames(path, 32)
+    assert read[:, 8:-8, 24:].min() > 248 and read[:, 8:-8, :8].max() < 4
+
+
+def test_pictures_of_16_bits(tmp_path):
+    Image.fromarray(np.full((8, 8), 0x8000, np.uint16)).save(tmp_path / "a.png")
+    Image.fromarray(np.full((8, 8), 0xFFFF, np.uint16)).save(tmp_path / "b.tif")
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "c.tif")
+    assert (video.read_image(tmp_path / "a.png", 4) == 127).all() and (video.read_image(tmp_path / "b.tif", None) == 255).all()
+    with pytest.raises(video.BadVideo, match="depth is not read"):
+        video.read_image(tmp_path / "c.tif", 4)
+
+
+@pytest.mark.parametrize("height, width", [(24, 64), (64, 24), (37, 53), (9, 11), (180, 32)])
+@pytest.mark.parametrize("suffix", [".mkv", ".gif", ".png"])
+def test_any_size_is_scaled_and_cut_to_its_centre(tmp_path, height, width, suffix):
+    """Red ends that are cut off, a green square in the middle."""
+    frames = np.zeros((5, height, width, 3), np.uint8)
+    frames[..., 1] = 200 + 4 * np.arange(5)[:, None, None]
+    edge = abs(height - width) // 2
+    if edge > 4:
+        ends = frames if height > width else frames.transpose(0, 2, 1, 3)
+        ends[:, : edge - 2] = ends[:, -edge + 2 :] = (255, 0, 0)
+    path = tmp_path / f"a{suffix}"
+    video.write_frames(path, [frames], 10) if suffix == ".mkv" else gif(path, frames, 100)
+    out = read_frames(path, 32)
+    assert out.shape == (5, 32, 32, 3) and abs(out[:, 3:-3, 3:-3].astype(int) - (0, 208, 0)).max() < 45
+    assert read_frames(path, None).shape == frames.shape
+
+
+def test_pixel_aspect_is_honoured(tmp_path):
+    """64 x 64 stored pixels, each twice as wide as high, are a picture of 128 x 64, of which the middle 64 x 64 is seen."""
+    frames = np.zeros((5, 64, 64, 3), np.uint8)
+    frames[:, :, 16:48] = 255
+    path = encode(tmp_path / "a.mp4", frames, pixels="yuv444p", aspect=Fraction(2))
+    assert read_frames(path, 32)[:, 4:-4, 2:-2].min() > 230 and read_frames(path, None).shape == (5, 64, 128, 3)
+
+
+@pytest.mark.skipif(not CLIPS.is_dir(), reason="shared/data is not here")
+def test_the_rotated_one_stands_upright():
+    path = CLIPS / "video_90.mov"
+    with av.open(str(path)) as container:
+        stored = next(container.decode(video=0)).to_ndarray(format="rgb24").astype(int)
+    shown = read_frames(path, None)[0]
+    assert probe(path)[2:] == (568, 320) and shown.shape == (568, 320, 3)
+    assert abs(np.rot90(stored, 3) - shown).mean() < 3, "a display matrix of -90 degrees is a quarter turn clockwise"
+
+
+@pytest.mark.parametrize("matrix, shown", [
+    ((1, 0, 0, 1), lambda x: x), ((-1, 0, 0, -1), lambda x: x[::-1, ::-1]), ((-1, 0, 0, 1), lambda x: x[:, ::-1]),
+    ((1, 0, 0, -1), lambda x: x[::-1]), ((0, 1, 1, 0), lambda x: x.transpose(1, 0, 2)),
+])  # fmt: skip
+def test_all_display_matrices(matrix, shown):
+    """x' = a x + c y, y' = b x + d y."""
+    a, b, c, d = (65536 * v for v in matrix)
+    sides = {"DISPLAYMATRIX": np.array([a, b, 0, c, d, 0, 0, 0, 1 << 30], np.int32)}
+    image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    assert np.array_equal(video.upright(image, type("Frame", (), {"side_data": sides})), shown(image))
+
+
+# ---------------------------------------------------------------------------------------------------------- what counts as one
+
+
+def test_one_name_is_one_video_and_what_is_left_out_is_named(tmp_path):
+    for name in ("a.mp4", "b.avi", "c.mp4"):
+        encode(tmp_path / name, grey(4))
+    gif(tmp_path / "a.gif", grey(4), 100)
+    gif(tmp_path / "d.gif", grey(4), 100)
+    (tmp_path / "c.ts").write_bytes(b"x")
+    for name in ("notes.txt", "README", ".hidden.mp4", "thumb.png"):
+        (tmp_path / name).write_text("hello")
+    paths, notes = video.list_videos(tmp_path)
+    assert [path.name for path in paths] == ["a.mp4", "b.avi", "c.mp4", "d.gif"]
+    assert notes == [
+        "1 files .gif beside a .mp4 of the same name", "1 files .ts beside a .mp4 of the same name", "1 files .txt",
+        "1 files without a suffix", "1 still images, too few for a video or beside videos",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [(96, 32), (32, 96), (64, 32)])
+def test_frames_are_no_strips_however_wide(tmp_path, size):
+    (tmp_path / "drive").mkdir()
+    for k in range(12):
+        Image.new("RGB", size, (16 + 8 * k,) * 3).save(tmp_path / "drive" / f"frame_{k}.png")
+    assert video.list_videos(tmp_path)[0] == [tmp_path / "drive"]
+    assert numbers(read_frames(tmp_path / "drive", 16)) == list(range(12)), "in the order of their numbers"
+    assert numbers(read_frames(tmp_path / "drive", None, 3, 4)) == [3, 4, 5, 6]
+
+
+def test_links_are_followed_once(tmp_path):
+    (tmp_path / "real" / "wave").mkdir(parents=True)
+    (tmp_path / "set" / ".hidden").mkdir(parents=True)
+    for path in ("real/wave/a.mp4", "set/.hidden/b.mp4"):
+        (tmp_path / path).write_bytes(b"x")
+    (tmp_path / "set" / "wave").symlink_to(tmp_path / "real" / "wave")
+    (tmp_path / "real" / "wave" / "up").symlink_to(tmp_path / "set")
+    assert video.list_videos(tmp_path / "set")[0] == [tmp_path / "set" / "wave" / "a.mp4"]
+
+
+# ------------------------------------------------------------------------------------------------------------------ to files
 
 
 def test_frames_and_clips_are_inverse():
@@ -24,131 +244,113 @@ def test_frames_and_clips_are_inverse():
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif"])
-def test_video_comes_back_from_a_file(tmp_path, suffix):
+def test_a_clip_comes_back_from_its_files(tmp_path, suffix, capfd):
     clip = to_clip(Shapes()[4][0])
-    video.write_video(tmp_path / "new" / "folder" / "clip", clip)
-    frames = read_frames(f"{tmp_path}/new/folder/clip{suffix}", 32)
-    assert frames.shape == (16, 32, 32, 3) and frames.dtype == np.uint8
-    assert psnr(to_clip(frames)[None], clip[None]) > 25
+    video.write_video(tmp_path / "new" / "folder" / "clip", clip, fps=10)
+    path = tmp_path / "new" / "folder" / f"clip{suffix}"
+    assert (to_clip(read_frames(path, 32)) - clip).square().mean() < 0.012
+    assert probe(path) == (16, 10, 128, 128), "large enough to be seen"
+    assert len(os.listdir(path.parent)) == 2 and capfd.readouterr() == ("", "")
 
 
-def test_files_carry_frame_rate_and_a_size_that_can_be_seen(tmp_path):
-    video.write_video(tmp_path / "clip", to_clip(Shapes()[0][0]), fps=10)
-    meta = next(imageio_ffmpeg.read_frames(str(tmp_path / "clip.mp4")))
-    assert meta["fps"] == 10 and meta["size"] == (128, 128)
-    with Image.open(tmp_path / "clip.gif") as image:
-        assert image.n_frames == 16 and image.size == (128, 128) and image.info["duration"] == 100
+def test_mkv_is_lossless_and_odd_sizes_are_kept(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (5, 9, 11, 3), np.uint8)
+    assert video.write_frames(tmp_path / "a.mkv", iter([frames[:2], frames[2:]]), 7) == 5
+    assert np.array_equal(read_frames(tmp_path / "a.mkv", None), frames)
+    video.write_frames(tmp_path / "a.mp4", [frames], 7)
+    assert read_frames(tmp_path / "a.mp4", None).shape == frames.shape
+    with pytest.raises(UserError, match="a.xyz: name a file that ends in .mp4 or .mkv"):
+        video.write_frames(tmp_path / "a.xyz", [frames], 7)
 
 
-def raw_video(path, frames):
-    """A video with none of video.write_video's steps, so that its size may be odd."""
-    frames = np.ascontiguousarray(frames)
-    if path.suffix == ".gif":
-        images = [Image.fromarray(f) for f in frames]
-        images[0].save(path, save_all=True, append_images=images[1:], duration=100)
+@pytest.mark.parametrize("write", [video.write_mp4, video.write_video, lambda path, clip: video.write_sheet(path, clip)])
+@pytest.mark.parametrize("what", ["no directory", "fails"])
+def test_what_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, write, what):
+    clip = to_clip(grey(4))[None]
+    if what == "no directory":
+        (tmp_path / "a").write_text("a file")
+        where = tmp_path / "a" / "clip"
     else:
-        writer = imageio_ffmpeg.write_frames(
-            str(path), frames.shape[2:0:-1], fps=10, macro_block_size=1, pix_fmt_out="yuv444p", ffmpeg_log_level="error"
-        )
-        writer.send(None)
-        for frame in frames:
-            writer.send(frame)
-        writer.close()
-    return path
+        where = tmp_path / "clip"
+
+        def full(*args):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(video.os, "replace", full)
+    with pytest.raises(UserError, match="cannot write .*clip.*: (No space|Not a dir|File exists)"):
+        write(where, clip[0] if write is video.write_video else clip)
+    assert not [name for name in os.listdir(tmp_path) if name != "a"]
 
 
-@pytest.mark.parametrize("height, width", [(24, 64), (64, 24), (37, 53), (53, 37), (9, 11), (33, 33), (180, 32)])
-@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
-def test_any_size_is_scaled_and_cut_to_its_centre(tmp_path, height, width, suffix):
-    # Red ends that a centre crop leaves out, a green square in the middle.
-    frames = np.zeros((5, height, width, 3), np.uint8)
-    short, long = min(height, width), max(height, width)
-    edge = (long - short) // 2
-    frames[..., 1] = 200 + 4 * np.arange(5)[:, None, None]  # frames differ: a GIF keeps equal ones only once
-    if edge > 4:
-        ends = frames if height > width else frames.transpose(0, 2, 1, 3)
-        ends[:, : edge - 2] = ends[:, -edge + 2 :] = (255, 0, 0)
-    out = read_frames(raw_video(tmp_path / f"clip{suffix}", frames), 32)
-    assert out.shape == (5, 32, 32, 3)
-    inner = out[:, 3:-3, 3:-3].reshape(-1, 3).astype(int)
-    assert abs(inner - (0, 208, 0)).max() < 45
+def test_a_video_that_is_not_whole_gets_no_name(tmp_path, monkeypatch):
+    (tmp_path / "a.mp4").write_bytes(b"old")
+
+    def parts():
+        yield grey(2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        video.write_frames(tmp_path / "a.mp4", parts(), 10)
+    assert os.listdir(tmp_path) == ["a.mp4"] and (tmp_path / "a.mp4").read_bytes() == b"old"
+    monkeypatch.setattr(av.container.OutputContainer, "mux", lambda *args: None, raising=False)
+    with pytest.raises(UserError, match="cannot write"):
+        video.write_frames(tmp_path / "a.mp4", [grey(3)], 10)
+    assert os.listdir(tmp_path) == ["a.mp4"] and (tmp_path / "a.mp4").read_bytes() == b"old"
 
 
-def test_colours_and_orientation_survive(tmp_path):
-    frames = np.zeros((3, 32, 32, 3), np.uint8)
-    frames[:, :16, :16], frames[:, :16, 16:], frames[:, 16:, :16] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-    frames[:, 31, 31] = np.arange(3)[:, None] * 50  # frames differ: a GIF keeps equal ones only once
-    for suffix in (".mp4", ".gif"):
-        out = read_frames(raw_video(tmp_path / f"clip{suffix}", frames), 32)
-        assert abs(out[:, [6, 6, 26, 26], [6, 26, 6, 26]].astype(int) - frames[:, [6, 6, 26, 26], [6, 26, 6, 26]]).max() < 40
+NAMES = [
+    "",
+    ".",
+    "..",
+    "../../escaped",
+    "carry/hold",
+    "a\0b",
+    "C:\\x",
+    "x" * 999,
+    "日本語" * 99,
+    "caf\udce9",
+    "new\nline",
+    "-i",
+    "con:1|2",
+    "²",
+]
 
 
-def test_reading_says_nothing_on_the_terminal(tmp_path, capfd, caplog):
-    raw_video(tmp_path / "clip.mp4", np.zeros((3, 48, 64, 3), np.uint8))
-    read_frames(tmp_path / "clip.mp4", 32)
-    assert not caplog.records and capfd.readouterr() == ("", "")
+@pytest.mark.parametrize("name", NAMES)
+def test_no_name_leaves_its_directory(tmp_path, name):
+    path = tmp_path / f"{video.file_name(name)}.png"
+    assert path.parent.resolve() == path.resolve().parent == tmp_path and len(os.fsencode(path.name)) <= 255 and path.stem
+    path.write_bytes(b"")
+    line = video.printable(name.replace("\0", ""))
+    assert line.isprintable() and line.encode(errors="strict").decode() == line
+    video.write_sheet(tmp_path / "sheet.png", [to_clip(grey(2))], [name[:99]])
 
 
-@pytest.mark.parametrize("content", [b"", b"this is not a video\n" * 40, bytes(range(256)) * 20])
-def test_what_is_not_a_video_is_a_user_error(tmp_path, content):
-    (tmp_path / "clip.mp4").write_bytes(content)
-    with pytest.raises(UserError, match="clip.mp4"):
-        read_frames(tmp_path / "clip.mp4", 32)
-
-
-def test_a_missing_file_and_a_directory_are_user_errors(tmp_path):
-    for path in (tmp_path / "none.mp4", tmp_path):
-        with pytest.raises(UserError, match=path.name):
-            read_frames(path, 32)
-
-
-def test_a_truncated_video_is_frames_or_a_user_error(tmp_path):
-    whole = write_mp4(tmp_path / "clip", to_clip(Shapes()[0][0])).read_bytes()
-    for share in (0.2, 0.5, 0.9):
-        (tmp_path / "cut.mp4").write_bytes(whole[: int(share * len(whole))])
-        try:
-            assert read_frames(tmp_path / "cut.mp4", 32).shape[1:] == (32, 32, 3)
-        except UserError as error:
-            assert "cut.mp4" in str(error)
+@pytest.mark.parametrize("name", ["take1:30", "concat:a|b", "-i", "n" * 251, "caf\udce9", "new\nline", "%d $(touch x) 日本語"])
+def test_any_name_of_a_video_is_written_and_read(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    video.write_mp4(name, [to_clip(grey(3))])
+    assert os.listdir() == [f"{name}.mp4"] and len(read_frames(f"{name}.mp4", 16)) == 3
+    assert [path.name for path in video.list_videos(tmp_path)[0]] == [f"{name}.mp4"]
 
 
 def test_sheet_has_a_row_for_each_video_and_a_column_for_each_frame(tmp_path):
-    clip = counting_clip(16)
-    write_sheet(tmp_path / "a" / "sheet.png", [clip, clip], ["one", "number two"])
+    clip = to_clip(grey(16, step=12))
+    video.write_sheet(tmp_path / "a" / "sheet.png", [clip, clip], ["one", "number two"])
     with Image.open(tmp_path / "a" / "sheet.png") as image:
         margin = image.width - 8 * 64
         assert image.height == 2 * 66 and margin >= 7 * len("number two")
         shades = [image.getpixel((margin + 64 * i + 32, 66 + 32))[0] for i in range(8)]
-    assert shades == sorted(shades) and shades[0] == 0 and shades[-1] == to_frames(clip)[15, 0, 0, 0]  # first to last
-    write_sheet(tmp_path / "few.png", [clip[:3]])
-    with Image.open(tmp_path / "few.png") as image:
-        assert image.size == (3 * 64, 66)
-
-
-@pytest.mark.parametrize("resolution", [32, 64, 128])
-def test_titles_are_whole_and_as_large_as_the_frames_ask_for(tmp_path, resolution):
-    clips = [torch.full((2, 3, resolution, resolution), -1.0)] * 3  # black
-    titles = ["real", "WOMEN_DOWN_MOVEMENTS", "Señor 10 müde über"]
-    video.write_sheet(tmp_path / "sheet.png", clips, titles)
-    with Image.open(tmp_path / "sheet.png") as image:
-        sheet = np.asarray(image.convert("L"))
-    row = max(64, resolution)
-    margin = sheet.shape[1] - 2 * row
-    rest = sheet[:, :margin].reshape(3, row + 2, margin)
-    for title, part in zip(titles, rest):
-        alone = Image.new("L", (2000, 200), "white")
-        font = ImageFont.truetype(plot.font_file(), max(14, resolution // 6))
-        ImageDraw.Draw(alone).text((50, 50), title, "black", font)
-        (y, x), (whole_y, whole_x) = np.nonzero(part < 128), np.nonzero(np.asarray(alone) < 128)
-        assert abs(np.ptp(x) - np.ptp(whole_x)) <= 1 and abs(np.ptp(y) - np.ptp(whole_y)) <= 1
-        assert x.min() >= 4 and x.max() < margin - 4 and abs((y.min() + y.max()) / 2 - row / 2) < row / 8
-    write_sheet(tmp_path / "odd.png", clips[:2], ["two\nlines\tof a folder", "not text \udce9"])  # what names of folders may be
+        ink = np.asarray(image.convert("L"))[:, :margin] < 128
+    assert shades == sorted(shades) and (shades[0], shades[-1]) == (16, 16 + 12 * 15)  # first to last
+    assert ink[:66].any() and ink[66:].sum() > ink[:66].sum() and not ink[:, :3].any()
+    write_mp4(tmp_path / "b", clip)
 
 
 @pytest.mark.parametrize("count, rows, columns", [(1, 1, 1), (2, 1, 2), (3, 2, 2), (5, 2, 3), (9, 3, 3)])
 def test_tile(count, rows, columns):
     clips = torch.rand(count, 2, 3, 4, 6)
-    grid = tile(clips)
+    grid = video.tile(clips)
     assert grid.shape == (2, 3, rows * 4, columns * 6)
     for i in range(rows * columns):
         part = grid[:, :, i // columns * 4 :, i % columns * 6 :][:, :, :4, :6]

@@ -12,18 +12,13 @@ import numpy as np
 LEAST, MOST = -16, 24  # of k: a distribution's scale is 2^(k / 4)
 
 
+@functools.cache
 def probabilities(bits, k):
     """Of the numbers of so many bits, from the least on: logistic, of scale 2^(k / 4); what is beyond is at the ends."""
     number = np.arange(2**bits) - 2 ** (bits - 1)
     edges = 1 / (1 + np.exp(-np.clip((np.append(number, number[-1] + 1) - 0.5) / 2 ** (k / 4), -40, 40)))
     edges[0], edges[-1] = 0, 1
     return np.diff(edges)
-
-
-@functools.cache
-def distribution(bits, k):
-    """The same as the coder takes it."""
-    return constriction.stream.model.Categorical(probabilities(bits, k), perfect=False)
 
 
 def best_scale(numbers, bits):
@@ -39,7 +34,8 @@ def coding_order(log2_scales, bits, kept):
     groups = {}
     for column in np.flatnonzero(kept).tolist():
         groups.setdefault((int(bits[column]), int(k[column])), []).append(column)
-    return [(key[0], distribution(*key), np.array(groups[key])) for key in sorted(groups)]
+    model = functools.partial(constriction.stream.model.Categorical, perfect=False)
+    return [(key[0], model(probabilities(*key)), np.array(groups[key])) for key in sorted(groups)]
 
 
 def pack(numbers, order):

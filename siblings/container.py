@@ -1,22 +1,13 @@
-"""A file of chunks: a header that says what they are, where each one is, and a checksum of each.
+"""A file of chunks: a header that says what they are, where each one is, and a checksum of each (docs/codec.md, "The file").
 
-    bytes    what
-    4        "NeRV"
-    1        version, 1
-    4        length L of what comes next, without its checksum
-    4        CRC-32 of these L bytes
-    L        the header, a dictionary as JSON, deflated with the dictionary WORDS; then the number of chunks, and of each
-             chunk its length and its CRC-32 (4 bytes)
-    …        the chunks, one behind the other
-
-Numbers are little-endian; lengths and counts are varints, seven bits a byte. A reader seeks to the chunks it wants. Nothing is
-allocated on the word of a file alone: what it says of lengths is held against how long it is.
+Numbers are little-endian; lengths and counts are varints, seven bits a byte. Nothing is allocated on the word of a file alone:
+what it says of lengths is held against how long it is.
 """
 
 import json
-import os
 import struct
 import zlib
+from pathlib import Path
 
 from common.utils import UserError, whole_file
 from common.video import printable
@@ -37,11 +28,7 @@ class BadFile(UserError):
 
 
 def varint(number):
-    out = bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*out, number])
+    return bytes([number & 127 | 128]) + varint(number >> 7) if number > 127 else bytes([number])
 
 
 def read_varint(data, place):
@@ -62,17 +49,9 @@ def write(path, header, chunks):
     """
     packer = zlib.compressobj(9, zlib.DEFLATED, -15, zdict=WORDS)
     head = packer.compress(json.dumps(header, separators=(",", ":")).encode()) + packer.flush()
-    head += varint(len(chunks))
-    for chunk in chunks:
-        head += varint(len(chunk)) + struct.pack("<I", zlib.crc32(chunk))
-    try:
-        with whole_file(path) as file:
-            file.write(START.pack(MAGIC, VERSION, len(head), zlib.crc32(head)) + head)
-            file.writelines(chunks)
-            length = file.tell()
-    except OSError as error:
-        raise UserError(f"cannot write {printable(path)}: {error.strerror}") from None
-    return length
+    head += varint(len(chunks)) + b"".join(varint(len(chunk)) + struct.pack("<I", zlib.crc32(chunk)) for chunk in chunks)
+    with whole_file(path) as file:
+        return file.write(b"".join([START.pack(MAGIC, VERSION, len(head), zlib.crc32(head)), head, *chunks]))
 
 
 class Reader:
@@ -84,27 +63,24 @@ class Reader:
     def __init__(self, path):
         self.path = path
         try:
-            with open(path, "rb") as file:
-                self.length = os.fstat(file.fileno()).st_size
-                start = file.read(START.size)
-                if len(start) < START.size or start[:4] != MAGIC:
-                    raise BadFile(path, "not a file of this program" if start else "empty")
-                _, version, size, checksum = START.unpack(start)
-                if version != VERSION:
-                    raise BadFile(path, f"its format has version {version}, and this program reads {VERSION}")
-                if size > self.length - START.size:
-                    raise BadFile(path, "it ends within its header")
-                head = file.read(size)
+            self.data = Path(path).read_bytes()
         except OSError as error:
             raise BadFile(path, error.strerror or "cannot be read") from None
+        self.length = len(self.data)
+        if self.length < START.size or self.data[:4] != MAGIC:
+            raise BadFile(path, "not a file of this program")
+        _, version, size, checksum = START.unpack_from(self.data)
+        if version != VERSION:
+            raise BadFile(path, f"its format has version {version}, and this program reads {VERSION}")
+        head, offset = self.data[START.size : START.size + size], START.size + size
         if zlib.crc32(head) != checksum:
-            raise BadFile(path, "its header is damaged")
+            raise BadFile(path, "its header is damaged, or it ends within it")
         try:
             unpacker = zlib.decompressobj(-15, zdict=WORDS)
             self.header = json.loads(unpacker.decompress(head, LARGEST))
             index = unpacker.unused_data
             count, place = read_varint(index, 0)
-            self.entries, offset = [], START.size + size  # (offset, length, checksum) of each chunk
+            self.entries = []  # (offset, length, checksum) of each chunk
             for _ in range(min(count, len(index) // 5 + 1)):  # each takes 5 bytes or more
                 length, place = read_varint(index, place)
                 self.entries.append((offset, length, struct.unpack_from("<I", index, place)[0]))
@@ -120,12 +96,5 @@ class Reader:
 
     def __getitem__(self, i):
         offset, length, checksum = self.entries[i]
-        if offset + length > self.length:
-            return None
-        try:
-            with open(self.path, "rb") as file:
-                file.seek(offset)
-                chunk = file.read(length)
-        except OSError as error:
-            raise BadFile(self.path, error.strerror or "cannot be read") from None
+        chunk = self.data[offset : offset + length]
         return chunk if len(chunk) == length and zlib.crc32(chunk) == checksum else None
