@@ -150,8 +150,10 @@ def open_dataset(config, role, classes=None):
     if getattr(c, "cache", "") == "off" or estimated_bytes(paths, c.resolution) > CACHE_LIMIT:
         return Videos(items, number, role, c)
     place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]
-    directory = Path(getattr(c, "cache_dir", CACHE)) / f"{utils.file_name(root.resolve().name, 40)}-{c.resolution}-{place}"
-    return Videos(items, number, role, c, *decode_once(directory, root, paths, c.resolution))
+    directory = (
+        Path(getattr(c, "cache_dir", CACHE)) / f"{utils.file_name(root.resolve().name, 40)}-{role}-{c.resolution}-{place}"
+    )
+    return Videos(items, number, role, c, *decode_once(directory, paths, c.resolution))
 
 
 def estimated_bytes(paths, size):

@@ -235,7 +235,6 @@ def main(config=None, load_dit=dit.load_dit, load_vae=load_vae):
     name, indices = fvd.label(detector.meta), data.spread(held_out, config.videos)
     if len(indices) < 2:
         raise UserError("a distance takes two held-out clips or more")
-
     measure = functools.partial(reconstructed, vae, held_out, detector, lpips, device)
     first = over_processes("reconstructed", indices, measure)
     results = {
@@ -268,12 +267,11 @@ def main(config=None, load_dit=dit.load_dit, load_vae=load_vae):
         shown |= {"training clips": made["shown_real"], "generated, of their classes": made["shown"]}
     if rank:
         return
-
     about = {
         "checkpoint": f"{config.ckpt}, {ckpt['step']} steps of stage {2 if model else 1}, revision {ckpt['revision']}",
         "evaluated": f"revision {utils.git_revision()}, {time.strftime('%Y-%m-%d')}, {time.time() - began:.0f} s",
         "command": "python evaluate.py " + shlex.join(sys.argv[1:]),
-        "data": f"{settings.dataset} {settings.data_dir}, {len(train_set)} to train, {'none' if shared else len(held_out)} held out",
+        "data": f"{settings.dataset} {settings.data_dir}: {len(train_set)} videos, {0 if shared else len(held_out)} held out",
         "clips": f"{settings.num_frames} frames of {settings.resolution} x {settings.resolution}, stride {settings.stride}",
         "features": f"{detector.meta['features']}, protocol {config.protocol}",
     }

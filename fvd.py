@@ -19,6 +19,7 @@ arXiv:1705.07750) after training on Kinetics-400. All agree on that; --protocol 
 None of them antialiases. FVD of few videos is too large, by about a constant over their number: compare equal numbers only.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -75,7 +76,7 @@ def max_pool(x, kernel, stride):
     """Max pooling of x >= 0 [B, C, T, H, W], "same": one dimension after the other, which is faster than F.max_pool3d."""
     x = pad_same(x, kernel, stride)
     for dim in (4, 3, 2):
-        x = x.unfold(dim, kernel[dim - 2], stride[dim - 2]).amax(-1)
+        x = functools.reduce(torch.maximum, x.unfold(dim, kernel[dim - 2], stride[dim - 2]).unbind(-1))
     return x
 
 
@@ -147,8 +148,7 @@ class Detector:
     """Clips to features, as a protocol has it: uint8 frames [B, T, H, W, 3] of any size -> float32 array [B, 400]."""
 
     def __init__(self, network, name, protocol="stylegan-v", device="cpu", size=SIZE):
-        self.network, self.device = network.eval().to(device), device
-        self.protocol, self.size = PROTOCOLS[protocol], size
+        self.network, self.device, self.protocol, self.size = network.eval().to(device), device, PROTOCOLS[protocol], size
         self.meta = {"features": name, "protocol": protocol, "size": size}
 
     @torch.inference_mode()

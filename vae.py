@@ -243,7 +243,8 @@ def preset_defaults(args):
     name = args.preset or ("nano" if args.dataset in data.DRAWN else "S")
     defaults = {k: getattr(nerv.CONFIGS[name], k) for k in SIZES} | {"preset": name} | data.DEFAULTS.get(args.dataset, {})
     if name == "nano":  # small enough for two CPU cores, and nothing to download
-        small = dict(steps=2000, batch_size=16, decode_frames=2, lr=1.5e-3, warmup=50, kl_weight=1e-6, lpips="none")
+        steps = 2000 if args.dataset in data.DRAWN else 1000
+        small = dict(steps=steps, batch_size=16, decode_frames=2, lr=1.5e-3, warmup=50, kl_weight=1e-6, lpips="none")
         more = ["mixing=8", "renorm=0.3", "muon", "edges"] + ["filter"] * (args.dataset in data.SHAPES)
         defaults |= small | dict(lpips_weight=0.05, gan_weight=0.0, extras=more)
     return defaults

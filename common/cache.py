@@ -3,85 +3,59 @@
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
+import av
 import numpy as np
 
 from common import utils, video
-from common.utils import UserError
 
 
-def decode_once(directory, root, paths, size):
+def decode_once(directory, paths, size):
     """All frames of videos: ({path: uint8 [T, size, size, 3], memory-mapped}, {path: reason} of those without any).
 
-    directory/frames-*.u8 holds what one run has decoded; index.json says where each video begins, and what its files were
-    called, how large and how old they were: one made anew is decoded anew. What failed is tried again each time.
+    directory/KEY.u8 has the frames, one video after the other, and KEY.json how many of each, or why there are none. KEY is a
+    hash of names, sizes and times of all files and of the decoder's version: what changes is decoded anew.
     """
-    names, failed, lock = {os.path.relpath(path, root): path for path in paths}, {}, threading.Lock()
+    key = hashlib.sha256("\n".join([av.__version__, *map(stamp, paths)]).encode()).hexdigest()[:16]
+    frames_file, index_file = directory / f"{key}.u8", directory / f"{key}.json"
 
-    def read_index():
+    def decode(path):
         try:
-            index = json.loads((directory / "index.json").read_bytes())
-            ends = {file.name: file.stat().st_size for file in directory.glob("frames-*.u8")}
-            videos = {k: v for k, v in index["videos"].items() if v[2] + v[3] * size * size * 3 <= ends.get(v[1], -1)}
-            return {"videos": videos, "failed": dict(index["failed"])}
-        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
-            return {"videos": {}, "failed": {}}
+            return video.read_frames(path, size)
+        except video.BadVideo as error:
+            return error.reason
 
-    def decode(name):
-        with tempfile.SpooledTemporaryFile(2**26, dir=directory) as frames:  # a long video must not fill the memory
-            try:
-                count = sum(frames.write(frame.tobytes()) for frame in video.iterate(names[name], size)) // (size * size * 3)
-                if not count:
-                    raise video.BadVideo(name, video.NOTHING)
-            except video.BadVideo as error:
-                failed[name] = error.reason
-            with lock:
-                bar.update()
-                if name not in failed:
-                    index["videos"][name] = [stamps[name], file.name, out.tell(), count]
-                    frames.seek(0)
-                    shutil.copyfileobj(frames, out, 2**20)
+    def stale():  # also where a file that failed now decodes: it may have been the machine's fault
+        entries = json.loads(index_file.read_text()) if index_file.is_file() and frames_file.is_file() else None
+        failed = [path for path, entry in zip(paths, entries or ()) if isinstance(entry, str)]
+        return entries is None or any(not isinstance(decode(path), str) for path in failed)
 
-    index, stamps = read_index(), {name: stamp(path) for name, path in names.items() if utils.rank() == 0}
-    if todo := [name for name in stamps if index["videos"].get(name, [""])[0] != stamps[name]]:
-        pool = ThreadPoolExecutor(max(1, utils.cores() // utils.local_processes()))
-        file = directory / f"frames-{time.time_ns()}.u8"
-        index["videos"] = {name: entry for name, entry in index["videos"].items() if name not in todo}
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            with utils.whole_file(file) as out, utils.bar(desc="decoding", total=len(todo), unit="video") as bar:
-                list(pool.map(decode, todo))
-            index["failed"] = failed
-            with utils.whole_file(directory / "index.json") as out:
-                out.write(json.dumps(index).encode())
-            used = {entry[1] for entry in index["videos"].values()}
-            for old in directory.glob("frames-*"):
-                if old.name not in used and (old == file or time.time() - old.stat().st_mtime > 86400):  # or another's, at work
-                    old.unlink()
-        except OSError as error:
-            raise UserError(f"cannot write the cache {video.printable(directory)}: {error.strerror}") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    if utils.rank() == 0 and stale():
+        for old in directory.glob("[0-9a-f]*"):
+            old.unlink()
+        index = []
+        with utils.whole_file(frames_file) as out, ThreadPoolExecutor(utils.cores()) as pool:
+            with utils.bar(desc="decoding", total=len(paths), unit="video") as bar:
+                for k in range(0, len(paths), 64):  # so many results at most wait in memory
+                    for found in pool.map(decode, paths[k : k + 64]):
+                        index.append(found if isinstance(found, str) else len(found))
+                        out.write(b"" if isinstance(found, str) else found.tobytes())
+                        bar.update()
+        with utils.whole_file(index_file) as out:
+            out.write(json.dumps(index).encode())
     utils.wait_for_all()
-    index, arrays, found = read_index(), {}, {}
-    for name in names.keys() & index["videos"].keys():
-        _, file, start, count = index["videos"][name]
-        arrays[file] = arrays[file] if file in arrays else np.memmap(directory / file, np.uint8, "c")
-        found[names[name]] = arrays[file][start : start + count * size * size * 3].reshape(count, size, size, 3)
-    return found, {names[name]: reason for name, reason in index["failed"].items() if name in names}
+    index, start = json.loads(index_file.read_text()), 0
+    frames = np.memmap(frames_file, np.uint8, "c") if frames_file.stat().st_size else np.empty(0, np.uint8)
+    found, failed = {}, {path: entry for path, entry in zip(paths, index) if isinstance(entry, str)}
+    for path, count in zip(paths, index):
+        if path not in failed:
+            found[path] = frames[start : (start := start + count * size * size * 3)].reshape(count, size, size, 3)
+    return found, failed
 
 
 def stamp(path):
-    """What tells that a video is not the one it was: the name, size and time of its file, or of all files of a directory."""
-    try:
-        files = video.frame_files(path) if path.is_dir() else [path]
-        states = [(file.name, os.stat(file)) for file in files]
-    except OSError:
-        return "gone"
-    said = "\n".join(f"{name} {state.st_size} {state.st_mtime_ns}" for name, state in states)
-    return hashlib.sha256(os.fsencode(said)).hexdigest()[:16]
+    """What tells that a video is not the one it was: name, size and time of its file, or of all files of a directory."""
+    files = video.frame_files(path) if path.is_dir() else [path]
+    states = [(os.fsencode(file.name).hex(), os.stat(file)) for file in files if file.exists()]
+    return " ".join(f"{name} {state.st_size} {state.st_mtime_ns}" for name, state in states)

@@ -1,12 +1,13 @@
 """What the tests share: the repository on the path, tiny videos, and one tiny trained pair of checkpoints."""
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 # On a machine with GPUs the suite is that of one without: exact figures are those of CPUs, and two processes may share no card.
-# A test that wants a GPU is run with NERV_TEST_GPU=1.
+# A test that needs a GPU is run with NERV_TEST_GPU=1.
 if not os.environ.get("NERV_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Scripts that the tests start have a thread each: two would wait for each other wherever a core has other work.
@@ -18,17 +19,13 @@ import torch  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import codec  # noqa: E402
 import data  # noqa: E402
-import demo  # noqa: E402
 import dit  # noqa: E402
-import fit  # noqa: E402
-import sample  # noqa: E402
 import vae  # noqa: E402
-import vin  # noqa: E402
 from common import utils, video  # noqa: E402
 
-SMALL_DIT = ("--width", "48", "--depth", "2")  # for tests that are not about the denoiser: nano's takes seconds to sample
+SMALL = "--resolution 16 --num-frames 4 --num-tokens 8 --token-dim 8 --width 8"  # of vae.py; sizes that dit.py takes over
+SMALL_DIT = ("--width", "48", "--depth", "2")  # for tests that are not about the denoiser
 
 
 def pytest_configure(config):
@@ -44,9 +41,6 @@ def script(name, *args, cwd, **kw):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **kw)
 
 
-PROGRAMS = {f"{module.__name__}.py": module for module in (vae, dit, vin, sample, demo, codec, fit)}
-
-
 @pytest.fixture
 def few_held_out(monkeypatch):
     """Trainings of this process show and measure nine held-out clips, one of each shape, and not 64, which take seconds."""
@@ -56,13 +50,16 @@ def few_held_out(monkeypatch):
 
 @pytest.fixture
 def call(monkeypatch, tmp_path):
-    """call("vae.py", "--steps 2 …") runs a script in this process, in a directory of its own; returns the exit status."""
+    """call("vae.py", "--steps 2 …") runs a script in this process, in a directory of its own; returns the exit status.
+
+    "siblings.codec" is `python -m siblings.codec`. Options may be a list, where one has a space.
+    """
     monkeypatch.chdir(tmp_path)
 
     def call(program, options=""):
-        monkeypatch.setattr("sys.argv", [program, *options.split()])
+        monkeypatch.setattr("sys.argv", [program, *(options.split() if isinstance(options, str) else map(str, options))])
         try:
-            utils.run(PROGRAMS[program].main)
+            utils.run(importlib.import_module(program.removesuffix(".py")).main)
         except SystemExit as stop:
             return stop.code
         return 0
@@ -80,8 +77,7 @@ def write_mp4(path, clip):
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A data set on disk: train/ has 3 clips each of the classes ring_circle and square_updown, test/ has one each."""
-    root = tmp_path_factory.mktemp("videos")
-    shapes = data.Shapes(length=72)
+    root, shapes = tmp_path_factory.mktemp("videos"), data.Shapes(length=72)
     for name in ("ring_circle", "square_updown"):
         for i in range(4):
             frames, label = shapes[shapes.classes.index(name) + 9 * i]
@@ -93,9 +89,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A directory in which vae.py and dit.py have run for two steps: vae.pt, dit.pt, runs/vae, runs/dit."""
-    cwd = tmp_path_factory.mktemp("trained")
-    tiny = ("--steps", 2, "--batch-size", 4, "--seed", 1)
-    for args in (("vae.py", *tiny), ("dit.py", *tiny, "--num-latents", 8, *SMALL_DIT)):
-        done = script(*args, cwd=cwd)
-        assert done.returncode == 0, done.stderr
+    cwd, tiny = tmp_path_factory.mktemp("trained"), "--steps 2 --batch-size 4 --seed 1".split()
+    vae.main([*tiny, "--out", f"{cwd}/vae.pt"])
+    dit.main([*tiny, "--num-latents", "80", *SMALL_DIT, "--ckpt", f"{cwd}/vae.pt", "--out", f"{cwd}/dit.pt"])
     return cwd

@@ -83,11 +83,8 @@ def test_random_weights_follow_from_the_seed_alone_and_tell_clips_apart():
     assert torch.equal(torch.rand(1), expected)  # no one else's random numbers were touched
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values()))
     assert not torch.equal(first.logits["conv3d"].weight, other.logits["conv3d"].weight)
-    clips = np.stack([data.Shapes(resolution=48)[i][0] for i in range(4)])
-    features = fvd.Detector(first, "random I3D, seed 0", size=48)(clips)
-    assert features.shape == (4, 400) and features.dtype == np.float32
-    scale = np.abs(features).mean()
-    assert 0.05 < scale < 50 and features.std(0).mean() > 0.02 * scale
+    features = fvd.Detector(first, "", size=48)(np.stack([data.Shapes(resolution=48)[i][0] for i in range(4)]))
+    assert features.shape == (4, 400) and features.std(0).mean() > 0.02 * np.abs(features).mean() > 1e-3
 
 
 @needs("i3d")
