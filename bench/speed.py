@@ -153,7 +153,6 @@ def sample(config):
     ckpt = checkpoints.load(config.ckpt, "dit", "python dit.py")
     model, autoencoder, latent_map = (part.to(device) for part in dit.load_dit(ckpt))
     labels = torch.arange(min(9, model.config.num_classes), device=device).repeat_interleave(2)
-    t = torch.arange(autoencoder.nerv_config.num_frames)
     ways = [("ddpm", 250), ("ddim", 20), ("ddim", 50), ("ddim", 100), ("dpm", 10), ("dpm", 15), ("dpm", 20)]
     latents = {}
 
@@ -161,6 +160,7 @@ def sample(config):
         latents[sampler, steps] = dit.generate(model, labels, steps=steps, sampler=sampler, seed=0)
 
     denoising = measure({way: partial(denoise, *way) for way in ways}, config.repeats, device)
+    t = torch.arange(autoencoder.nerv_config.num_frames)
     decoding = {way: partial(vae.decode, autoencoder, latent_map.inverse(latents[way]), t) for way in ways}
     decoding = measure(decoding, config.repeats, device)
     denoise("ddim", 1000)
@@ -201,8 +201,7 @@ def decode(config):
             seconds = measure({name: run for name, (run, _, _) in runs.items()}, config.repeats, device)
         each = {name: [s / runs[name][1] for s in seconds[name]] for name in runs}
         for name, (_, count, flops) in runs.items():
-            share = f"{100 * flops / statistics.median(seconds[name]) / peak:.0f} %" if flops else ""
-            rate = spread([1 / s for s in each[name]])
+            rate, share = spread([1 / s for s in each[name]]), f"{100 * flops / statistics.median(seconds[name]) / peak:.0f} %"
             yield [name, count, f"{flops / count / 1e9:.3g}", rate, share, ratio(each, name, reference), reference]
 
     def rows():
@@ -221,7 +220,7 @@ def decode(config):
         yield from rows_of(runs, list(runs)[-1])
 
     header = [
-        "what" + " " * 37,
+        "what" + " " * 23,
         "frames",
         "GFLOP a frame",
         "frames / s" + " " * 14,

@@ -43,6 +43,7 @@ from extras.muon import make_optimizer
 from studies.variants import Latte
 
 METHODS = {"ours": (1.5e-3, 4e-3), "frames": (1e-3, 1e-3), "pixels": (0, 1e-3)}  # learning rates of both stages
+SIZE = "--width 192 --depth 6 --heads 6"  # of the denoiser
 SCORES = ["rFVD", "PSNR", "LPIPS", "gFVD", "agreement", "diversity", "nearest", "seconds a clip"]
 COLUMNS = ["method", "lr", "seed", "settings", "revision", "seconds", "steps", "numbers", *SCORES]
 
@@ -64,11 +65,11 @@ class Config:
         "--num-tokens 64 --token-dim 64 --extras mixing=8 muon edges basis=512 --lpips alex --kl-weight 2e-8 --warmup 100",
         "further options of vae.py, in quotes",
     )
-    dit_options: str = option("training", "--num-latents 4500 --width 192 --heads 6", "those of dit.py for ours, in quotes")
+    dit_options: str = option("training", f"{SIZE} --num-latents 4500", "those of dit.py for ours, in quotes")
     rival_options: str = option(
         "training",
-        "--num-latents 4500 --width 192 --heads 6 --extras muon --batch-size 32 --scheduled-sampling 0",
-        "those of dit.py for the others, in quotes",
+        f"{SIZE} --num-latents 4500 --extras muon --batch-size 32 --scheduled-sampling 0",
+        "… for the others, in quotes",
     )
     frames_width: int = option("training", 16, "channels of the frames' autoencoder at full resolution, a multiple of 16")
     videos: int = option("judging", 256, "clips of each kind, or all held-out ones")
@@ -91,7 +92,8 @@ class Pixels(nn.Module):
         if num_frames % t or resolution % h:
             raise UserError(f"patches are of {t} frames and {h} x {w} pixels, and clips of {num_frames} and {resolution}")
         self.grid = (num_frames // t, resolution // h, resolution // w)
-        self.nerv_config = shape(num_frames, math.prod(self.grid), 3 * t * h * w)
+        sizes = {"num_tokens": math.prod(self.grid), "token_dim": 3 * t * h * w}
+        self.nerv_config = SimpleNamespace(num_frames=num_frames, **sizes)  # what dit.py asks of a first stage
 
     def encode(self, video):
         """video [B, T, 3, H, W] in [-1, 1] -> mean, logvar, each [B, N, d]; of next to no deviation."""
@@ -107,9 +109,7 @@ class Pixels(nn.Module):
 
 
 class Frames(nn.Module):
-    """A convolutional KL autoencoder, frame by frame; tokens are 2 × 2 pixels of its latent frames, as Latte's are:
-    [B, T * H/16 * W/16, 16].
-    """
+    """A KL autoencoder, frame by frame; tokens are 2 × 2 pixels of its latent frames, as Latte's: [B, T * H/16 * W/16, 16]."""
 
     def __init__(self, num_frames, resolution, width):
         super().__init__()
@@ -117,16 +117,10 @@ class Frames(nn.Module):
             from diffusers.models import AutoencoderKL
         except ImportError:
             raise UserError("the autoencoder is of diffusers: pip install -r studies/requirements.txt") from None
-        self.net = AutoencoderKL(
-            block_out_channels=(width, 2 * width, 4 * width, 4 * width),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=16,
-        )
-        self.side = resolution // 16
-        self.nerv_config = shape(num_frames, num_frames * self.side**2, 16)
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+        widths = (width, 2 * width, 4 * width, 4 * width)
+        self.net, self.side = AutoencoderKL(**blocks, block_out_channels=widths, norm_num_groups=16), resolution // 16
+        self.nerv_config = SimpleNamespace(num_frames=num_frames, num_tokens=num_frames * self.side**2, token_dim=16)
 
     def encode(self, video):
         """video [B, T, 3, H, W] in [-1, 1] -> mean, logvar, each [B, T * H/16 * W/16, 16]."""
@@ -138,11 +132,6 @@ class Frames(nn.Module):
         """tokens [B, T * H/16 * W/16, 16] -> frames [B, T, 3, H, W], all of them."""
         x = tokens.unflatten(1, (-1, self.side, self.side)).movedim(-1, 2)  # [B, T, 16, h, w]
         return self.net.decode(F.pixel_shuffle(x.flatten(0, 1), 2)).sample.unflatten(0, (len(tokens), -1))
-
-
-def shape(num_frames, num_tokens, token_dim):
-    """What dit.py asks of a first stage."""
-    return SimpleNamespace(num_frames=num_frames, num_tokens=num_tokens, token_dim=token_dim)
 
 
 class CleanDiT(dit.DiT):
@@ -341,28 +330,16 @@ def main(argv=None):
 
 
 def report(rows, config):
-    """Print all rows, then each method at its best learning rate by its mean gFVD, and write the sheet."""
+    """Print all rows, and write a sheet with two clips of each."""
     shown = [name for name in COLUMNS if name not in ("settings", "revision")]
     table(shown, [[row[name] for name in shown] for row in rows])
-    best = []
-    for method in config.methods:
-        by_lr = {}
-        for row in (row for row in rows if row["method"] == method):
-            by_lr.setdefault(row["lr"], []).append(row)
-        best.append(min(by_lr.values(), key=lambda runs: sum(float(row["gFVD"]) for row in runs) / len(runs)))
-
-    def spread(runs, name):
-        values = [float(row[name]) for row in runs if row[name]]
-        ends = f" ({min(values):.4g} to {max(values):.4g})" if len(values) > 1 else ""
-        return f"{sum(values) / len(values):.4g}{ends}" if values else ""
-
-    print("\nEach at the best of its learning rates, mean over seeds (least to most)\n")
-    lines = [[runs[0][name] for name in ("method", "lr", "numbers")] + [spread(runs, name) for name in SCORES] for runs in best]
-    table(["method", "lr", "numbers", *SCORES], lines)
-    paths = [Path(config.out_dir) / f"{row['method']}_{row['lr']}_{row['seed']}" / "shown.pt" for row, *_ in best]
-    if all(path.is_file() for path in paths):  # not of runs made elsewhere
-        clips = [torch.load(path)[k] for k in range(2) for path in paths]
-        write_sheet(Path(config.out_dir) / "sheet.png", clips, [runs[0]["method"] for runs in best] * 2)
+    names = [f"{row['method']}_{row['lr']}_{row['seed']}" for row in rows]
+    paths = {name: Path(config.out_dir) / name / "shown.pt" for name in names}
+    clips = {name: torch.load(path)[:2] for name, path in paths.items() if path.is_file()}  # not of runs made elsewhere
+    if clips:
+        write_sheet(
+            Path(config.out_dir) / "sheet.png", torch.cat([*clips.values()]), [name for name in clips for _ in range(2)]
+        )
 
 
 if __name__ == "__main__":

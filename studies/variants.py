@@ -90,10 +90,10 @@ class DirectReuse:
         return self.std * numbers.repeat(1, times)[:, : len(self.offset)] + self.offset
 
 
-class NoReuse:
+class NoReuse(DirectReuse):
     """2b: every number of the tokens is one entry of one kernel. Each layer has its share, and a block of as many channels."""
 
-    side = "residual"  # of the decoder, on which the number of layers depends
+    side, start = "residual", 0  # of the decoder, on which the number of layers depends; of the share, set once they are there
 
     def __init__(self, config, in_ch, out_ch, kernel_size, block_in, block_out, **kw):
         levels = (config.resolution // config.pos_size).bit_length() - 1
@@ -103,10 +103,6 @@ class NoReuse:
         if not channels:
             raise ValueError(f"reuse none: the {share} numbers of a layer are no kernel of {kernel_size} x {kernel_size}")
         super().__init__(config, in_ch, out_ch, kernel_size, min(channels, block_in), min(channels, block_out), **kw)
-
-    def add_head(self, config, entries, std):
-        self.std, self.start = std, 0  # start is set once all layers are there
-        self.offset = nn.Parameter(torch.randn(entries) * std)
 
     def generate(self, tokens):
         return self.std * tokens.flatten(1)[:, self.start : self.start + len(self.offset)] + self.offset
@@ -172,15 +168,12 @@ class SkipNeRV(PlainNeRV):
         return image
 
 
-CONVS = {"fmm": FMM, "repeat": Repeat, "direct": DirectReuse, "none": NoReuse}
-CONVS |= {"pixelshuffle": PixelShuffle, "bilinear": Bilinear}
-NETWORKS = {"residual": NeRV, "none": PlainNeRV, "skip": SkipNeRV}
-CHOICES = {  # the paper's first
-    "modulation": ("channel", "fmm", "repeat"),
-    "reuse": ("multihead", "direct", "none"),
-    "pos_size": ("8", "1", "2", "4", "16"),
-    "upsampling": ("transposed", "pixelshuffle", "bilinear"),
-    "side": ("residual", "skip", "none"),
+CHOICES = {  # option -> its values, the paper's first
+    "modulation": {"channel": None, "fmm": FMM, "repeat": Repeat},
+    "reuse": {"multihead": None, "direct": DirectReuse, "none": NoReuse},
+    "pos_size": dict.fromkeys(("8", "1", "2", "4", "16")),
+    "upsampling": {"transposed": None, "pixelshuffle": PixelShuffle, "bilinear": Bilinear},
+    "side": {"residual": NeRV, "skip": SkipNeRV, "none": PlainNeRV},
 }
 
 
@@ -191,14 +184,14 @@ def decoder(**choices):
         return NeRV
     if other.get("reuse") == "none" and "modulation" in other:
         raise utils.UserError(f"reuse none has too few numbers for modulation {other['modulation']}: use direct or multihead")
-    parts = [CONVS[other[name]] for name in ("upsampling", "modulation", "reuse") if name in other]
-    side, pos_size = other.get("side", "residual"), int(other.get("pos_size", 8))
+    parts = [CHOICES[name][other[name]] for name in ("upsampling", "modulation", "reuse") if name in other]
+    side, size = other.get("side", "residual"), {"pos_size": int(other["pos_size"])} if "pos_size" in other else {}
 
-    class Variant(NETWORKS[side]):
+    class Variant(CHOICES["side"][side]):
         Conv = type("ModulatedConv", (*parts, ModulatedConv), {"side": side})
 
         def __init__(self, config):
-            super().__init__(dataclasses.replace(config, pos_size=pos_size))
+            super().__init__(dataclasses.replace(config, **size))
             start = 0
             for layer in self.modules():
                 if isinstance(layer, NoReuse):
@@ -274,8 +267,8 @@ def main(argv=None):
     if script in ("-h", "--help"):
         return print(__doc__)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name, values in {"vae": CHOICES, "dit": {"denoiser": tuple(DENOISERS)}}.get(script, {}).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", choices=values, default=values[0])
+    for name, values in {"vae": CHOICES, "dit": {"denoiser": DENOISERS}}.get(script, {}).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", choices=values, default=next(iter(values)))
     chosen, rest = parser.parse_known_args(argv)
     if script == "vae":
         vae.main(rest, decoder(**vars(chosen)))
