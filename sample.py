@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 import dit
+import page
 import vae as stage1
 from common import checkpoints, utils, video
 from common.utils import UserError, option
@@ -41,6 +42,7 @@ class Config:
     guidance: float = option("sampling", 2.0, "scale of classifier-free guidance; 1 is none")
     seed: int = option("sampling", 0, "of the noise")
     out_dir: str = option("output", "out/samples", "where the videos go")
+    page: str = option("output", "", "write a page that generates in the browser, and end", metavar="FILE.html")
 
 
 INTERP_STEPS = 7  # videos from each one to the next, both ends included
@@ -180,6 +182,9 @@ def main(argv=None, load_dit=dit.load_dit, load_vae=stage1.load_vae):
     utils.check_positive(config, "count", "time_scale", "fps")
     if config.extrapolate < 0 or config.refine < 0:
         raise UserError("--extrapolate and --refine must not be negative")
+    if config.page:
+        ckpt = checkpoints.load(config.ckpt, "dit", "python dit.py")
+        return page.write(config.page, ckpt, load_dit(ckpt), config.guidance, config.steps, config.seed)
     utils.make_parent(Path(config.out_dir) / "samples.png")
     sampler = Sampler(config, load_dit, load_vae)
     if config.reconstruct:

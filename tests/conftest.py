@@ -29,6 +29,7 @@ SMALL_DIT = ("--width", "48", "--depth", "2")  # for tests that are not about th
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "browser: takes Chromium and playwright; make test-page runs it")
     config.addinivalue_line("markers", "weights: takes pretrained weights, which make test-weights fetches first")
 
 
