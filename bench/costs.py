@@ -1,9 +1,11 @@
-"""What the presets cost, computed from shapes alone: `python -m bench.costs`. No weights are made.
+"""What networks cost, computed from shapes alone: `python -m bench.costs costs | long`. No weights are made.
 
-Parameters, latent size, FLOPs of a forward pass and what it keeps for the backward pass; one clip, all of its frames decoded.
+costs    of each preset: parameters, latent size, FLOPs of a forward pass and what it keeps for the backward pass; one clip
+long     FLOPs of the denoiser on long videos: chunks by themselves, with the interface of siblings/vin.py, with full attention
 """
 
-import dataclasses
+import math
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,12 +17,7 @@ import nerv
 import vae
 from common import utils
 from common.tables import table
-
-
-def attention_flops(query, key, value, *args, out_shape=None, **kwargs):
-    """2 products of [L, L] by d for each of B heads: what the counter does not know of the CPU's fused attention."""
-    B, heads, L, d = query
-    return 4 * B * heads * L * key[2] * d
+from common.utils import option
 
 
 def forward_costs(run):
@@ -32,8 +29,10 @@ def forward_costs(run):
             kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes(), tensor  # held, so that ids stay apart
         return tensor
 
-    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
-    with FlopCounterMode(display=False, custom_mapping=fused) as counter:
+    # The counter does not know the CPU's fused attention of q [B, heads, L, d] and k [B, heads, K, d]: two products.
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    attention = {fused: lambda q, k, *args, out_shape=None, **kw: 4 * math.prod(q) * k[2]}
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             run()
     return counter.get_total_flops(), sum(size for size, _ in kept.values())
@@ -67,18 +66,39 @@ def row(name):
     ]  # fmt: skip
 
 
-@dataclasses.dataclass
+@dataclass
 class Config:
-    presets: list = utils.option("what", list(nerv.CONFIGS), "rows of the table", nargs="+", choices=list(nerv.CONFIGS))
+    presets: list = option("what", list(nerv.CONFIGS), "rows of costs", nargs="+", choices=list(nerv.CONFIGS))
+    chunks: list = option("what", [4, 8, 16, 32], "rows of long", nargs="+", type=int)
 
 
-def main():
-    config = utils.parse_options(Config, __doc__)
+def costs(config):
     header = ["preset", "clip", "kernels", "decoder", "encoder", "denoiser", "tokens", "clip : latent", "encode", "decode"]
     header += ["denoise once", "encode keeps", "decode keeps", "denoise keeps"]
     table(header, [row(name) for name in config.presets])
     print("\nkernels: entries of one video's kernels; decoder: learned parameters, heads of the multi-head affine included;")
     print("encode, decode, denoise once: GFLOP of one clip's forward pass; keeps: GiB for its backward pass, in float32")
+
+
+def long_videos(config):
+    """GFLOP of the denoiser of S, once, on one video of C chunks; in brackets, the difference from full attention."""
+    from siblings import vin
+
+    c, rows = dit.DiTConfig(), []
+    for chunks in config.chunks:
+        with FakeTensorMode():
+            networks = [dit.DiT(c), *(vin.VIN(c, vin.VINConfig(neighbours=near)) for near in (False, True))]
+            full, step = dit.DiT(replace(c, num_tokens=chunks * c.num_tokens)), torch.ones(chunks, dtype=torch.long)
+            latents, each = torch.empty(chunks, c.num_tokens, c.token_dim), [{}, {"chunks": chunks}, {"chunks": chunks}]
+            found = [forward_costs(partial(net, latents, step, step, **kw))[0] / 1e9 for net, kw in zip(networks, each)]
+            most = forward_costs(partial(full, latents.view(1, -1, c.token_dim), step[:1], step[:1]))[0] / 1e9
+        rows.append([chunks, *(f"{cost:.0f} ({100 * (cost / most - 1):+.0f} %)" for cost in found), f"{most:.0f}"])
+    table(["chunks", "by themselves", "interface, --no-neighbours", "interface", "full attention"], rows)
+
+
+def main():
+    topic, config = utils.parse_topic(Config, __doc__, {"costs": costs, "long": long_videos})
+    topic(config)
 
 
 if __name__ == "__main__":

@@ -88,16 +88,15 @@ def run(command, log, seconds, stop):
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGINT)
+            os.killpg(process.pid, signal.SIGINT if stop else signal.SIGKILL)
             try:
-                process.wait(60)
-            finally:
-                if process.returncode is None:
-                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait(120)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
             if not stop:
                 raise RuntimeError(f"no end within {seconds:.0f} s") from None
     output = log.read_text(errors="replace").replace("\r", "\n").strip()
-    if process.returncode:
+    if process.wait():
         raise RuntimeError(output.splitlines()[-1] if output else f"status {process.returncode}")
     return output
 
@@ -117,8 +116,8 @@ def main():
     out, end, device = Path(config.out_dir).absolute(), time.time() + 60 * config.minutes, utils.pick_device()
     utils.make_parent(out / "table.md")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
-    lines = [f"{name}; torch {torch.__version__}; commit {utils.git_revision()}", "", "| part | what | result | s |"]
-    lines.append("| --- | --- | --- | --- |")
+    title = f"{name}; torch {torch.__version__}; commit {utils.git_revision()}"
+    lines = [title, "", "| part | what | result | s |", "| --- | --- | --- | --- |"]
     print("\n".join(lines))
     wanted = (row for row in programs(config, device.type == "cuda") if row[0] in config.only)
     for number, (part, what, command, pattern) in enumerate(wanted):
@@ -127,7 +126,7 @@ def main():
         try:
             output = run(command, out / f"{number:02d}.log", left, stop) if left > 5 else None
             result = "no time left" if output is None else ", ".join(re.findall(pattern, output)) or "nothing to show"
-        except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+        except (RuntimeError, OSError) as error:
             result = f"**failed**: {' '.join(str(error).split())[:150].replace('|', '/')}"
         lines.append(f"| {part} | {what} | {result} | {time.time() - start:.0f} |")
         print(lines[-1], flush=True)

@@ -43,7 +43,7 @@ from extras.muon import make_optimizer
 from studies.variants import Latte
 
 METHODS = {"ours": (1.5e-3, 4e-3), "frames": (1e-3, 1e-3), "pixels": (0, 1e-3)}  # learning rates of both stages
-SIZE = "--width 192 --depth 6 --heads 6"  # of the denoiser
+SIZE = "--width 192 --heads 6"  # of the denoiser
 SCORES = ["rFVD", "PSNR", "LPIPS", "gFVD", "agreement", "diversity", "nearest", "seconds a clip"]
 COLUMNS = ["method", "lr", "seed", "settings", "revision", "seconds", "steps", "numbers", *SCORES]
 

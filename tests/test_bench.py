@@ -28,7 +28,7 @@ def test_costs_of_a_layer_and_of_attention():
 
 
 def test_costs_of_s(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["costs", "--presets", "S"])
+    monkeypatch.setattr(sys, "argv", ["costs", "costs", "--presets", "S"])
     costs.main()
     cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split("|")[1:]]
     assert cells[:8] == ["S", "16 × 128²", "3.52 M", "4.18 M", "178.0 M", "457.3 M", "128 × 128", "48 : 1"]
