@@ -1,9 +1,9 @@
-"""Train both stages on the built-in shapes, sample, interpolate, and judge the result; `make demo` calls this.
+"""Train both stages on the built-in shapes, sample, interpolate, and measure the result; `make demo` calls this.
 
     python demo.py                     ten minutes on two fast CPU cores; everything lands in out/demo/
-    python demo.py --skip-training     judge the checkpoints that are there
+    python demo.py --skip-training     measure the checkpoints that are there
 
-The judge is a small video classifier trained on real clips: PSNR alone cannot tell a moving square from a moving smudge.
+A small video classifier, trained on real clips, measures what PSNR cannot: a moving square is not a moving smudge.
 """
 
 import shlex
@@ -21,15 +21,15 @@ from common import checkpoints, utils
 from common.utils import UserError, option
 from common.video import to_clip, write_sheet
 from common.weights import weights
-from evaluate import agreement, train_classifier
+from evaluate import accuracy, train_classifier
 from vae import clips_of, decode, psnr, reconstruct
 
-JUDGE_CLIPS, PER_CLASS = 8192, 20  # real clips that train the judge, generated clips of each class that it judges
+TRAIN_CLIPS, PER_CLASS = 8192, 20  # real clips that train the classifier, generated clips of each class that it is given
 
 
 @dataclass
 class Config:
-    skip_training: bool = option("demo", False, "judge the checkpoints that are there, whatever they were trained on")
+    skip_training: bool = option("demo", False, "measure the checkpoints that are there, whatever they were trained on")
     data_dir: str = option("demo", "", "where their data set is, if not where it was")
     out_dir: str = option("demo", "out/demo", "where everything goes")
 
@@ -55,7 +55,7 @@ def train(out):
     """Both stages, and samples of all kinds."""
     try:
         weights("lpips-alex")
-        perceptual = ["--lpips", "alex", "--lpips-weight", 0.3]  # it makes edges crisp (docs/sharp.md)
+        perceptual = ["--lpips", "alex", "--lpips-weight", 0.3]  # it makes edges crisp
     except UserError as error:
         perceptual = ["--lpips", "none"]
         print(f"without the perceptual loss, and less sharp: {error}", flush=True)
@@ -65,6 +65,7 @@ def train(out):
     call(*sample, out)
     call(*sample, out, "--interp")
     call(*sample, out / "long", "--classes", 0, 1, 2, "--time-scale", 8, "--extrapolate", 4)
+    call(*sample, out, "--page", out / "page.html")
 
 
 def nearest_clips(clips, train_set):
@@ -96,18 +97,19 @@ def main():
         for name, times in (("between the frames", t[:-1] + 0.5), ("2 frames beyond the end", len(t) + torch.arange(2.0))):
             truth = torch.stack([to_clip(test_set.draw(i, times)) for i in data.spread(test_set, len(clips))])
             rows[f"PSNR {name}, never trained on"] = f"{psnr(truth, reconstruct(vae, clips, device, times)):.2f} dB"
-    judge = train_classifier(train_set, len(classes), JUDGE_CLIPS, device)
+    classifier = train_classifier(train_set, len(classes), TRAIN_CLIPS, device)
     wanted = torch.arange(len(classes)).repeat_interleave(PER_CLASS)
     generated = decode(vae, latent_map.inverse(dit.generate(model, wanted, guidance=1.0, seed=0)), t)
-    rows[f"judge on {len(clips)} held-out real clips"] = f"{100 * agreement(judge, clips, labels):.1f} %"
-    rows[f"class agreement, {len(clips)} reconstructions"] = f"{100 * agreement(judge, decoded, labels):.1f} %"
-    rows[f"class agreement, {len(generated)} generated clips"] = f"{100 * agreement(judge, generated, wanted):.1f} %"
+    rows[f"classifier accuracy, {len(clips)} held-out real clips"] = f"{100 * accuracy(classifier, clips, labels):.1f} %"
+    rows[f"classifier accuracy, {len(clips)} reconstructions"] = f"{100 * accuracy(classifier, decoded, labels):.1f} %"
+    rows[f"classifier accuracy, {len(generated)} generated clips"] = f"{100 * accuracy(classifier, generated, wanted):.1f} %"
     shown = generated[::PER_CLASS][:10]
     nearest, _ = nearest_clips(shown, train_set)
     pairs = torch.stack([shown, nearest], 1).flatten(0, 1)
     write_sheet(out / "nearest.png", pairs, ["generated", "nearest real"] * len(shown))
     rows["generated to nearest training clip"] = f"{psnr(shown, nearest):.2f} dB, see {out}/nearest.png"
-    print("\n".join(f"{name:<45} {value}" for name, value in rows.items()))
+    print("\n".join(f"{name:<52} {value}" for name, value in rows.items()))
+    print(f"Generate in a browser: open {out / 'page.html'}")
     print(f"FVD: python evaluate.py --ckpt {out / 'dit.pt'} --videos 256 --protocol videogpt --lpips alex --guidance 1")
 
 

@@ -4,7 +4,7 @@ python evaluate.py --ckpt vae.pt
 python evaluate.py --ckpt dit.pt
 
 Stage 1: clips of the held-out set go through the autoencoder and back:    rFVD, PSNR, SSIM, LPIPS
-Stage 2: as many clips are generated as are taken of the training set:     gFVD, class agreement, blurred frames, diversity
+Stage 2: as many clips are generated as are taken of the training set:     gFVD, classifier accuracy, blurred frames, diversity
 
 Beside gFVD stand two distances of held-out clips in the place of generated ones: of their reconstructions, which is what a
 perfect stage 2 would have, and of the clips themselves, which a perfect model would have: with few clips it is far from zero.
@@ -58,14 +58,14 @@ class Config:
     steps: int = option("sampling", 20, "evaluations of the denoiser, 1 to 1000")
     sampler: str = option("sampling", "dpm", "DPM-Solver++, DDIM, or ancestral", choices=["dpm", "ddim", "ddpm"])
     guidance: float = option("sampling", 2.0, "scale of classifier-free guidance; 1 is none")
-    judge_clips: int = option("result", 8192, "real clips that the judge of class agreement is trained on")
+    judge_clips: int = option("result", 8192, "real clips that train the classifier")
     bootstrap: int = option("result", 100, "resamples for the intervals; 0 leaves them out")
     out_dir: str = option("output", "out/eval", "where results.json and report.html go")
     device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
 
 
 class Classifier(nn.Module):
-    """The judge of class agreement, a small 3D convolutional network: clips [B, T, 3, H, W] -> class scores [B, classes]."""
+    """A small 3D convolutional network: clips [B, T, 3, H, W] -> class scores [B, classes]."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -82,28 +82,28 @@ class Classifier(nn.Module):
 def train_classifier(train_set, num_classes, clips, device, batch_size=32, seed=0):
     """A Classifier after so many real clips, and at least one step."""
     torch.manual_seed(seed)
-    judge, batch_size = Classifier(num_classes).to(device), min(batch_size, len(train_set))
+    classifier, batch_size = Classifier(num_classes).to(device), min(batch_size, len(train_set))
     steps = max(1, clips // batch_size)
-    optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
     batches = data.endless(train_set, data.Stream(len(train_set), batch_size, seed))
-    for step in utils.bar(range(steps), "judge", unit="step"):
+    for step in utils.bar(range(steps), "classifier", unit="step"):
         optimizer.param_groups[0]["lr"] = utils.learning_rate(step, steps, 3e-3, 20)
         frames, label = (x.to(device) for x in next(batches))
         optimizer.zero_grad()
-        F.cross_entropy(judge(video.to_clip(frames)), label).backward()
+        F.cross_entropy(classifier(video.to_clip(frames)), label).backward()
         optimizer.step()
-    return judge.eval()
+    return classifier.eval()
 
 
 @torch.no_grad()
-def classify(judge, clips):
-    """The class that the judge sees in each of clips [B, T, 3, H, W] -> [B] on the CPU."""
-    return torch.cat([judge(batch.to(judge.head.weight.device)).argmax(1).cpu() for batch in clips.split(32)])
+def classify(classifier, clips):
+    """The class that the classifier predicts for each of clips [B, T, 3, H, W] -> [B] on the CPU."""
+    return torch.cat([classifier(batch.to(classifier.head.weight.device)).argmax(1).cpu() for batch in clips.split(32)])
 
 
-def agreement(judge, clips, labels):
-    """Share of clips in which the judge sees the given class."""
-    return (classify(judge, clips) == labels.cpu()).float().mean().item()
+def accuracy(classifier, clips, labels):
+    """Share of clips whose predicted class is the given one."""
+    return (classify(classifier, clips) == labels.cpu()).float().mean().item()
 
 
 def frame_psnr(x, y):
@@ -120,7 +120,7 @@ def fine_power(frames):
 
 def worst_frame(clips):
     """The least fine_power of a frame, as a share of its clip's median: [B, T, 3, H, W] -> [B]. It finds shapes that
-    are blurred for a few frames, which the judge passes, who sees the whole clip."""
+    are blurred for a few frames, which does not change the class of the whole clip."""
     power = fine_power(clips)
     return power.amin(1) / power.median(1).values.clamp_min(1e-12)
 
@@ -153,7 +153,7 @@ def reconstructed(vae, dataset, detector, lpips, device, indices, start):
 
 
 @torch.no_grad()
-def generated(model, vae, latent_map, dataset, detector, judge, config, device, indices, start):
+def generated(model, vae, latent_map, dataset, detector, classifier, config, device, indices, start):
     """Training clips, and as many that are generated of the same classes."""
     clips, labels = data.clips(dataset, indices)
     latents = dit.generate(model, labels.to(device), config.steps, config.guidance, config.sampler, config.seed + start)
@@ -162,8 +162,8 @@ def generated(model, vae, latent_map, dataset, detector, judge, config, device, 
     found |= {"shown": made[: 0 if start else BATCH], "real": detector(video.to_frames(clips)), "features": detector(made)}
     for name, x in (("_real", clips), ("", video.to_clip(made))):  # both as files hold them
         found["worst" + name] = worst_frame(x).numpy()
-        if judge:
-            found["seen" + name] = classify(judge, x).numpy()
+        if classifier:
+            found["seen" + name] = classify(classifier, x).numpy()
     return found
 
 
@@ -247,20 +247,20 @@ def main(config=None, load_dit=dit.load_dit, load_vae=load_vae):
         results[f"LPIPS ({config.lpips})"] = mean_result(first["lpips"], config)
     shown = {"real": first["shown_real"], "reconstructed": first["shown"]}
     if model:
-        judge = Classifier(len(classes)).to(device).eval() if len(classes) > 1 else None
-        if judge:
-            judge = judge if rank else train_classifier(train_set, len(classes), config.judge_clips, device)
-            utils.from_first_rank(judge)
+        classifier = Classifier(len(classes)).to(device).eval() if len(classes) > 1 else None
+        if classifier:
+            classifier = classifier if rank else train_classifier(train_set, len(classes), config.judge_clips, device)
+            utils.from_first_rank(classifier)
         indices = data.spread(train_set, config.videos)
-        measure = functools.partial(generated, model, vae, latent_map, train_set, detector, judge, config, device)
+        measure = functools.partial(generated, model, vae, latent_map, train_set, detector, classifier, config, device)
         made = over_processes("generated", indices, measure)
         results[f"g{name}"] = distance_result(made["real"], made["features"], ddof, config)
         if not shared:
             results[f"g{name} of reconstructions"] = distance_result(made["real"], first["features"], ddof, config)
             results[f"g{name} of real clips"] = distance_result(made["real"], first["real"], ddof, config)
-        if judge:
-            results["class agreement"] = share_result(made["seen"] == made["labels"])
-            results["class agreement of the real clips"] = share_result(made["seen_real"] == made["labels"])
+        if classifier:
+            results["classifier accuracy"] = share_result(made["seen"] == made["labels"])
+            results["classifier accuracy of the real clips"] = share_result(made["seen_real"] == made["labels"])
         results["clips with a blurred frame"] = share_result(made["worst"] < np.quantile(made["worst_real"], 0.01))
         if np.bincount(made["labels"]).max() > 1:  # there are two of a class
             results["diversity, of that of real clips"] = diversity_result(made, config)
@@ -280,8 +280,10 @@ def main(config=None, load_dit=dit.load_dit, load_vae=load_vae):
     skipped = getattr(held_out, "skipped", {}) | getattr(train_set, "skipped", {})
     with utils.whole_file(out / "results.json") as file:
         file.write(json.dumps({"results": results, "about": about, "skipped": skipped}, indent=1).encode())
+    page = Path(config.ckpt).with_name("page.html")
+    page = os.path.relpath(page, out) if page.is_file() else ""
     with utils.whole_file(out / "report.html") as file:
-        file.write(report(results, about, skipped, first["psnr"].mean(0), shown).encode(errors="replace"))
+        file.write(report(results, about, skipped, first["psnr"].mean(0), shown, page).encode(errors="replace"))
     print(f"\n{about['features']}")
     for cells in map(cells_of, results.items()):
         print("{:<45} {:<14} {:<24} {} clips".format(*cells))
@@ -303,11 +305,11 @@ td, th {{ padding: .25em .9em .25em 0; text-align: left; vertical-align: top }} 
 {results}</table>
 <p><img alt="PSNR of each frame" src="data:image/png;base64,{curve}"></p>
 {videos}<table>{about}</table>
-<p>{count} videos skipped</p><table>{skipped}</table></body></html>
+<p>{page}{count} videos skipped</p><table>{skipped}</table></body></html>
 """
 
 
-def report(results, about, skipped, psnr, shown):
+def report(results, about, skipped, psnr, shown, page=""):
     """One HTML page with everything in it: table, curve, and videos that play, {title: uint8 frames [B, T, H, W, 3]}."""
 
     def table(rows):
@@ -323,6 +325,7 @@ def report(results, about, skipped, psnr, shown):
                 content = base64.b64encode(Path(directory, "clip.mp4").read_bytes()).decode()
                 videos += f'<video autoplay loop muted playsinline src="data:video/mp4;base64,{content}"></video>\n'
     rows = {"results": table(map(cells_of, results.items())), "about": table(about.items()), "skipped": table(skipped.items())}
+    rows["page"] = f'<a href="{html.escape(page)}">Generate in the browser</a>. ' if page else ""
     return PAGE.format(**rows, curve=curve, videos=videos, count=len(skipped))
 
 

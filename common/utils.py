@@ -436,7 +436,9 @@ def bar(iterable=None, desc="", total=None, unit="it", disable=False, **kwargs):
 
 
 def log_directory(out):
-    """Where the log of the training goes whose checkpoint is `out`: runs/NAME beside NAME.pt."""
+    """Where the log of the training goes whose checkpoint is `out`: runs/NAME beside NAME.pt. UserError for another suffix."""
+    if Path(out).suffix != ".pt":
+        raise UserError(f"--out {out}: name a file that ends in .pt")
     return Path(out).parent / "runs" / Path(out).stem
 
 

@@ -76,7 +76,7 @@ def test_what_is_there_is_judged(trained, monkeypatch, capsys):
     out = capsys.readouterr().out
     for line in (
         r"PSNR of held-out reconstructions +\d+\.\d\d dB", r"PSNR between the frames, never trained on +\d+\.\d\d dB",
-        r"class agreement, 36 reconstructions +\d+\.\d %", r"class agreement, 9 generated clips +\d+\.\d %",
+        r"classifier accuracy, 36 reconstructions +\d+\.\d %", r"classifier accuracy, 9 generated clips +\d+\.\d %",
     ):  # fmt: skip
         assert re.search(line, out), line
     assert (trained / "nearest.png").is_file()

@@ -74,7 +74,7 @@ def test_stage_1_is_what_its_parts_give(trained, tmp_path, detector):
 def test_stage_2_and_its_report(trained, tmp_path, detector, capsys):
     config = settings(trained, "dit.pt", tmp_path)
     results = run(config)["results"]
-    for name in ("class agreement", "class agreement of the real clips", "clips with a blurred frame"):
+    for name in ("classifier accuracy", "classifier accuracy of the real clips", "clips with a blurred frame"):
         assert 0 <= results[name]["low"] <= results[name]["value"] <= results[name]["high"] <= 100
     assert results["diversity, of that of real clips"]["value"] > 0
     assert "FVD" not in [name.strip("rg") for name in results]  # random features are never called FVD
@@ -148,7 +148,7 @@ def test_a_judge_learns_from_few_clips_too(clips, monkeypatch):
 def test_a_judge_learns():
     train_set = data.Shapes(length=72)
     clips, labels = data.fixed_clips(train_set, 36)
-    assert evaluate.agreement(evaluate.train_classifier(train_set, 9, 640, "cpu"), clips, labels) > 0.5
+    assert evaluate.accuracy(evaluate.train_classifier(train_set, 9, 640, "cpu"), clips, labels) > 0.5
 
 
 def test_nothing_is_called_held_out_where_nothing_is(trained, tmp_path, detector):
