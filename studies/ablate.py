@@ -5,7 +5,7 @@ python -m studies.ablate --dataset folder --data-dir PATH --vae-options "--prese
 python -m studies.ablate --only 2a 3b --seeds 1                             some tables, one seed
 
 Every row is the paper's choice in all but one thing, trained on the same data with the same seeds, steps and settings. Rows of
-stage 1 are compared by the PSNR of held-out reconstructions. Rows of stage 2 are compared by class agreement and by Fréchet
+stage 1 are compared by the PSNR of held-out reconstructions. Rows of stage 2 are compared by classifier accuracy and by Fréchet
 distances on random I3D features, which are not the published FVD. At this scale, how far generated clips are from real ones is
 mostly what stage 1 blurs, whatever the denoiser; their distance to reconstructions of real clips is what the denoiser adds.
 --features i3d takes the published FVD for these distances, and has that of reconstructions (rFVD) for rows of stage 1 as well.
@@ -87,15 +87,15 @@ class Config:
     vae_options: str = option("training", "--steps 600", "further options of vae.py for every run, in quotes")
     dit_options: str = option(
         "training",
-        "--num-latents 2048 --extras --lr 1e-3 --batch-size 32 --steps 500",
+        "--width 192 --heads 6 --num-latents 2048 --extras --lr 1e-3 --batch-size 32 --steps 500",
         "further options of dit.py for every run, in quotes",
     )
-    features: str = option("judging", "random", "of Fréchet distances; i3d: of the published FVD", choices=["random", "i3d"])
-    clips: int = option("judging", 90, "generated clips of each run of stage 2, and as many real ones")
+    features: str = option("evaluation", "random", "of Fréchet distances; i3d: of the published FVD", choices=["random", "i3d"])
+    clips: int = option("evaluation", 90, "generated clips of each run of stage 2, and as many real ones")
     out_dir: str = option("output", "out/ablate", "runs.csv, the plot and checkpoints go here")
 
 
-class Judge:
+class Metrics:
     """What rows are compared by: up to `count` training clips of the data that a stage-1 checkpoint is of.
 
     labels [count] are the classes to generate, as many of each as there are real clips.
@@ -113,23 +113,26 @@ class Judge:
         return self.detector(to_frames(vae.reconstruct(network, self.clips, self.labels.device)))
 
     def __call__(self, clips, network):
-        """Clips [count, T, 3, H, W] of the labels -> class agreement in %, distances to real and to reconstructed clips."""
+        """Clips [count, T, 3, H, W] of the labels -> classifier accuracy in %, distances to real and to reconstructed clips."""
         if self.classifier is None:
             classes = len(self.train_set.classes)
             self.classifier = evaluate.train_classifier(self.train_set, classes, 4096, self.labels.device)
         features = self.detector(to_frames(clips))
         distances = [fvd.frechet_distance_of(reference, features) for reference in (self.real, self.reconstructed(network))]
-        return 100 * evaluate.agreement(self.classifier, clips, self.labels), *distances
+        return 100 * evaluate.accuracy(self.classifier, clips, self.labels), *distances
 
 
 class Study:
     """The runs that are done, and how to do one more."""
 
     def __init__(self, config):
-        self.config, self.judge, self.path = config, None, Path(config.out_dir) / "runs.csv"
+        self.config, self.metrics, self.path = config, None, Path(config.out_dir) / "runs.csv"
         first = f"{config.dataset} {config.data_dir} | {config.vae_options}"
         first += f" | {config.features}, {config.clips} clips" if config.features != "random" else ""
-        self.settings = {"1": first, "2": f"{first} | {config.dit_options} | {config.clips} clips"}  # others are other runs
+        self.settings = {
+            "1": first,
+            "2": f"{first} | {config.dit_options} | {config.clips} clips, judge 4096",
+        }  # others are other runs
         utils.make_parent(self.path)
         self.rows = read_rows(self.path, COLUMNS)
 
@@ -155,7 +158,7 @@ class Study:
         ckpt = checkpoints.load(out, stage, f"python {stage}.py")
         if ckpt["step"] < ckpt["config"]["steps"]:
             raise UserError("stopped: start again to go on")
-        self.judge = self.judge or Judge(ckpt.get("vae", ckpt), self.config.clips, self.config.features)
+        self.metrics = self.metrics or Metrics(ckpt.get("vae", ckpt), self.config.clips, self.config.features)
         return ckpt, out
 
     def run(self, vae_options, dit_options, seed, both):
@@ -167,20 +170,20 @@ class Study:
             return
         options = ["--dataset", c.dataset, "--data-dir", c.data_dir, *shlex.split(f"{c.vae_options} {vae_options}")]
         ckpt, vae_pt = self.train("vae", f"vae{vae_options}_{seed}", *options, "--seed", seed)
-        network = variants.load_vae(ckpt).to(self.judge.labels.device)
+        network = variants.load_vae(ckpt).to(self.metrics.labels.device)
         held_out, _ = data.fixed_clips(data.open_dataset(vae.clips_of(ckpt), "test", ckpt["classes"]), 64)
-        scores = {"psnr": vae.psnr(held_out, vae.reconstruct(network, held_out, self.judge.labels.device))}
+        scores = {"psnr": vae.psnr(held_out, vae.reconstruct(network, held_out, self.metrics.labels.device))}
         if c.features != "random":
-            scores["to_real"] = fvd.frechet_distance_of(self.judge.real, self.judge.reconstructed(network))
+            scores["to_real"] = fvd.frechet_distance_of(self.metrics.real, self.metrics.reconstructed(network))
         self.keep(start, *first, **scores)
         if both:
             start, options = time.time(), ["--ckpt", vae_pt, *shlex.split(f"{c.dit_options} {dit_options}"), "--seed", seed]
             ckpt, dit_pt = self.train("dit", f"dit{vae_options}{dit_options}_{seed}", *options)
-            model, _, latent_map = (part.to(self.judge.labels.device) for part in variants.load_dit(ckpt))
-            tokens = latent_map.inverse(dit.generate(model, self.judge.labels, seed=seed))
+            model, _, latent_map = (part.to(self.metrics.labels.device) for part in variants.load_dit(ckpt))
+            tokens = latent_map.inverse(dit.generate(model, self.metrics.labels, seed=seed))
             clips = vae.decode(network, tokens, torch.arange(network.nerv_config.num_frames))
             names = ("agreement", "to_real", "to_reconstructed")
-            self.keep(start, *second, **dict(zip(names, self.judge(clips, network))))
+            self.keep(start, *second, **dict(zip(names, self.metrics(clips, network))))
             for file in (dit_pt, utils.log_directory(dit_pt) / "values.npy"):
                 file.unlink()
 
@@ -226,7 +229,7 @@ def report(study, names):
         metrics |= {("1", "to_real"): "rFVD"} if name[0] == "2" and true else {}
         if name in STAGE2:
             metrics |= {("2", "to_real"): "gFVD" if true else "distance to real clips"}
-            metrics |= {("2", "to_reconstructed"): "distance to reconstructions", ("2", "agreement"): "class agreement, %"}
+            metrics |= {("2", "to_reconstructed"): "distance to reconstructions", ("2", "agreement"): "classifier accuracy, %"}
         found, printed = {metric: {} for metric in metrics}, []
         for row, paper, vae_options, dit_options in rows:
             for stage, column in metrics:

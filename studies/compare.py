@@ -10,7 +10,7 @@ pip install -r studies/requirements.txt                                   the au
 python -m studies.compare --dataset sprites                               three learning rates, three seeds: 27 hours
 python -m studies.compare --dataset sprites --minutes 10 --seeds 1 --lrs 1
 
-All denoisers are of one size, trained by dit.py's loop, and all are sampled and judged by evaluate.py. A run that is done is a
+All denoisers are of one size, trained by dit.py's loop, and all are measured by evaluate.py. A run that is done is a
 row of runs.csv, and is not done again. The learning rates are shares of each method's own; all rows are reported.
 """
 
@@ -72,9 +72,9 @@ class Config:
         "… for the others, in quotes",
     )
     frames_width: int = option("training", 16, "channels of the frames' autoencoder at full resolution, a multiple of 16")
-    videos: int = option("judging", 256, "clips of each kind, or all held-out ones")
-    features: str = option("judging", "i3d", "of FVD; random takes no weights", choices=["i3d", "random"])
-    lpips: str = option("judging", "alex", "backbone of LPIPS, in the loss of frames too", choices=["vgg", "alex", "none"])
+    videos: int = option("evaluation", 256, "clips of each kind, or all held-out ones")
+    features: str = option("evaluation", "i3d", "of FVD; random takes no weights", choices=["i3d", "random"])
+    lpips: str = option("evaluation", "alex", "backbone of LPIPS, in the loss of frames too", choices=["vgg", "alex", "none"])
     out_dir: str = option("output", "out/compare", "runs.csv, checkpoints and sheet.png go here")
 
 
@@ -256,7 +256,7 @@ def train(method, lr, seed, config, out):
     return steps, train_for(left, lambda argv: dit.main(argv, denoiser, load_rival), argv, out / "dit.pt")
 
 
-# ---------------------------------------------------------------------------------------------------------------- judging
+# ---------------------------------------------------------------------------------------------------------------- measuring
 
 
 @torch.no_grad()
@@ -278,15 +278,15 @@ def nearest(clips, train_set):
 
 
 def run(method, lr, seed, config):
-    """Train a method, judge it, and return its row of runs.csv."""
+    """Train a method, measure it, and return its row of runs.csv."""
     out, began = Path(config.out_dir) / f"{method}_{lr:g}_{seed}", time.time()
     out.mkdir(parents=True, exist_ok=True)
     row = {"method": method, "lr": f"{lr:g}", "seed": str(seed), "settings": settings(config, method)}
     row["steps"] = "+".join(map(str, train(method, lr, seed, config, out)))
     row |= {"revision": utils.git_revision(), "seconds": round(time.time() - began)}
-    judging = {name: getattr(config, name) for name in ("videos", "features", "lpips")}
-    judging |= {"ckpt": str(out / "dit.pt"), "protocol": "videogpt", "guidance": 1.0, "out_dir": str(out / "eval")}
-    evaluate.main(evaluate.Config(**judging), load_dit)
+    measured = {name: getattr(config, name) for name in ("videos", "features", "lpips")}
+    measured |= {"ckpt": str(out / "dit.pt"), "protocol": "videogpt", "guidance": 1.0, "out_dir": str(out / "eval")}
+    evaluate.main(evaluate.Config(**measured), load_dit)
     found = json.loads((out / "eval" / "results.json").read_text())["results"]
     scores = {name: found[name]["value"] for name in found}
     ckpt = checkpoints.load(out / "dit.pt", "dit", "python dit.py")
@@ -295,7 +295,7 @@ def run(method, lr, seed, config):
     distances = [scores[name] for name in scores if "FVD" in name]  # of stage 1, of what is generated
     values = [f"{distances[0]:.1f}", f"{scores['PSNR']:.2f}"]
     values += [f"{scores[f'LPIPS ({config.lpips})']:.4f}" if config.lpips != "none" else "", f"{distances[1]:.1f}"]
-    values += [f"{scores.get(name, math.nan):.1f}" for name in ("class agreement", "diversity, of that of real clips")]
+    values += [f"{scores.get(name, math.nan):.1f}" for name in ("classifier accuracy", "diversity, of that of real clips")]
     train_set = data.open_dataset(vae.clips_of(ckpt["vae"]), "train", ckpt["classes"])
     row |= dict(zip(SCORES, [*values, f"{nearest(clips, train_set):.2f}", f"{each:.2f}"]))
     return row | {"numbers": str(ckpt["dit_config"]["num_tokens"] * ckpt["dit_config"]["token_dim"])}

@@ -25,7 +25,7 @@ def quick(monkeypatch, few_held_out):
     started, main, generate = [], variants.main, dit.generate
     monkeypatch.setattr("fvd.load_detector", lambda *args, **kw: lambda x: x.reshape(len(x), -1)[:, ::997] / 255.0)
     monkeypatch.setattr(evaluate, "train_classifier", lambda *args: None)
-    monkeypatch.setattr(evaluate, "agreement", lambda judge, clips, labels: clips.abs().mean().item())
+    monkeypatch.setattr(evaluate, "accuracy", lambda judge, clips, labels: clips.abs().mean().item())
     monkeypatch.setattr(dit, "generate", lambda *args, **kw: generate(*args, **kw | {"steps": 1}))
     monkeypatch.setattr(variants, "main", lambda argv: started.append(" ".join(argv)) or main(argv))
     return started
