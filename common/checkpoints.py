@@ -60,7 +60,7 @@ def resume(config, stage, **fixed):
     """
     if not (config.resume and Path(config.out).is_file()):
         return None
-    ckpt = load(config.out, stage, f"python {stage}.py")
+    ckpt = load(config.out, stage, "the command that you gave")
     if "training" not in ckpt:
         raise UserError(f"{config.out} is an export without the training state: --resume goes on from the original")
     for name, value in dataclasses.asdict(config).items():

@@ -42,6 +42,7 @@ SAFE = {
 NOTHING = "damaged, or not a video"
 MAX_PIXELS = 2**27  # of one frame; more is a file that is made to fill the memory
 PQ, HLG = 16, 18  # transfer functions of high dynamic range (ITU-T H.273)
+TO_BT709 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]])  # of BT.2020's RGB
 TURNED = {(1, 0): 0, (0, -1): 1, (-1, 0): 2, (0, 1): 3}  # first row of a display matrix -> quarter turns to the left
 
 
@@ -71,7 +72,8 @@ def list_videos(root):
     videos, left_out, above = [], collections.Counter(), {os.fspath(root): {os.path.realpath(root)}}  # a link may lead back up
     for directory, folders, files in os.walk(root, followlinks=True):
         real = {f: os.path.realpath(os.path.join(directory, f)) for f in folders}
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and real[f] not in above[directory])
+        ours = {f for f in folders if Path(directory, f, "losses.csv").is_file()}  # sheets of a training are no videos
+        folders[:] = sorted(f for f in folders if f[0] != "." and f not in ours and real[f] not in above[directory])
         above |= {os.path.join(directory, f): above[directory] | {real[f]} for f in folders}
         own, images = {}, []
         for path in (Path(directory, f) for f in sorted(files, key=natural) if not f.startswith(".")):
@@ -218,9 +220,8 @@ def scaled(path, frames, size, aspect):
     """PyAV's frames, with pixels of this aspect, as arrays: uint8 [size, size, 3], or [H, W, 3] where size is None."""
     graph = before = None
     for frame in frames:
-        if int(frame.color_trc) in (PQ, HLG):
-            raise BadVideo(path, "high dynamic range is not read: convert it to BT.709 first")
-        looks = (frame.width, frame.height, frame.format.name, int(frame.colorspace), int(frame.color_range))
+        hdr = int(frame.color_trc) in (PQ, HLG)
+        looks = (frame.width, frame.height, frame.format.name, int(frame.colorspace), int(frame.color_range), hdr)
         try:
             if looks != before:
                 graph, before = scaler(*looks, size, aspect), looks
@@ -228,10 +229,10 @@ def scaled(path, frames, size, aspect):
             image = graph.pull().to_ndarray()
         except (av.FFmpegError, ValueError) as error:
             raise BadVideo(path, f"cannot be scaled ({error})") from None
-        yield upright(image, frame)
+        yield upright(to_sdr(image, int(frame.color_trc)) if hdr else image, frame)
 
 
-def scaler(width, height, pixels, colours, levels, size, aspect):
+def scaler(width, height, pixels, colours, levels, hdr, size, aspect):
     """A graph of filters from frames of this kind to RGB: the square in the middle, as it is seen, or all."""
     aspect = aspect if 1 / 16 < aspect < 16 else 1
     shape = f"{size}:{size}" if size else f"{round(width * aspect)}:{height}"
@@ -241,9 +242,21 @@ def scaler(width, height, pixels, colours, levels, size, aspect):
     chain = [graph.add("buffer", source), graph.add("scale", f"{shape}:flags=bicubic")]
     if size:
         chain.insert(1, graph.add("crop", f"{min(width, height / aspect)}:{min(height, width * aspect)}:exact=1"))
-    chain += [graph.add("format", "rgb24"), graph.add("buffersink")]
+    chain += [graph.add("format", "rgb48le" if hdr else "rgb24"), graph.add("buffersink")]
     graph.link_nodes(*chain).configure()
     return graph
+
+
+def to_sdr(image, transfer):
+    """16 bits of BT.2020, PQ or HLG (ITU-R BT.2100) -> 8 bits of BT.709: white, 203 cd/m², is 255, and what is brighter too."""
+    x = image / 65535
+    if transfer == PQ:
+        power = x ** (1 / 78.84375)
+        light = 10_000 * (np.maximum(power - 0.8359375, 0) / (18.8515625 - 18.6875 * power)) ** (1 / 0.1593017578125)
+    else:  # for a screen of 1000 cd/m²
+        scene = np.where(x <= 0.5, x**2 / 3, (np.exp((x - 0.55991073) / 0.17883277) + 0.28466892) / 12)
+        light = 1000 * scene * (scene @ [0.2627, 0.6780, 0.0593])[..., None] ** 0.2
+    return (255 * (light / 203 @ TO_BT709.T).clip(0, 1) ** (1 / 2.4)).round().astype(np.uint8)
 
 
 def upright(image, frame):

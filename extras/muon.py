@@ -12,7 +12,7 @@ import torch
 # Attention, MLPs and patch embedding of the transformers, and a shared basis with its head. Not the modulations of the DiT,
 # which start at zero, and not the multi-head affine maps.
 MATRICES = (
-    r"blocks\..*(attention|self_attn|mlp|linear\d).*weight$|\.mix$|encoder\.embed\.weight$"
+    r"attention.*weight$|blocks\..*(self_attn|mlp|linear\d).*weight$|\.mix$|encoder\.embed\.weight$"
     r"|basis\.components$|^nerv\.head\.weight$"
 )
 

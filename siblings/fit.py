@@ -1,0 +1,351 @@
+"""One network for one video: the NeRV family and RNeRV, fitted side by side in equal time, stored as small as they go.
+
+video --one network per method, Adam on its frames--> weights --quantize, entropy code--> video.nerv --decode--> frames
+
+python -m siblings.fit video.mp4 --method rnerv --size 1.5M --minutes 10     writes video.nerv, a report and curves
+python -m siblings.fit video.mp4 --method nerv,enerv,hnerv,plain,ffnerv,hinerv,diffnerv,rnerv --resize 160x320
+python -m siblings.fit --decode video.nerv --out again.mp4 --fps 60
+python -m siblings.fit --explain video.nerv                                  XINC contribution maps; of dit.pt too
+
+The methods are the rows of a table in methods.py, compared as in "How to Design and Train Your Implicit Neural Representation
+for Video Compression" (below: HTD). docs/fit.md has the format of the file.
+"""
+
+import copy
+import csv
+import functools
+import itertools
+import math
+import re
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+import data
+import dit
+import extras
+from common import checkpoints, plot, utils
+from common.tables import table
+from common.utils import UserError, option
+from common.video import printable, to_clip, to_frames, write_frames
+from siblings import container, methods, rd, xinc
+from siblings.components import Flow
+from siblings.fitted import MOST, FittedVideo, decoded, packed, unpack
+from siblings.frames import frame_range, read_video
+from siblings.methods import METHODS, Network
+
+
+@dataclass
+class Config:
+    method: str = option("network", "rnerv", f"one, or several by commas: {', '.join(METHODS)}")
+    size: str = option("network", "1.5M", "parameters, without codes of frames: 300k, 1.5M, 3M, …; widths follow")
+    bits: int = option("network", 8, "of a stored parameter, 4 to 8")
+    minutes: float = option("training", 10.0, "of training, for each method; they take turns, step by step")
+    steps: int = option("training", 0, "of each method, instead of --minutes: then the same command makes the same file")
+    lr: float = option("training", 0.0, "peak learning rate, of Adam; 0: each method's own")
+    seed: int = option("training", 0, "of weights and of the order of frames")
+    frames: str = option("video", "", "first and last of the frames, the last one left out, 100:140; default: all")
+    resize: str = option("video", "", "fit the video at this height and width, 160x320, cut to that shape")
+    decode: str = option("instead", "", "a .nerv file, which is written to --out as a video", metavar="FILE")
+    fps: float = option("instead", 0.0, "frames per second that --decode makes; 0: those of the video")
+    explain: str = option("instead", "", "a .nerv file or a dit.pt: who paints which pixel, as a picture", metavar="FILE")
+    device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
+    out: str = option("output", "", "what is written; default: by the name of the video, .nerv, or .METHOD.nerv of several")
+    resume: bool = option("output", False, "go on from the state in --run-dir where it exists, as if never stopped")
+    run_dir: str = option("output", "runs/fit", "report.csv, curves.csv, curves.png and the state of the training go here")
+
+
+class Video:
+    """The video to fit: frames uint8 [T, H, W, 3] and their rate."""
+
+    def __init__(self, path, config):
+        frames, self.rate = read_video(path)
+        first, last = frame_range(config.frames, len(frames))
+        self.frames = resized(frames[first:last], config.resize) if config.resize else frames[first:last]
+        _, self.height, self.width, _ = self.frames.shape
+
+    def __len__(self):
+        return len(self.frames)
+
+    def clip(self, number, padded):
+        """What an encoder sees of a frame: [1, 3, 3, H, W] in [0, 1], the one before, itself and the one after."""
+        clip = to_clip(self.frames[np.arange(number - 1, number + 2).clip(0, len(self) - 1)]) / 2 + 0.5
+        return F.pad(clip, (0, padded[1] - self.width, 0, padded[0] - self.height), "replicate")[None]
+
+
+def resized(frames, text):
+    """Frames uint8 [T, H, W, 3] cut in their middle to the shape of "160x320" and scaled to it, bicubic."""
+    if not (found := re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text)):
+        raise UserError(f"--resize {text}: name height and width in pixels, as in 160x320")
+    size = int(found[2]), int(found[1])
+    return np.stack([ImageOps.fit(Image.fromarray(frame), size, Image.Resampling.BICUBIC) for frame in frames])
+
+
+def parameters(text):
+    """ "1.5M" -> 1500000.0."""
+    found = re.fullmatch(r"(\d*\.?\d+)([kM]?)", text)
+    number = float(found[1]) * {"": 1, "k": 1e3, "M": 1e6}[found[2]] if found else 0
+    if not 100 <= number <= MOST:
+        raise UserError(f"--size {text}: a number of parameters from 100 to {MOST / 1e6:.0f}M, such as 300k or 1.5M")
+    return number
+
+
+def squared_error(frame, real):
+    """Mean over a frame, uint8 [H, W, 3] both."""
+    return np.square(frame.astype(np.float64) - real).mean()
+
+
+def decode(config):
+    """Write a .nerv file as a video."""
+    if not config.out or config.fps < 0:
+        raise UserError("--decode takes --out, the video to write, .mp4 or .mkv, and an --fps that is not negative")
+    file = FittedVideo(config.decode, utils.pick_device(config.device))
+    first, last = frame_range(config.frames, file.frames)
+    ratio = (config.fps or file.rate) / file.rate
+    places = np.arange(math.ceil(first * ratio - 1e-6), math.ceil(last * ratio - 1e-6)) / ratio
+    places = np.minimum(places, file.frames - 1)  # after the last frame there is nothing to go by
+    bar = utils.bar(decoded(file.network, places), "decoding", total=len(places), unit="frame")
+    count = write_frames(config.out, (frame[None] for frame in bar), config.fps or file.rate)
+    print(f"wrote {config.out}: {count} frames of {file.width} x {file.height}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- fitting
+
+
+class Fit:
+    """One method's network in training: its steps, the seconds they took, and what came of it at some of them."""
+
+    def __init__(self, name, video, config, device):
+        self.name, self.video, self.config, self.device, self.method = name, video, config, device, METHODS[name]
+        try:
+            self.plan = methods.plan(self.method, parameters(config.size), len(video), video.height, video.width)
+        except ValueError as error:
+            raise UserError(f"--size {config.size} is too small for {name}: {error}") from None
+        torch.manual_seed(config.seed)
+        self.network = Network(self.method, self.plan).to(device)
+        self.update = utils.FiniteStep(self.network, torch.optim.Adam(self.network.parameters(), fused=True), 1.0)
+        self.stream = data.Stream(len(video), 1, config.seed)
+        self.steps, self.seconds, self.curve, self.recent = 0, 0.0, [], None
+        self.encoder = hasattr(self.network.encoding, "encode")  # whether codes come from the frames themselves
+        if self.method.flow:  # FFNeRV's buffer: the network's own frames, as they were when it last made them; grey at first
+            self.own = np.full((len(video), *self.plan.padded, 3), 128, np.uint8)
+
+    @property
+    def progress(self):
+        """How much of the training is done, 0 … 1: by steps, or by the seconds that they took."""
+        done = self.steps / self.config.steps if self.config.steps else self.seconds / (60 * self.config.minutes)
+        return min(1.0, done)
+
+    def step(self):
+        """One step of Adam on the squared error of a frame; each comes once in a pass."""
+        start = time.perf_counter()
+        number = self.stream.batch(self.steps)[0] % len(self.video)
+        clip = self.video.clip(number, self.plan.padded).to(self.device) if self.encoder else None
+        neighbours = self.neighbours(number) if self.method.flow else None
+        parts = self.network.views(torch.tensor([number], device=self.device), clip, neighbours)
+        real = to_clip(self.video.frames[number]).to(self.device)
+        # HTD says nothing of the loss; papers have L2 (HNeRV) or L1 and SSIM. FFNeRV weighs own and warped frames by 0.1.
+        errors = [(part[0, :, : self.plan.height, : self.plan.width] - real).square().mean() for part in parts]
+        (errors[0] + 0.1 * sum(errors[1:])).backward()
+        if self.method.flow:
+            self.own[number] = to_frames(parts[1])[0]
+        # "Cosine annealing learning rate and single epoch warmup" (HTD §4). Where time is what is given, it is by the clock.
+        warmup = min(1.0, (self.steps + 1) / len(self.video))
+        self.update(errors[0], (self.config.lr or self.method.lr) * warmup * 0.5 * (1 + math.cos(math.pi * self.progress)))
+        error = errors[0].item()  # waits for a GPU
+        self.steps += 1
+        self.seconds += time.perf_counter() - start
+        if math.isfinite(error):
+            self.recent = error if self.recent is None else 0.95 * self.recent + 0.05 * error
+        elif int(self.update.in_a_row) >= self.update.LIMIT:
+            raise UserError(f"{self.name}: the loss is not finite, {self.update.LIMIT} steps in a row: use a smaller --lr")
+
+    def neighbours(self, number):
+        """Own frames around that of a step, [1, 4, 3, H, W]; black beyond the ends."""
+        around = number + np.array(Flow.NEIGHBOURS)
+        frames = to_clip(self.own[around.clip(0, len(self.video) - 1)])
+        frames[(around < 0) | (around >= len(self.video))] = -1
+        return frames[None].to(self.device)
+
+    @torch.no_grad()
+    def settle(self):
+        """Let encoders make the codes of all frames, which is what a file has of them."""
+        for i in range(len(self.video) if self.encoder else 0):
+            clip = self.video.clip(i, self.plan.padded).to(self.device)
+            for name, code in zip(self.network.encoding.stored, self.network.encoding.encode(clip)):
+                getattr(self.network.encoding, name)[i] = code[0]
+
+    def measure(self, most=16):
+        """A point of the curve: PSNR after quantization, over up to so many frames, outside the training's seconds."""
+        self.settle()
+        network = copy.deepcopy(self.network)
+        unpack(network, packed(network, self.config.bits), self.config.bits)
+        numbers = np.linspace(0, len(self.video) - 1, min(most, len(self.video))).round().astype(int)
+        found = [rd.psnr(squared_error(*pair)) for pair in zip(decoded(network, numbers), self.video.frames[numbers])]
+        self.curve.append([self.steps, round(self.seconds, 2), float(np.mean(found))])
+
+    def store(self, path, bits):
+        """Write the file with so many bits a parameter; returns its bytes."""
+        self.settle()
+        header = {"kind": "fit", "method": self.name, "size": [self.plan.width, self.plan.height]}
+        header |= {"frames": len(self.video), "rate": round(self.video.rate, 4), "bits": bits}
+        header |= {"strides": self.plan.strides, "channels": self.plan.channels}
+        return container.write(path, header, packed(self.network, bits))
+
+    def write(self, path):
+        """Write the file, read it, and measure what it decodes to; returns the row of the report."""
+        v, size, file = self.video, self.store(path, self.config.bits), FittedVideo(path, self.device)
+        errors = [squared_error(*pair) for pair in zip(decoded(file.network, range(len(v))), v.frames)]
+        row = {"method": self.name, "parameters": file.parameters, "bytes": size}
+        row |= {"bits per pixel": f"{8 * size / (len(v) * v.height * v.width):.4f}"}
+        row |= {"PSNR, dB": f"{np.mean([rd.psnr(error) for error in errors]):.2f}"}
+        row |= {"of all frames": f"{rd.psnr(np.mean(errors)):.2f}", "steps": self.steps, "seconds": f"{self.seconds:.1f}"}
+        return row | {"file": str(path)}
+
+    def state_dict(self):
+        own = {"own": torch.from_numpy(self.own)} if self.method.flow else {}
+        counts = {"steps": self.steps, "seconds": self.seconds, "curve": self.curve, "recent": self.recent}
+        return {"network": self.network.state_dict(), "update": self.update.state_dict(), **counts, **own}
+
+    def load_state_dict(self, state):
+        self.network.load_state_dict(state["network"])
+        self.update.load_state_dict(state["update"])
+        self.steps, self.seconds, self.curve, self.recent = (state[k] for k in ("steps", "seconds", "curve", "recent"))
+        if self.method.flow:
+            self.own[:] = state["own"].numpy()
+
+
+SAME = ("method", "size", "lr", "seed", "frames", "resize")  # what a training goes on with
+MARKS = [2.0**-k for k in range(7, 0, -1)] + [0.75]  # of the training, at which a curve has points; the last one is its end
+
+
+def fit(source, config):
+    """Fit one network per method to the video `source`, in turns, and write one file each."""
+    names = config.method.split(",")
+    if wrong := [name for name in names if name not in METHODS or names.count(name) > 1]:
+        raise UserError(f"--method {wrong[0]}: once each of {', '.join(METHODS)}")
+    if not 4 <= config.bits <= 8:
+        raise UserError(f"--bits {config.bits}: it is from 4 to 8")
+    utils.check_positive(config, "minutes")
+    stem, run = Path(config.out or Path(source).name).with_suffix(""), Path(config.run_dir)
+    outs = [Path(config.out or f"{stem}.nerv")] if len(names) == 1 else [Path(f"{stem}.{name}.nerv") for name in names]
+    for path in (*outs, run / "state.pt"):
+        utils.make_parent(path)
+    device, v = utils.pick_device(config.device), Video(source, config)
+    fits = [Fit(name, v, config, device) for name in names]
+    about = {name: getattr(config, name) for name in SAME}
+    about["video"] = [*v.frames.shape, zlib.crc32(v.frames[:: max(1, len(v) // 8)].tobytes())]
+    if config.resume and (run / "state.pt").is_file():
+        state = checkpoints.load(run / "state.pt", "fit", "python -m siblings.fit")
+        if differ := [name for name in about if state["about"].get(name) != about[name]]:
+            raise UserError(f"{run / 'state.pt'} has another --{differ[0]}: give the same ones, or another --run-dir")
+        for one in fits:
+            one.load_state_dict(state["fits"][one.name])
+    for one in fits:
+        size, going = methods.count(one.method, one.plan), f"; going on after step {one.steps}" if one.steps else ""
+        print(f"{one.name}: {size:,} parameters, strides {one.plan.strides}, channels {one.plan.channels}{going}")
+
+    def save():
+        checkpoints.save(run / "state.pt", False, stage="fit", about=about, fits={one.name: one.state_dict() for one in fits})
+
+    saved = time.monotonic()
+    with utils.Interrupt() as interrupt, utils.bar(desc="fitting", total=100, unit="%") as bar:
+        while (left := [one for one in fits if one.progress < 1]) and not interrupt.stop():
+            one = min(left, key=lambda one: one.progress)  # who has had least: so all go through the same good and bad minutes
+            before = one.progress
+            one.step()
+            if any(before < mark <= one.progress for mark in MARKS):
+                one.measure()
+            bar.update(int(100 * np.mean([one.progress for one in fits])) - bar.n)
+            if one.recent:
+                bar.set_postfix_str(f"{one.name} {10 * math.log10(4 / max(one.recent, 1e-10)):.2f} dB before quantization")
+            if time.monotonic() - saved > 60:
+                save()
+                saved = time.monotonic()
+        for one in fits:
+            if not one.curve or one.curve[-1][0] < one.steps:
+                one.measure()
+        save()
+        rows = [one.write(path) for one, path in zip(fits, outs)]
+    if left:
+        print("interrupted: --resume goes on")
+    print(f"\n{len(v)} frames of {v.width} x {v.height}, {config.bits} bits, seed {config.seed}; PSNR is of the files\n")
+    table(list(rows[0]), [list(row.values()) for row in rows])
+    points = [{"method": one.name, **dict(zip(("steps", "seconds", "PSNR"), point))} for one in fits for point in one.curve]
+    for name, lines in (("report", rows), ("curves", points)):
+        with open(run / f"{name}.csv", "w", newline="") as f:
+            writer = csv.DictWriter(f, list(lines[0]))
+            writer.writeheader()
+            writer.writerows(lines)
+    panels = []
+    for k, what in ((1, "seconds of training"), (0, "steps of training")):
+        panels.append((what, "PSNR after quantization, dB", {one.name: [(p[k], p[2]) for p in one.curve] for one in fits}))
+    plot.families(run / "curves.png", panels)
+    print(f"\ncurves are in {run}")
+
+
+# ------------------------------------------------------------------------------------------------------------- explaining
+
+
+def last_layer(path, seed, device):
+    """What XINC looks at: (title, the head, its kernel [3, in, k, k], edges, frames, t [1] -> [1, 1, 3, H, W])."""
+    if path.is_file() and path.open("rb").read(2) == b"PK":  # as torch's files begin
+        ckpt = checkpoints.load(path, "dit", "python dit.py")
+        model, vae, latent_map = (part.to(device) for part in dit.load_dit(ckpt))
+        labels = torch.tensor([seed % len(ckpt["classes"])], device=device)
+        tokens = latent_map.inverse(dit.generate(model, labels, seed=seed))
+        chosen = extras.parse(ckpt["vae"]["config"]["extras"], extras.VAE)
+        head = vae.nerv.nerv.to_rgb if "basis" in chosen else vae.nerv.to_rgb
+        title = f"a video generated by {path.name}" + (", without its shared basis" if "basis" in chosen else "")
+        edges = "replicate" if "edges" in chosen else "constant"
+        return title, head, head.kernel(tokens)[0], edges, vae.nerv_config.num_frames, functools.partial(vae.nerv, tokens)
+    file = FittedVideo(path, device)
+    head = file.network.head
+    return f"{path.name}, {file.method}", head, head.weight, "constant", file.frames, lambda t: file.network(t)[None]
+
+
+@torch.no_grad()
+def explain(config):
+    """Draw the contribution maps of the last layer of a .nerv file, or of a video that a dit.pt generates."""
+    path, device, seen = Path(config.explain), utils.pick_device(config.device), []
+    title, head, kernel, edges, count, run = last_layer(path, config.seed, device)
+    head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+
+    def look(place):
+        """(frame, what the head sees when it makes it, the head's kernel) at one place in time."""
+        frame = to_frames(run(torch.tensor([float(place)], device=device)).float())[0, 0]
+        return frame, seen[-1].float(), kernel.float()
+
+    if count < 2:
+        raise UserError(f"{printable(path)} has one frame, and maps are compared between neighbours")
+    places = np.unique(np.linspace(0, count - 2, min(8, count - 1)).round())
+    out = config.out or f"{path.stem}.xinc.png"
+    utils.make_parent(out)
+    figures = xinc.explain(([look(t), look(t + 1)] for t in places), out, title, edges)
+    print(
+        f"wrote {out}: {figures['neurons']} kernels of the head layer over {len(places)} pairs of frames; "
+        f"{100 * figures['near_dead']:.1f} % near-dead (below {100 * xinc.DEAD:g} % of the mean), {100 * figures['half']:.1f} "
+        f"% do half of the work; their changes follow the picture's with correlation {figures['motion']:.2f}"
+    )
+
+
+def main():
+    files = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
+    config = utils.parse_options(Config, __doc__, argv=sys.argv[1 + len(files) :])
+    if len(files) + bool(config.decode) + bool(config.explain) != 1:
+        raise UserError("name one video to fit, first of all, or one file to --decode or to --explain")
+    if files:
+        fit(files[0], config)
+    else:
+        decode(config) if config.decode else explain(config)
+
+
+if __name__ == "__main__":
+    utils.run(main)
