@@ -212,7 +212,7 @@ def diversity_result(made, config):
     return result(share, len(labels), config, "%")
 
 
-def main(config=None, load_dit=dit.load_dit):
+def main(config=None, load_dit=dit.load_dit, load_vae=load_vae):
     config, began = config or utils.parse_options(Config, __doc__), time.time()
     utils.check_positive(config, "videos", "judge_clips")
     if not 1 <= config.steps <= dit.NUM_STEPS:

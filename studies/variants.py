@@ -1,20 +1,23 @@
-"""What the paper compares its choices with (Tables 2 and 3), and the two trainings with them.
+"""What the paper compares its choices with (Tables 2 and 3): trained, sampled and measured like the paper's.
 
 python -m studies.variants vae --modulation fmm --steps 600      vae.py with another decoder; all options of vae.py go
 python -m studies.variants dit --denoiser gpt                    dit.py with another denoiser; the decoder is the checkpoint's
+python -m studies.variants sample --classes 0                    sample.py of such checkpoints, whose names say what they hold
+python -m studies.variants evaluate --ckpt vae.pt                evaluate.py of them
 
---modulation fmm | repeat            ModulatedConv: how generated numbers become a kernel        Table 2a
---reuse direct | none                ModulatedConv: which numbers a layer gets of the tokens     Table 2b
---upsampling pixelshuffle | bilinear ModulatedConv: from one level to the next                   Table 2d
---side skip | none                   Block and NeRV: how maps of different sizes come together   Table 2e
---denoiser gpt | latte               DiT: the transformer of stage 2                             Table 3a
+--modulation fmm | repeat            how generated numbers become a kernel        Table 2a
+--reuse direct | none                which numbers of the tokens a layer gets     Table 2b
+--pos-size 1 | 2 | 4 | 16            height and width of the position code        Table 2c
+--upsampling pixelshuffle | bilinear from one level to the next                   Table 2d
+--side skip | none                   how maps of different sizes are combined     Table 2e
+--denoiser gpt | latte               the transformer of stage 2                   Table 3a
 
-The paper names these and gives no details. What was chosen for each is in its docstring. Position codes (2c), tokens (2f) and
-the training of stage 2 (3b) are numbers, options of vae.py and dit.py. A checkpoint says which decoder and denoiser it holds;
-those of a variant are read by load_vae and load_dit below, and by no other script.
+The paper names these and gives no details: the docstrings say what was chosen. The number of tokens (2f) and the training of
+stage 2 (3b) are options of vae.py and dit.py.
 """
 
 import argparse
+import dataclasses
 import math
 import sys
 
@@ -23,56 +26,59 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import dit
+import evaluate
+import sample
 import vae
 from common import utils
-from nerv import GELU_GAIN, Block, ModulatedConv, NeRV
-
-# ------------------------------------------------------------------------------------------------------ modulation, Table 2a
+from nerv import GELU_GAIN, Block, ModulatedConv, NeRV, double
 
 
-class FMM:
-    """Factorized multiplicative modulation of INR-GAN (Skorokhodov et al. 2021), as in DIGAN and StyleGAN-V.
+class Multiplied:
+    """2a, what both have: a shared kernel [out, in, k, k], each entry times a factor that depends on the video."""
+
+    def __init__(self, config, in_ch, out_ch, kernel_size, *args, **kw):
+        super().__init__(config, in_ch, out_ch, kernel_size, *args, **kw)
+        del self.beside, self.below
+        self.shared = nn.Parameter(torch.randn(self.kernel_shape) / math.sqrt(in_ch * kernel_size**2))
+
+
+class FMM(Multiplied):
+    """2a, factorized multiplicative modulation of INR-GAN (Skorokhodov et al. 2021), as in DIGAN and StyleGAN-V.
 
     The tokens give A [out, r] and B [r, in], r = 10 as there. The kernel is sigmoid(A B) at all k × k times a shared one.
     """
 
     rank = 10
 
-    def __init__(self, config, in_ch, out_ch, kernel_size, *args, **kw):
-        super().__init__(config, in_ch, out_ch, kernel_size, *args, **kw)
-        self.add_head(config, self.rank * (in_ch + out_ch), self.rank**-0.25)  # entries of A B start at about unit scale
-        self.shared = nn.Parameter(torch.randn(self.kernel_shape) / math.sqrt(in_ch * kernel_size**2))
+    def add_head(self, config, entries, std):  # entries of A B start at about unit scale
+        super().add_head(config, self.rank * sum(self.kernel_shape[:2]), self.rank**-0.25)
 
     def weight(self, tokens):
-        a, b = self.generate(tokens).split([self.out_ch * self.rank, self.rank * self.in_ch], 1)
-        gate = torch.sigmoid(a.unflatten(1, (self.out_ch, self.rank)) @ b.unflatten(1, (self.rank, self.in_ch)))
+        out_ch, in_ch, *_ = self.kernel_shape
+        a, b = self.generate(tokens).split([out_ch * self.rank, self.rank * in_ch], 1)
+        gate = torch.sigmoid(a.unflatten(1, (out_ch, self.rank)) @ b.unflatten(1, (self.rank, in_ch)))
         return gate[..., None, None] * self.shared  # [B, out, in, k, k]
 
 
-class Repeat:
-    """FastNeRV (Chen et al. 2024): generated numbers [out, N], repeated along the inputs, times a shared kernel.
+class Repeat(Multiplied):
+    """2a, FastNeRV (Chen et al. 2024): generated numbers [out, N], repeated along the inputs, times a shared kernel.
 
-    Each token gives one number for every output channel. Products start at one, so that training starts at the shared kernel.
+    Each token gives one number for every output channel. They start around one, so that training starts at the shared kernel.
     """
 
-    def __init__(self, config, in_ch, out_ch, kernel_size, *args, **kw):
-        super().__init__(config, in_ch, out_ch, kernel_size, *args, **kw)
-        self.add_head(config, config.num_tokens * out_ch, 0.5)
+    def add_head(self, config, entries, std):
+        super().add_head(config, config.num_tokens * self.kernel_shape[0], 0.5)
         nn.init.ones_(self.offset)
-        self.shared = nn.Parameter(torch.randn(self.kernel_shape) / math.sqrt(in_ch * kernel_size**2))
 
     def weight(self, tokens):
         inputs = self.shared[0].numel()  # in * k * k
-        factors = self.generate(tokens).unflatten(1, (-1, self.out_ch)).transpose(1, 2)  # [B, out, N]
+        factors = self.generate(tokens).unflatten(1, (-1, len(self.shared))).transpose(1, 2)  # [B, out, N]
         factors = factors.repeat(1, 1, math.ceil(inputs / factors.shape[2]))[..., :inputs]
         return factors.view(-1, *self.kernel_shape) * self.shared
 
 
-# ----------------------------------------------------------------------------------------------------------- reuse, Table 2b
-
-
 class DirectReuse:
-    """The same numbers in every layer: all N × d of the tokens, repeated or cut to the size of the layer's block."""
+    """2b: the same numbers in every layer, all N × d of the tokens, repeated or cut to the size of the layer's block."""
 
     def add_head(self, config, entries, std):
         self.std = std  # tokens are of about unit scale
@@ -84,13 +90,13 @@ class DirectReuse:
         return self.std * numbers.repeat(1, times)[:, : len(self.offset)] + self.offset
 
 
-class NoReuse:
-    """Every number of the tokens is one entry of one kernel: each layer has its share, and a block of as many channels."""
+class NoReuse(DirectReuse):
+    """2b: every number of the tokens is one entry of one kernel. Each layer has its share, and a block of as many channels."""
 
-    side = "residual"  # of the decoder, which decides how many layers there are
+    side, start = "residual", 0  # of the decoder, on which the number of layers depends; of the share, set once they are there
 
     def __init__(self, config, in_ch, out_ch, kernel_size, block_in, block_out, **kw):
-        levels = int(math.log2(config.resolution // config.pos_size))
+        levels = (config.resolution // config.pos_size).bit_length() - 1
         layers = 3 * levels + 1 + {"residual": config.last_factor > 1, "skip": levels - 1, "none": 0}[self.side]
         share = config.num_tokens * config.token_dim // layers
         channels = math.isqrt(share // kernel_size**2)
@@ -98,19 +104,12 @@ class NoReuse:
             raise ValueError(f"reuse none: the {share} numbers of a layer are no kernel of {kernel_size} x {kernel_size}")
         super().__init__(config, in_ch, out_ch, kernel_size, min(channels, block_in), min(channels, block_out), **kw)
 
-    def add_head(self, config, entries, std):
-        self.std, self.start = std, 0  # start is set once all layers are there
-        self.offset = nn.Parameter(torch.randn(entries) * std)
-
     def generate(self, tokens):
         return self.std * tokens.flatten(1)[:, self.start : self.start + len(self.offset)] + self.offset
 
 
-# ------------------------------------------------------------------------------------------------------ upsampling, Table 2d
-
-
 class PixelShuffle:
-    """A 3×3 convolution to four times the channels, which become 2 × 2 pixels (NeRV); block and kernel grow fourfold."""
+    """2d: a 3×3 convolution to four times the channels, which become 2 × 2 pixels (NeRV); the block grows fourfold too."""
 
     def __init__(self, config, in_ch, out_ch, kernel_size, block_in, block_out, upsample=False, gain=1.0):
         if upsample:
@@ -124,7 +123,7 @@ class PixelShuffle:
 
 
 class Bilinear:
-    """Bilinear interpolation to twice the size, then a 3×3 convolution."""
+    """2d: bilinear interpolation to twice the size, then a 3×3 convolution."""
 
     def __init__(self, config, in_ch, out_ch, kernel_size, block_in, block_out, upsample=False, gain=1.0):
         kernel_size, gain = (3, GELU_GAIN) if upsample else (kernel_size, gain)
@@ -132,23 +131,20 @@ class Bilinear:
         self.doubles = upsample
 
     def forward(self, x, tokens):
-        return super().forward(F.interpolate(x, scale_factor=2, mode="bilinear") if self.doubles else x, tokens)
-
-
-# ------------------------------------------------------------------------------------------------- side connections, Table 2e
+        return super().forward(double(x) if self.doubles else x, tokens)
 
 
 class PlainBlock(Block):
-    """A level without a side connection."""
+    """2e: a level without a side connection."""
 
     def __init__(self, up, convs, side=None):
         super().__init__(up, convs)
 
     def forward(self, x, tokens):
-        h = self.up(x, tokens)
+        x = self.up(x, tokens)
         for conv in self.convs:
-            h = conv(F.gelu(h), tokens)
-        return GELU_GAIN * F.gelu(h)
+            x = conv(F.gelu(x), tokens)
+        return GELU_GAIN * F.gelu(x)
 
 
 class PlainNeRV(NeRV):
@@ -156,83 +152,72 @@ class PlainNeRV(NeRV):
 
 
 class SkipNeRV(PlainNeRV):
-    """toRGB skips of StyleGAN2 (Karras et al. 2020): each level has its own 1×1 toRGB, and their sum is the frame."""
+    """2e, toRGB skips of StyleGAN2 (Karras et al. 2020): each level has its own 1×1 toRGB, and their sum is the frame."""
 
     def __init__(self, config):
         super().__init__(config)
-        convs = [block.convs[-1].out_ch for block in self.blocks[:-1]]
-        self.skips = nn.ModuleList(self.Conv(config, ch, 3, 1, min(config.block, ch), 3) for ch in convs)
+        channels = [block.convs[-1].kernel_shape[0] for block in self.blocks[:-1]]
+        self.skips = nn.ModuleList(self.Conv(config, ch, 3, 1, min(config.block, ch), 3) for ch in channels)
 
     def rgb(self, x, tokens):
         image = None
         for block, to_rgb in zip(self.blocks, [*self.skips, self.to_rgb]):
             x = block(x, tokens)
             part = to_rgb(x, tokens)
-            image = part if image is None else part + F.interpolate(image, scale_factor=2, mode="bilinear")
+            image = part if image is None else part + double(image)
         return image
 
 
-DEFAULTS = {"modulation": "channel", "reuse": "multihead", "upsampling": "transposed", "side": "residual"}
-CONVS = {
-    "fmm": FMM,
-    "repeat": Repeat,
-    "direct": DirectReuse,
-    "none": NoReuse,
-    "pixelshuffle": PixelShuffle,
-    "bilinear": Bilinear,
+CHOICES = {  # option -> its values, the paper's first
+    "modulation": {"channel": None, "fmm": FMM, "repeat": Repeat},
+    "reuse": {"multihead": None, "direct": DirectReuse, "none": NoReuse},
+    "pos_size": dict.fromkeys(("8", "1", "2", "4", "16")),
+    "upsampling": {"transposed": None, "pixelshuffle": PixelShuffle, "bilinear": Bilinear},
+    "side": {"residual": NeRV, "skip": SkipNeRV, "none": PlainNeRV},
 }
-NETWORKS = {"residual": NeRV, "none": PlainNeRV, "skip": SkipNeRV}
 
 
 def decoder(**choices):
-    """The class of a decoder in which some of DEFAULTS are chosen otherwise; its name, "NeRV side=skip", says what."""
-    c = DEFAULTS | choices
-    if c["reuse"] == "none" and c["modulation"] != "channel":
-        raise utils.UserError(f"reuse none has too few numbers for modulation {c['modulation']}: use direct or multihead")
-    parts = [CONVS[c[name]] for name in ("upsampling", "modulation", "reuse") if c[name] != DEFAULTS[name]]
-    name = " ".join(["NeRV", *(f"{name}={c[name]}" for name in DEFAULTS if c[name] != DEFAULTS[name])])
-    if name == "NeRV":
+    """The class of a decoder with other than the paper's CHOICES; its name says which, as in "NeRV side=skip"."""
+    other = {name: choices[name] for name, (first, *_) in CHOICES.items() if choices.get(name, first) != first}
+    if not other:
         return NeRV
-    conv = type("ModulatedConv", (*parts, ModulatedConv), {"side": c["side"]})
+    if other.get("reuse") == "none" and "modulation" in other:
+        raise utils.UserError(f"reuse none has too few numbers for modulation {other['modulation']}: use direct or multihead")
+    parts = [CHOICES[name][other[name]] for name in ("upsampling", "modulation", "reuse") if name in other]
+    side, size = other.get("side", "residual"), {"pos_size": int(other["pos_size"])} if "pos_size" in other else {}
 
-    class Variant(NETWORKS[c["side"]]):
-        Conv = conv
+    class Variant(CHOICES["side"][side]):
+        Conv = type("ModulatedConv", (*parts, ModulatedConv), {"side": side})
 
         def __init__(self, config):
-            super().__init__(config)
+            super().__init__(dataclasses.replace(config, **size))
             start = 0
             for layer in self.modules():
                 if isinstance(layer, NoReuse):
                     layer.start, start = start, start + len(layer.offset)
 
-    Variant.__name__ = name
+    Variant.__name__ = " ".join(["NeRV", *(f"{name}={value}" for name, value in other.items())])
     return Variant
 
 
-# ------------------------------------------------------------------------------------------------------- denoisers, Table 3a
-
-
 class GPT(dit.DiT):
-    """G.pt (Peebles et al. 2022): a pre-norm transformer, without a mask; step and class are two tokens in front."""
+    """3a, G.pt (Peebles et al. 2022): a pre-norm transformer, without a mask; timestep and class are two tokens in front."""
 
     def __init__(self, config):
         super().__init__(config)
-        layer = nn.TransformerEncoderLayer(
-            config.width, config.heads, 4 * config.width, 0.0, "gelu", batch_first=True, norm_first=True
-        )
+        kw = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
+        layer = nn.TransformerEncoderLayer(config.width, config.heads, 4 * config.width, **kw)
         self.blocks = nn.TransformerEncoder(layer, config.depth, enable_nested_tensor=False)  # copies of one start
         for parameter in self.blocks.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
         self.norm, self.adaln = nn.LayerNorm(config.width), None
 
-    def forward(self, tokens, step, label, given=None):
-        x, step_code, label = self.embed_all(tokens, step, label, given)
-        x = self.blocks(torch.cat([step_code[:, None], label[:, None], x], 1))[:, 2:]
+    def forward(self, latents, timestep, label, given=None):
+        x, code, label = self.embed_all(latents, timestep, label, given)
+        x = self.blocks(torch.cat([code[:, None], label[:, None], x], 1))[:, 2:]
         return self.out(self.norm(x))
-
-    def matrices(self):
-        return [p for p in self.blocks.parameters() if p.ndim == 2]
 
 
 class LatteBlock(dit.DiTBlock):
@@ -252,20 +237,19 @@ class LatteBlock(dit.DiTBlock):
 
 
 class Latte(dit.DiT):
-    """Latte (Ma et al. 2024): blocks within a frame and blocks across frames take turns.
+    """3a, Latte (Ma et al. 2024): blocks within a frame and blocks across frames take turns.
 
     Weight tokens have no frames: they are cut, as they come, into rows as many as the largest divisor of N up to its root.
     """
 
+    rows = 0
+
     def __init__(self, config):
         super().__init__(config)
-        self.blocks = nn.ModuleList(LatteBlock(config, columns=i % 2 == 1) for i in range(config.depth))
+        self.blocks = nn.ModuleList(LatteBlock(config, i % 2 == 1, self.rows) for i in range(config.depth))
 
 
 DENOISERS = {"dit": dit.DiT, "gpt": GPT, "latte": Latte}
-
-
-# -------------------------------------------------------------------------------------------- checkpoints, and the trainings
 
 
 def load_vae(ckpt):
@@ -275,24 +259,27 @@ def load_vae(ckpt):
 
 def load_dit(ckpt):
     """dit.load_dit with the denoiser and the decoder that the checkpoint names."""
-    return dit.load_dit(ckpt, next(cls for cls in DENOISERS.values() if cls.__name__ == ckpt["denoiser"]), load_vae)
+    return dit.load_dit(ckpt, next((cls for cls in DENOISERS.values() if cls.__name__ == ckpt["denoiser"]), dit.DiT), load_vae)
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = parser.add_subparsers(dest="stage", required=True, metavar="vae | dit")
-    first, second = stages.add_parser("vae", add_help=False), stages.add_parser("dit", add_help=False)
-    first.add_argument("--modulation", choices=["channel", "fmm", "repeat"])
-    first.add_argument("--reuse", choices=["multihead", "direct", "none"])
-    first.add_argument("--upsampling", choices=["transposed", "pixelshuffle", "bilinear"])
-    first.add_argument("--side", choices=["residual", "skip", "none"])
-    second.add_argument("--denoiser", choices=list(DENOISERS), default="dit")
+    script, *argv = (sys.argv[1:] if argv is None else argv) or [""]
+    if script in ("-h", "--help"):
+        return print(__doc__)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name, values in {"vae": CHOICES, "dit": {"denoiser": DENOISERS}}.get(script, {}).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", choices=values, default=next(iter(values)))
     chosen, rest = parser.parse_known_args(argv)
-    if chosen.stage == "vae":
-        vae.main(rest, decoder(**{name: value for name in DEFAULTS if (value := getattr(chosen, name))}))
-    else:
+    if script == "vae":
+        vae.main(rest, decoder(**vars(chosen)))
+    elif script == "dit":
         dit.main(rest, DENOISERS[chosen.denoiser], load_vae)
+    elif script == "sample":
+        sample.main(rest, load_dit, load_vae)
+    elif script == "evaluate":
+        evaluate.main(utils.parse_options(evaluate.Config, evaluate.__doc__, argv=rest), load_dit, load_vae)
+    else:
+        raise utils.UserError("name a script first: vae, dit, sample or evaluate")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_nerv import relative
 
 import dit
 import nerv
@@ -13,17 +12,14 @@ import vae
 from common.utils import UserError
 from studies import variants
 
-TINY = nerv.NeRVConfig(resolution=16, num_frames=4, num_tokens=6, token_dim=8, width=8, last_factor=2, block=4, pos_size=4)
-OPTIONS = {"modulation": ["fmm", "repeat"], "reuse": ["direct", "none"], "upsampling": ["pixelshuffle", "bilinear"]}
-OPTIONS |= {"side": ["skip", "none"], "pos_size": [1, 2]}
-CASES = [(name, value) for name, values in OPTIONS.items() for value in values]
+TINY = nerv.NeRVConfig(resolution=16, num_frames=4, num_tokens=6, token_dim=8, width=8, block=4, pos_size=4)
+CASES = [(name, value) for name, (_, *others) in variants.CHOICES.items() for value in others if value not in ("8", "16")]
 
 
-def tiny(**options):
-    config = replace(TINY, **{name: options.pop(name) for name in ("num_tokens", "pos_size") if name in options})
+def tiny(num_tokens=6, **options):
     torch.manual_seed(0)
-    model = variants.decoder(**options)(config).double()
-    return model, torch.randn(3, config.num_tokens, config.token_dim, dtype=torch.float64)
+    model = variants.decoder(**options)(replace(TINY, num_tokens=num_tokens)).double()
+    return model, torch.randn(3, num_tokens, 8, dtype=torch.float64)
 
 
 def layers_of(model):
@@ -31,13 +27,13 @@ def layers_of(model):
 
 
 @pytest.mark.parametrize("name, value", CASES)
-def test_videos_do_not_see_each_other_and_everything_learns(name, value):
-    model, tokens = tiny(**{name: value}, **({"num_tokens": 64} if value == "none" else {}))
+def test_videos_do_not_affect_each_other_and_everything_learns(name, value):
+    model, tokens = tiny(64 if value == "none" else 6, **{name: value})
     t = torch.tensor([0.0, 1.5])
     frames = model(tokens, t)
     assert frames.shape == (3, 2, 3, 16, 16)
     alone = torch.cat([model(one, t) for one in tokens.split(1)])
-    assert relative(alone, frames) < 1e-10
+    torch.testing.assert_close(alone, frames)
     assert (frames[0] - frames[1]).abs().max() > 1e-3
     frames.square().mean().backward()
     for parameter_name, parameter in model.named_parameters():
@@ -46,11 +42,6 @@ def test_videos_do_not_see_each_other_and_everything_learns(name, value):
     for layer in layers_of(model):
         norms = layer.kernel(tokens).square().sum((2, 3, 4))
         torch.testing.assert_close(norms, torch.full_like(norms, layer.gain**2), rtol=1e-4, atol=0)
-
-
-def test_the_papers_choices_are_the_plain_decoder():
-    assert variants.decoder() is variants.decoder(side="residual", reuse="multihead") is nerv.NeRV
-    assert all(type(layer) is nerv.ModulatedConv for layer in layers_of(nerv.NeRV(TINY)))
 
 
 def test_fmm_is_a_gate_of_low_rank():
@@ -84,8 +75,7 @@ def test_direct_reuse_gives_every_layer_the_same_numbers():
 
 @pytest.mark.parametrize("side", ["residual", "skip", "none"])
 def test_no_reuse_gives_each_layer_its_own_numbers(side):
-    config = {"reuse": "none", "num_tokens": 64, "side": side}
-    model, tokens = tiny(**config)
+    model, tokens = tiny(64, reuse="none", side=side)
     tokens.requires_grad_()
     used = torch.zeros(tokens[0].numel())
     for layer in layers_of(model):
@@ -96,31 +86,45 @@ def test_no_reuse_gives_each_layer_its_own_numbers(side):
 
 
 def test_no_reuse_and_multiplication_do_not_go_together():
+    assert variants.decoder() is variants.decoder(side="residual", reuse="multihead") is nerv.NeRV
     with pytest.raises(UserError, match="reuse none has too few numbers for modulation fmm"):
         variants.decoder(reuse="none", modulation="fmm")
     with pytest.raises(ValueError, match="the 6 numbers of a layer are no kernel of 3 x 3"):
         tiny(reuse="none")
 
 
-def test_a_checkpoint_says_which_networks_it_holds(tmp_path, monkeypatch):
-    """Side connections have no parameters here: only the name tells the decoders apart."""
+def test_a_variant_is_trained_sampled_and_measured(tmp_path, monkeypatch, capsys):
+    """Neither side connections nor position codes have parameters here: only the name tells the decoders apart."""
     monkeypatch.chdir(tmp_path)
-    tiny = ["--num-frames", "4", "--steps", "1", "--batch-size", "2", "--decode-frames", "1", "--bf16", "off"]
-    variants.main(["vae", "--side", "none", *tiny])
+    monkeypatch.setattr("fvd.load_detector", lambda *args, **kw: detector)
+    tiny, name = "--num-frames 4 --steps 1 --batch-size 2 --decode-frames 1 --bf16 off".split(), "NeRV pos_size=4 side=none"
+    variants.main(["vae", "--side", "none", "--pos-size", "4", *tiny])
     ckpt = torch.load("vae.pt", weights_only=True)
-    assert ckpt["decoder"] == "NeRV side=none" and type(variants.load_vae(ckpt).nerv).__name__ == "NeRV side=none"
-    with pytest.raises(UserError, match="its decoder is 'NeRV side=none', not 'NeRV'"):
-        vae.load_vae(ckpt)
-    with pytest.raises(UserError, match="its decoder is 'NeRV side=none', not 'NeRV'"):
-        vae.main([*tiny, "--resume"])
-    with pytest.raises(UserError, match="its decoder is 'NeRV side=none', not 'NeRV'"):
-        dit.main(["--steps", "1"])
-    variants.main(["dit", "--denoiser", "latte", "--steps", "1", "--batch-size", "2", "--num-latents", "4", "--bf16", "off"])
+    network = variants.load_vae(ckpt).nerv
+    assert ckpt["decoder"] == type(network).__name__ == name and network.config.pos_size == 4
+    for load in (lambda: vae.load_vae(ckpt), lambda: dit.main(["--steps", "1"])):
+        with pytest.raises(UserError, match=f"its decoder is '{name}', not 'NeRV'"):
+            load()
+    options = "--steps 1 --batch-size 2 --num-latents 4 --width 24 --depth 2 --bf16 off --extras".split()
+    variants.main(["dit", "--denoiser", "latte", *options])
     ckpt = torch.load("dit.pt", weights_only=True)
     model, autoencoder, _ = variants.load_dit(ckpt)
-    assert type(model) is variants.Latte and type(autoencoder.nerv).__name__ == "NeRV side=none"
+    assert type(model) is variants.Latte and type(autoencoder.nerv).__name__ == name
     with pytest.raises(UserError, match="its denoiser is 'Latte', not 'DiT'"):
-        dit.load_dit(ckpt)
+        dit.load_dit(ckpt, load_vae=variants.load_vae)
+    variants.main("sample --classes 0 --steps 2".split())
+    assert (tmp_path / "out/samples/samples.png").is_file()
+    for file in ("vae.pt", "dit.pt"):
+        variants.main(f"evaluate --ckpt {file} --lpips none --videos 4 --judge-clips 4 --bootstrap 0 --steps 2".split())
+    assert "classifier accuracy" in capsys.readouterr().out
+
+
+def detector(frames):
+    """Features of clips, uint8 [B, T, H, W, 3] -> [B, 2]."""
+    return frames.reshape(len(frames), -1)[:, :2] / 255.0
+
+
+detector.meta = {"features": "random"}
 
 
 def test_pixel_shuffle_has_four_times_the_kernel():
@@ -162,9 +166,6 @@ def test_plain_blocks_are_the_main_path_alone():
     assert block.side is None
 
 
-# --------------------------------------------------------------------------------------------------------------- denoisers
-
-
 def denoiser(name, num_tokens=6):
     torch.manual_seed(0)
     model = variants.DENOISERS[name](dit.DiTConfig(num_tokens, 8, 3, width=16, depth=2, heads=2))
@@ -174,26 +175,27 @@ def denoiser(name, num_tokens=6):
 
 
 @pytest.mark.parametrize("name", ["dit", "gpt", "latte"])
-def test_denoisers_hear_step_class_and_tokens(name):
+def test_denoisers_depend_on_timestep_class_and_tokens(name):
     model, tokens = denoiser(name), torch.randn(2, 6, 8)
-    step, label = torch.tensor([5, 700]), torch.tensor([0, 2])
-    eps = model(tokens, step, label)
-    assert eps.shape == tokens.shape
-    for other in (model(tokens, step + 1, label), model(tokens, step, label.flip(0)), model(tokens.flip(1), step, label)):
-        assert (other - eps).abs().max() > 1e-4
+    timestep, label = torch.tensor([5, 700]), torch.tensor([0, 2])
+    eps = model(tokens, timestep, label)
+    others = (
+        model(tokens, timestep + 1, label),
+        model(tokens, timestep, label.flip(0)),
+        model(tokens.flip(1), timestep, label),
+    )
+    assert eps.shape == tokens.shape and all((other - eps).abs().max() > 1e-4 for other in others)
     eps.square().mean().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in model.parameters())
 
 
-def test_latte_blocks_see_a_row_or_a_column():
+@pytest.mark.parametrize("rows, reached", [(0, ({3, 4, 5}, {1, 4})), (3, ({4, 5}, {0, 2, 4}))])
+def test_latte_attends_to_a_row_or_a_column(rows, reached):
     model, x = denoiser("latte"), torch.randn(1, 6, 16)
-    condition = torch.randn(1, 16)
-    changed = x.clone()
-    changed[0, 4] = torch.randn(16)  # of rows 0 1 2 and 3 4 5
-    for block, reached in zip(model.blocks, ({3, 4, 5}, {1, 4})):
+    condition, changed = torch.randn(1, 16), x.clone()
+    changed[0, 4] = torch.randn(16)  # of rows 0 1 2 and 3 4 5, or of rows 0 1, 2 3 and 4 5
+    for block, expected in zip(model.blocks, reached):
+        block.rows = rows or block.rows
         difference = (block(changed, condition) - block(x, condition)).abs().amax(2)[0]
-        assert {i for i in range(6) if difference[i] > 1e-6} == reached
-
-
-def test_a_prime_number_of_tokens_is_one_row():
-    assert variants.LatteBlock(dit.DiTConfig(7, 8, 3, width=16, depth=2, heads=2), columns=False).rows == 1
+        assert {i for i in range(6) if difference[i] > 1e-6} == expected
+    assert variants.LatteBlock(dit.DiTConfig(7, 8, 3, width=16, depth=2, heads=2), columns=False).rows == 1  # 7 is prime
