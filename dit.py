@@ -280,7 +280,8 @@ def preset_defaults(args):
 
 def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     config = utils.parse_options(Config, __doc__, preset_defaults, argv)
-    utils.check_positive(config, "steps", "batch_size", "width", "depth", "heads", "save_every")
+    positive = ["steps", "batch_size", "width", "depth", "heads", "save_every"] + ["num_latents"] * (config.num_latents != 0)
+    utils.check_positive(config, *positive)
     device, rank, world = utils.start_processes(config.device)
     rows = utils.rows_per_process(config.batch_size, 1, world)
     mine = slice(rank * rows, (rank + 1) * rows)  # this process's clips in a batch
@@ -292,8 +293,6 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     c, cond_frames, nano = vae.nerv_config, config.cond_frames, vae_ckpt["config"]["preset"] == "nano"
     if not 0 <= cond_frames < c.num_frames:
         raise UserError(f"--cond-frames {cond_frames}: stage 1 has clips of {c.num_frames} frames")
-    if config.num_latents < 0:
-        raise UserError(f"--num-latents {config.num_latents}: it must not be negative")
     if config.width % config.heads:
         raise UserError(f"--heads {config.heads} must divide --width {config.width}")
 
@@ -322,9 +321,8 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     model = denoiser(dit_config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     parts = {"model": model, "step": utils.FiniteStep(model, make_optimizer(model, muon="muon" in config.extras))}
-    start = 0
+    start = checkpoints.restore(ckpt, parts, ema) if ckpt else 0
     if ckpt:
-        start = checkpoints.restore(ckpt, parts, ema)
         latent_map.load_state_dict(ckpt["latent_map"])
     stream = data.Stream(count, config.batch_size, config.seed, start)
     log = utils.RunLog(config.out, config.steps, start, rank)

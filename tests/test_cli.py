@@ -46,11 +46,13 @@ def check_error(stderr, *words):
 
 ASK = """
 import runpy, sys
-sys.path.insert(0, sys.argv[1])
+root = sys.argv[1]
+sys.path.insert(0, root)
 for name in sys.argv[2:]:
     sys.argv = [name, "--help"]
     try:
-        runpy.run_module(name, run_name="__main__")
+        runpy.run_path(f"{root}/{name.replace('.', '/')}.py", run_name="__main__")
+        print(0, end="\\f")
     except SystemExit as end:
         print(end.code, end="\\f")
 """
@@ -175,7 +177,7 @@ def test_a_batch_of_one_trains(call):
         ("--device nonsense", "--device"),
         ("--cond-frames 16", "--cond-frames 16 frames"),
         ("--heads 5", "--heads --width"),
-        ("--num-latents -5", "--num-latents negative"),
+        ("--num-latents -5", "--num-latents positive"),
         ("--extras components=4", "--extras components=4 MxK"),
         ("--extras mixing=8", "--extras components"),
         ("--out runs/", "runs directory"),
