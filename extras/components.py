@@ -45,7 +45,7 @@ class Components(nn.Module):
         super().__init__()
         self.shape, self.token_shape, size = tuple(shape), tuple(token_shape), math.prod(token_shape)
         if len(shape) != 2 or min(shape) < 1 or math.prod(shape) > size:
-            raise ValueError(f"--extras components={'x'.join(map(str, shape))}: use MxK, in all 1 to {size}, the numbers of a video")
+            raise ValueError(f"--extras components={'x'.join(map(str, shape))}: use MxK, in all 1 to {size}, as a video has")
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("directions", torch.zeros(*shape, size))  # [M, k, N * d], each of length 1
         self.register_buffer("scale", torch.ones(()))

@@ -131,7 +131,8 @@ WRONG = {
     lost_options: ["with `--nothing 3`"],
     wrong_commands: [
         "    make nothing", "    python nothing.py", "    python -m bench.nothing", "    python -m bench.costs nothing",
-        "    python vae.py nothing", "    python vae.py --side skip", "    python vae.py --step 2", "    python vae.py --preset XL",
+        "    python vae.py nothing", "    python vae.py --side skip", "    python vae.py --step 2",
+        "    python vae.py --preset X",
         "    A=1 torchrun --standalone --nproc_per_node=8 dit.py --nothing", '    o="--nothing 2"\n    python vae.py $o',
         "    python -m siblings.codec copy a.mp4 b.nerv", "    python -m siblings.codec compare a.mp4 --side 64",
         "    python -m siblings.vin sample --nothing", "    python -m siblings.fit a.mp4 --nothing",
