@@ -111,7 +111,7 @@ def test_training_leaves_checkpoints_losses_and_sheets(trained):
         assert name in ("steps", "batch_size") or config[name] == value  # nano's, which were not named
 
 
-def test_train_on_a_folder_and_sample_its_classes(call, folder):
+def test_train_on_a_folder_and_sample_its_classes(call, few_held_out, folder):
     assert call("vae.py", f"--dataset folder --data-dir {folder} --preset nano --resolution 64 --steps 1 --batch-size 2") == 0
     assert call("dit.py", "--num-latents 8 --steps 1 --batch-size 2 --depth 1") == 0
     ckpt = checkpoints.load("dit.pt", "dit", "")
@@ -161,7 +161,7 @@ def test_wrong_use_of_vae(options, words, call, capsys, folder, tmp_path):
     assert not (tmp_path / "vae.pt").exists()
 
 
-def test_a_batch_of_one_trains(call):
+def test_a_batch_of_one_trains(call, few_held_out):
     assert call("vae.py", f"{SMALL} --steps 1 --batch-size 1") == 0  # batch norm over one clip has no deviation
 
 

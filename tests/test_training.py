@@ -110,7 +110,7 @@ def test_what_resumes_to_the_bit(call, stage1, few_held_out, monkeypatch, name):
     assert ("disc_loss" in rows[-1]) == ("discriminator" in name) == ("disc_step" in ckpt["training"])
 
 
-def test_resuming_refuses_other_options_and_takes_other_places(call, folder, capsys):
+def test_resuming_refuses_other_options_and_takes_other_places(call, few_held_out, folder, capsys):
     tiny = f"{SMALL} --batch-size 2 --dataset folder --preset nano --resume"
     assert call("vae.py", f"{tiny} --data-dir {folder} --steps 1") == 0
     assert call("vae.py", f"{tiny} --data-dir {os.path.relpath(folder)} --out ./vae.pt --steps 2 --save-every 9") == 0
@@ -136,7 +136,7 @@ def test_resuming_refuses_other_options_and_takes_other_places(call, folder, cap
     assert Path("runs/dit/values.npy").read_bytes() == cache
 
 
-def test_an_interrupted_encoding_goes_on_and_another_key_starts_anew(call, stage1, monkeypatch, capsys):
+def test_an_interrupted_encoding_goes_on_and_another_key_starts_anew(call, few_held_out, stage1, monkeypatch, capsys):
     encode, encoded, stop = vae.VAE.encode, [], []
 
     def count(self, video):
@@ -173,7 +173,7 @@ def torchrun(processes, *args, cwd):
 
 
 @pytest.mark.parametrize("name", ["stage 1, discriminator, accumulated", "stage 2"])
-def test_two_processes_train_as_one(call, stage1, monkeypatch, tmp_path, name):
+def test_two_processes_train_as_one(call, few_held_out, stage1, monkeypatch, tmp_path, name):
     # The same global batch: batch norm, R1, noise, data order and the averaged gradient all have a part in this.
     program, options = RESUMES[name].split(maxsplit=1)
     options += " --batch-size 8 --steps 6"
@@ -289,7 +289,7 @@ def train_and_signal(cwd, stage, options, number, launch=(), group=False):
 
 
 @pytest.mark.parametrize("stage, number", [("vae", signal.SIGKILL), ("vae", signal.SIGTERM), ("dit", signal.SIGINT)])
-def test_a_signal_leaves_a_checkpoint_that_goes_on_exactly(call, stage1, tmp_path, stage, number):
+def test_a_signal_leaves_a_checkpoint_that_goes_on_exactly(call, few_held_out, stage1, tmp_path, stage, number):
     options = f"{SMALL} --batch-size 4" if stage == "vae" else f"{SMALL_STAGE2} --ckpt {stage1}"
     options += " --steps 30"
     status, step, output = train_and_signal(tmp_path, stage, options, number)
