@@ -280,7 +280,8 @@ def preset_defaults(args):
 
 def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     config = utils.parse_options(Config, __doc__, preset_defaults, argv)
-    utils.check_positive(config, "steps", "batch_size", "width", "depth", "heads", "save_every")
+    positive = ["steps", "batch_size", "width", "depth", "heads", "save_every"] + ["num_latents"] * (config.num_latents != 0)
+    utils.check_positive(config, *positive)
     device, rank, world = utils.start_processes(config.device)
     rows = utils.rows_per_process(config.batch_size, 1, world)
     mine = slice(rank * rows, (rank + 1) * rows)  # this process's clips in a batch
@@ -308,10 +309,11 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
             given = [encode_given(vae, clips.to(device), cond_frames)]
         return torch.stack([mean, torch.exp(0.5 * logvar), *given], 1), labels
 
+    ckpt = checkpoints.resume(config, "dit", denoiser=denoiser.__name__, stage1=stage1_hash)
     key = {"stage1": stage1_hash, "data": train_set.identity(), "stride": source.stride, "flip": source.flip}
     key, shape = key | {"cond_frames": cond_frames}, (3 if cond_frames else 2, c.num_tokens, c.token_dim)
-    tokens, labels = checkpoints.cached(directory, key, count, shape, encode, rank, world)
     latent_map = extras.latent_map(config.extras, shape[1:]).to(device)
+    tokens, labels = checkpoints.cached(directory, key, count, shape, encode, rank, world)
     latent_map.fit(*tokens[:: max(1, count // 16384), :2].float().to(device).unbind(1))
     utils.from_first_rank(latent_map)  # rounding may turn a direction round
 
@@ -319,9 +321,8 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     model = denoiser(dit_config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     parts = {"model": model, "step": utils.FiniteStep(model, make_optimizer(model, muon="muon" in config.extras))}
-    start = 0
-    if ckpt := checkpoints.resume(config, "dit", denoiser=denoiser.__name__, stage1=stage1_hash):
-        start = checkpoints.restore(ckpt, parts, ema)
+    start = checkpoints.restore(ckpt, parts, ema) if ckpt else 0
+    if ckpt:
         latent_map.load_state_dict(ckpt["latent_map"])
     stream = data.Stream(count, config.batch_size, config.seed, start)
     log = utils.RunLog(config.out, config.steps, start, rank)

@@ -73,7 +73,7 @@ class Sampler:
             elif name.isascii() and name.isdigit() and int(name) < len(self.classes):
                 labels.append(int(name))
             else:
-                raise UserError(f"there is no class {name!r}; there are {', '.join(self.classes)}")
+                raise UserError(f"there is no class {name!r}; there are {', '.join(map(video.printable, self.classes))}")
         return labels
 
     def labels_of_files(self):
@@ -143,6 +143,8 @@ def predict(sampler, config):
     labels = [k for k in sampler.labels_of_files() for _ in range(config.count)]
     tokens = sampler.generate(labels, real.repeat_interleave(config.count, 0))
     sampler.t = sampler.t[sampler.t > cond_frames - 1]
+    if not len(sampler.t):
+        raise UserError(f"--time-scale {config.time_scale} has no position after the {cond_frames} given frames")
     decoded = sampler.decode(tokens).unflatten(0, (len(real), config.count))
     rows, titles, scores = [], [], []
     for clip, length, samples in zip(real, lengths, decoded):

@@ -42,10 +42,12 @@ def save(path, final=True, **content):
             torch.save({"format": FORMAT, "revision": git_revision(), **content}, f)
             f.flush()
             os.fsync(f.fileno())
-    except (UserError, RuntimeError) as error:  # torch's writer raises a RuntimeError for a full disk
+    except (UserError, RuntimeError) as error:  # torch's writer covers an error of the disk with one of its own
+        reason = getattr(error.__context__, "strerror", None) or str(error).splitlines()[0]
+        message = f"cannot write {path}: {reason}; an older checkpoint stays as it was"
         if final:
-            raise UserError(f"{str(error).splitlines()[0]}; an older checkpoint stays as it was") from None
-        tqdm.write(f"warning: {str(error).splitlines()[0]}; training goes on", file=sys.stderr)
+            raise UserError(message) from None
+        tqdm.write(f"warning: {message}; training goes on", file=sys.stderr)
 
 
 # Settings that do not change what a training has learned so far, and may differ on --resume: length, machine, places.
@@ -94,8 +96,14 @@ def cached(directory, key, count, shape, make, rank=0, world=1, batch_size=64):
     if rank == 0 and not (key_file.is_file() and key_file.read_text() == key):
         make_parent(key_file)
         key_file.unlink(missing_ok=True)
-        np.lib.format.open_memmap(files[0], "w+", np.float16, (count, *shape))
-        np.lib.format.open_memmap(files[1], "w+", np.int64, (count,))[:] = -1  # not made yet
+        try:
+            np.lib.format.open_memmap(files[0], "w+", np.float16, (count, *shape))
+            np.lib.format.open_memmap(files[1], "w+", np.int64, (count,))[:] = -1  # not made yet
+            if hasattr(os, "posix_fallocate"):  # a disk that is full later on would end the process without a word
+                with open(files[0], "r+b") as f:
+                    os.posix_fallocate(f.fileno(), 0, files[0].stat().st_size)
+        except OSError as error:
+            raise UserError(f"cannot write {files[0]}: {error.strerror}") from None
         key_file.write_text(key)
     wait_for_all()
     values, labels = (np.load(file, mmap_mode="r+") for file in files)
@@ -163,6 +171,8 @@ def main():
         raise UserError("name two files: python -m common.checkpoints dit.pt small.pt")
     source, out = sys.argv[1:]
     make_parent(out)
+    if os.path.exists(out):  # the original, perhaps
+        raise UserError(f"{out} is there already: name another file")
     save(out, **exported(load(source, ("dit", "vae", "vin"), "python dit.py")))
     before, after = (Path(path).stat().st_size / 1e6 for path in (source, out))
     print(f"wrote {out}, {after:.2f} MB, from {source}, {before:.2f} MB")

@@ -37,7 +37,7 @@ def run(main):
         if dist.is_initialized():  # not after an error: it would wait for the other processes
             dist.destroy_process_group()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, where a bar is drawn
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         print(f"error: {str(error).splitlines()[0]} {MEMORY_HELP}", file=sys.stderr)
@@ -81,6 +81,11 @@ def option(group, default, help, **kwargs):
     return dataclasses.field(default=default, metadata=metadata)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Show the default of each option, and the description as it is written."""
 
@@ -90,7 +95,7 @@ def parse_options(cls, description, presets=None, argv=None):
 
     presets(argparse.Namespace) -> {name: value} changes defaults by the options that are given (--preset and --dataset, say).
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, add_help=False)
+    parser = Parser(description=description, formatter_class=HelpFormatter, add_help=False, allow_abbrev=False)
     groups = {}
     for f in dataclasses.fields(cls):
         kw = dict(f.metadata)
@@ -283,7 +288,12 @@ def training_steps(start, config, save):
             yield step
             last = interrupt.stop() or step + 1 == config.steps
             if rank() == 0 and (last or (step + 1) % config.save_every == 0):
-                save(step + 1, last)
+                try:
+                    save(step + 1, last)
+                except UserError as error:  # a full disk is no reason to stop a training, unless it is at its end
+                    if last:
+                        raise
+                    tqdm.write(f"warning: {error}; training goes on", file=sys.stderr)
             if last:
                 return
 
@@ -374,10 +384,13 @@ def make_parent(path):
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(f"{path}.part")  # a name that is too long, or a disk that is read-only, shows only in writing
+        part.touch()
+        part.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"cannot write {path}: " + ("it is a directory" if path.is_dir() else "its directory is read-only"))
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a directory")
 
 
 def file_name(text, limit=200):
@@ -490,12 +503,12 @@ class RunLog:
         if self.rank or not self.rows:
             return
         names = list(dict.fromkeys(k for row in self.rows for k in row))  # the adversarial ones join later
-        with open(self.directory / "losses.csv", "w", newline="") as f:
-            writer = csv.DictWriter(f, names, restval="")
-            writer.writeheader()
-            writer.writerows(self.rows)
+        with whole_file(self.directory / "losses.csv") as f:
+            lines = ([f"{row.get(k, '')}" for k in names] for row in self.rows)
+            f.write("".join(",".join(line) + "\n" for line in [names, *lines]).encode())
         curves = [("step", k, [(r["step"], r[k]) for r in self.rows if k in r]) for k in names if k not in ("step", "seconds")]
-        plot.curves(self.directory / "losses.png", curves)
+        with whole_file(self.directory / "losses.png") as f:
+            plot.curves(f, curves)
 
     def close(self):
         self.write()

@@ -56,8 +56,7 @@ class BadVideo(UserError):
 
 def printable(text):
     """A path or name as one line of text that any file and terminal takes, whatever bytes it is made of."""
-    text = os.fsencode(text).decode(errors="backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in os.fsdecode(text))
 
 
 # ---------------------------------------------------------------------------------------------------------- finding videos

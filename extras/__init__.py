@@ -20,7 +20,7 @@ from extras.mixing import Mixing
 from extras.renorm import BatchRenorm
 
 VAE = {"mixing": int, "renorm": float, "edges": None, "filter": None, "basis": int, "muon": None}
-DIT = {"components": lambda text: tuple(int(n) for n in text.split("x", 1)), "muon": None}
+DIT = {"components": lambda text: tuple(int(n) for n in text.split("x")), "muon": None}
 
 
 def parse(names, known):
@@ -47,8 +47,9 @@ def build_vae(VAE_class, nerv_config, encoder_config, decoder, names, steps=0):
         decoder = repeated(decoder, smooth="filter" in chosen)
     vae = VAE_class(nerv_config, encoder_config, decoder)
     encoder = vae.encoder
-    if heads := chosen.get("mixing"):
-        if encoder_config.width % heads:
+    if "mixing" in chosen:
+        heads = chosen["mixing"]
+        if heads < 1 or encoder_config.width % heads:
             raise ValueError(f"mixing={heads}: heads must divide the encoder's width of {encoder_config.width}")
         encoder.blocks[-1] = Mixing(encoder.blocks[-1], nerv_config.num_tokens, len(encoder.position), heads)
     if "renorm" in chosen:
@@ -76,4 +77,7 @@ def start(vae, ema, batches, seed, count=4096):
 def latent_map(names, token_shape):
     """The map from tokens to the latents that stage 2 diffuses: a scale, or, as an extra, principal components."""
     chosen = parse(names, DIT)
-    return Components(chosen["components"], token_shape) if "components" in chosen else LatentScale(token_shape)
+    try:
+        return Components(chosen["components"], token_shape) if "components" in chosen else LatentScale(token_shape)
+    except ValueError as error:
+        raise UserError(str(error)) from None

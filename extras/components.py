@@ -6,6 +6,8 @@ Sprites: FVD of generated clips 173 with components, Muon and larger batches, 61
 Source: principal component analysis.
 """
 
+import math
+
 import torch
 import torch.nn as nn
 
@@ -41,9 +43,9 @@ class Components(nn.Module):
     def __init__(self, shape, token_shape):
         """shape: (M, k) of the components; token_shape: (N, d). ValueError where there are more components than numbers."""
         super().__init__()
-        self.shape, self.token_shape, size = tuple(shape), tuple(token_shape), token_shape[0] * token_shape[1]
-        if not 0 < shape[0] * shape[1] <= size:
-            raise ValueError(f"components {shape[0]}x{shape[1]}: use 1 to {size} components, the numbers of a video")
+        self.shape, self.token_shape, size = tuple(shape), tuple(token_shape), math.prod(token_shape)
+        if len(shape) != 2 or min(shape) < 1 or math.prod(shape) > size:
+            raise ValueError(f"--extras components={'x'.join(map(str, shape))}: use MxK, in all 1 to {size}, the numbers of a video")
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("directions", torch.zeros(*shape, size))  # [M, k, N * d], each of length 1
         self.register_buffer("scale", torch.ones(()))
