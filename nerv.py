@@ -78,8 +78,7 @@ def position_code(t, config):
 class ModulatedConv(nn.Module):
     """A convolution with one kernel per video, partly generated and partly shared (§3.1, channel-wise parameterization).
 
-    The generated block *is* W[:block_out, :block_in]: it neither scales shared entries nor is added to them. All other entries
-    are learned and the same for all videos.
+    The generated block *is* W[:block_out, :block_in], an affine map of the tokens. All other entries are shared by all videos.
     """
 
     def __init__(self, config, in_ch, out_ch, kernel_size, block_in, block_out, upsample=False, gain=1.0):
@@ -92,7 +91,7 @@ class ModulatedConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_ch))
 
     def add_head(self, config, entries, std):
-        """The multi-head affine mapping to this layer's block, whose `entries` start at standard deviation std."""
+        """The multi-head affine mapping to this layer's block; its matrix and its offset start at standard deviation std."""
         per_token = math.ceil(entries / config.num_tokens)  # where N does not divide the block, the surplus is cut off
         self.head = nn.Linear(config.token_dim, per_token, bias=False)
         nn.init.normal_(self.head.weight, std=std / math.sqrt(config.token_dim))
@@ -198,7 +197,7 @@ class NeRV(nn.Module):
         return sum(math.prod(layer.kernel_shape) for _, layer in self.table_layers())
 
     def forward(self, tokens, t):
-        """tokens [B, N, d], t [T] real-valued frame positions -> [B, T, 3, H, W] in [-1, 1], each independent of the others.
+        """tokens [B, N, d], t [T] real-valued frame positions -> frames [B, T, 3, H, W] in [-1, 1], independent of each other.
 
         Positions 0 ... num_frames-1 are the training clip; fractions interpolate, positions outside extrapolate (§4.5.1).
         """
