@@ -281,8 +281,8 @@ def main(argv=None, decoder=nerv.NeRV):
     if discriminator:
         parts |= {"discriminator": discriminator, "disc_step": utils.FiniteStep(discriminator, make_optimizer(discriminator))}
     start = 0
-    if ckpt := checkpoints.resume(config, "vae", decoder=decoder.__name__, gan_start=gan_start):
-        start = checkpoints.restore(ckpt, parts, ema)
+    if ckpt := checkpoints.resume(config, "vae", decoder=decoder.__name__):
+        start, gan_start = checkpoints.restore(ckpt, parts, ema), ckpt["gan_start"]  # whatever --steps is now
     else:
         extras.start(vae, ema, data.endless(train_set, data.Stream(len(train_set), 4, config.seed)), config.seed)
     stream = data.Stream(len(train_set), config.batch_size, config.seed, start, config.accumulate, rank, world)

@@ -55,7 +55,7 @@ def test_its_commands_are_those_of_the_scripts(monkeypatch, tmp_path, weights):
     monkeypatch.setattr(demo, "weights", str if weights else missing)
     monkeypatch.setattr(demo, "call", lambda script, *args: commands.append((script, list(map(str, args)))))
     demo.train(tmp_path)
-    assert [script for script, _ in commands] == ["vae.py", "dit.py", *["sample.py"] * 3]
+    assert [script for script, _ in commands] == ["vae.py", "dit.py", *["sample.py"] * 4]
     for script, args in commands:
         module = {"vae.py": vae, "dit.py": dit, "sample.py": sample}[script]
         config = utils.parse_options(module.Config, "", getattr(module, "preset_defaults", None), args)
@@ -68,7 +68,7 @@ def test_a_script_that_fails_ends_the_demo(tmp_path):
 
 
 def test_what_is_there_is_judged(trained, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "JUDGE_CLIPS", 32)
+    monkeypatch.setattr(demo, "TRAIN_CLIPS", 32)
     monkeypatch.setattr(demo, "PER_CLASS", 1)
     monkeypatch.setattr(data.Shapes, "__len__", lambda self: 36)
     monkeypatch.setattr("sys.argv", ["demo.py", "--skip-training", "--out-dir", str(trained)])

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, write_mp4
 from PIL import Image
 
-from common import video
+from common import utils, video
 from common.utils import UserError
 from common.video import count_frames, probe, read_frames, to_clip, to_frames
 from data import Shapes
@@ -318,7 +318,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_name_leaves_its_directory(tmp_path, name):
-    path = tmp_path / f"{video.file_name(name)}.png"
+    path = tmp_path / f"{utils.file_name(name)}.png"
     assert path.parent.resolve() == path.resolve().parent == tmp_path and len(os.fsencode(path.name)) <= 255 and path.stem
     path.write_bytes(b"")
     line = video.printable(name.replace("\0", ""))
