@@ -257,7 +257,6 @@ class Config:
     min_snr_gamma: float = option("training", 5.0, "γ of the Min-SNR loss weight; 0 weights all timesteps alike")
     scheduled_sampling: float = option("training", 0.25, "share of steps that train on the model's own prediction too")
     seed: int = option("training", 0, "of weights, data order and noise")
-    device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
     bf16: str = option("machine", "auto", "bfloat16 autocast; auto: with CUDA", choices=["auto", "on", "off"])
     compile: str = option("machine", "auto", "torch.compile; auto: with CUDA", choices=["auto", "on", "off"])
     out: str = option("output", "dit.pt", "the checkpoint, stage 1 included; losses and sheets go to runs/dit beside it")
@@ -282,7 +281,7 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     config = utils.parse_options(Config, __doc__, preset_defaults, argv)
     positive = ["steps", "batch_size", "width", "depth", "heads", "save_every"] + ["num_latents"] * (config.num_latents != 0)
     utils.check_positive(config, *positive)
-    device, rank, world = utils.start_processes(config.device)
+    device, rank, world = utils.start_processes()
     rows = utils.rows_per_process(config.batch_size, 1, world)
     mine = slice(rank * rows, (rank + 1) * rows)  # this process's clips in a batch
     utils.make_parent(config.out)

@@ -150,7 +150,7 @@ def pick_device(name="auto"):
     return device
 
 
-def start_processes(name):
+def start_processes(name="auto"):
     """Join the other processes where torchrun started several, one for each GPU; returns (device, rank, world).
 
     Data-parallel training needs three things beyond this: each rank takes its rows of the batch (data.Stream), batch norm and

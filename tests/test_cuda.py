@@ -43,7 +43,7 @@ def test_doubling_is_bilinear():
 
 @pytest.mark.parametrize("mode", ["--bf16 on --compile on", "--bf16 on --compile off", "--bf16 off --compile on"])
 def test_a_training_with_a_discriminator_goes_through(call, tmp_path, mode):
-    options = f"--batch-size 4 --device cuda {mode}"
+    options = f"--batch-size 4 {mode}"
     assert call("vae.py", f"--steps 6 --gan-weight 0.1 {options}") == 0
     assert call("vae.py", f"--steps 8 --gan-weight 0.1 {options} --resume") == 0
     assert call("dit.py", f"--steps 4 --num-latents 300 {options}") == 0
