@@ -338,9 +338,9 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
         real, shown = (x.to(device) for x in data.fixed_clips(data.open_dataset(source, "test", classes), 6))
         known = latent_map(encode_given(vae, real, cond_frames))
 
-    def save(step, final):
+    def save(step):
         checkpoints.save(
-            config.out, final, stage="dit", step=step, config=dataclasses.asdict(config), classes=classes, vae=vae_ckpt,
+            config.out, stage="dit", step=step, config=dataclasses.asdict(config), classes=classes, vae=vae_ckpt,
             stage1=stage1_hash, dit_config=dataclasses.asdict(dit_config), denoiser=denoiser.__name__,
             latent_map=latent_map.state_dict(), ema=ema.state_dict(),
             training={name: part.state_dict() for name, part in parts.items()},
