@@ -73,6 +73,7 @@ TABLES = {
         ("Min-SNR", 238, "", "--scheduled-sampling 0"), ("both", 184, "", ""),
     ]),
 }  # fmt: skip
+DIT = "--width 192 --heads 6 --num-latents 2048 --extras --lr 1e-3 --batch-size 32 --steps 500"
 STAGE2 = ("2f", "3a", "3b")  # tables that need it; more tokens (2f) reconstruct better, and what they cost is seen there
 COLUMNS = ["stage", "vae", "dit", "seed", "settings", "revision", "seconds", "psnr", "to_real", "to_reconstructed", "agreement"]
 
@@ -85,11 +86,7 @@ class Config:
     seeds: int = option("what", 3, "runs of each row")
     report: bool = option("what", False, "run nothing, print and draw what is done")
     vae_options: str = option("training", "--steps 600", "further options of vae.py for every run, in quotes")
-    dit_options: str = option(
-        "training",
-        "--width 192 --heads 6 --num-latents 2048 --extras --lr 1e-3 --batch-size 32 --steps 500",
-        "further options of dit.py for every run, in quotes",
-    )
+    dit_options: str = option("training", DIT, "further options of dit.py for every run, in quotes")
     features: str = option("evaluation", "random", "of Fréchet distances; i3d: of the published FVD", choices=["random", "i3d"])
     clips: int = option("evaluation", 90, "generated clips of each run of stage 2, and as many real ones")
     out_dir: str = option("output", "out/ablate", "runs.csv, the plot and checkpoints go here")
@@ -129,10 +126,7 @@ class Study:
         self.config, self.metrics, self.path = config, None, Path(config.out_dir) / "runs.csv"
         first = f"{config.dataset} {config.data_dir} | {config.vae_options}"
         first += f" | {config.features}, {config.clips} clips" if config.features != "random" else ""
-        self.settings = {
-            "1": first,
-            "2": f"{first} | {config.dit_options} | {config.clips} clips, judge 4096",
-        }  # others are other runs
+        self.settings = {"1": first, "2": f"{first} | {config.dit_options} | {config.clips} clips, judge 4096"}
         utils.make_parent(self.path)
         self.rows = read_rows(self.path, COLUMNS)
 
