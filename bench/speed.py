@@ -77,8 +77,7 @@ def machine(config):
     """Print what the machine does at best -> device, FLOP per second of a matrix product in float32."""
     device = utils.pick_device(config.device)
     size = 8192 if device.type == "cuda" else 1536
-    a, b = torch.randn(2, size, size, device=device)
-    array = torch.zeros(2**26, device=device)
+    (a, b), array = torch.randn(2, size, size, device=device), torch.zeros(2**26, device=device)
     runs = {"float32": lambda: a @ b, "copy": lambda: array.clone()}
     if device.type == "cuda":  # CPUs without matrix units for bfloat16 take minutes
         runs["bfloat16"] = partial(torch.matmul, a.bfloat16(), b.bfloat16())
