@@ -18,7 +18,6 @@ import vae
 from common import utils
 from common.tables import table
 from common.utils import option
-from siblings import vin
 
 
 def forward_costs(run):
@@ -83,6 +82,8 @@ def costs(config):
 
 def long_videos(config):
     """GFLOP of the denoiser of S, once, on one video of C chunks; in brackets, the difference from full attention."""
+    from siblings import vin
+
     c, rows = dit.DiTConfig(), []
     for chunks in config.chunks:
         with FakeTensorMode():

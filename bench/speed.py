@@ -112,13 +112,11 @@ def train(config):
         timestep = torch.randint(1, dit.NUM_STEPS + 1, (B,), device=device)
         return dit.diffusion_loss(model, theta0, timestep % 9, None, timestep, torch.randn_like(theta0), 5.0, False)
 
-    def read():
-        return video.to_clip(next(batches)[0].to(device))
-
-    loops = {"dit.py": (model, lambda: latents, denoise)}
-    for n in (c.num_frames // 8, c.num_frames):
+    loops, T = {}, c.num_frames
+    for n in (T, T // 8):
         few = partial(reconstruct, frames=torch.arange(n, device=device))
-        loops = {f"vae.py, {n} of {c.num_frames} frames": (autoencoder, read, few), **loops}
+        loops[f"vae.py, {n} of {T} frames"] = autoencoder, lambda: video.to_clip(next(batches)[0].to(device)), few
+    loops["dit.py"] = model, lambda: latents, denoise
     rows = []
     for name, (network, get, loss_of) in loops.items():
         update, ema, parts = utils.FiniteStep(network, make_optimizer(network)), copy.deepcopy(network), []
