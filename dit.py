@@ -31,7 +31,7 @@ from extras.muon import make_optimizer
 class DiTConfig:
     """Sizes of the denoiser. The defaults are DiT-L (§A.1)."""
 
-    num_tokens: int = 128
+    num_tokens: int = 128  # N and d of the latents, which may be other than those of the tokens (extras/components.py)
     token_dim: int = 128
     num_classes: int = 101
     cond_frames: int = 0  # given frames in frame prediction; 0 generates from noise alone
@@ -72,7 +72,7 @@ class DiT(nn.Module):
         # In frame prediction the latents of the given frames are concatenated along the width (§4.3).
         self.embed = nn.Linear(config.token_dim * (2 if config.cond_frames else 1), width)
         # Tokens have no position in space or time; what part of the kernels a token makes is learned.
-        self.position = nn.Parameter(torch.randn(config.num_tokens, width) * 0.5)
+        self.position = nn.Parameter(torch.randn(config.num_tokens, width) * 0.5)  # 0.5: not in the paper
         self.step_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(config.num_classes + 1, width)  # the last one is "no class", for guidance
         nn.init.normal_(self.label.weight, std=0.5)
@@ -244,12 +244,12 @@ def load_dit(ckpt, denoiser=DiT, load_vae=stage1.load_vae):
 class Config:
     ckpt: str = option("data", "vae.pt", "stage-1 checkpoint, from vae.py")
     data_dir: str = option("data", "", "where its data set is; default: where it was")
-    num_latents: int = option("data", 0, "clips that are encoded; 0: ten of every video, up to 200,000, and in nano 4096")
+    num_latents: int = option("data", 0, "clips that are encoded; 0: ten per video, at most 200,000 (nano: 4096)")
     width: int = option("model", 1024, "of the transformer")
     depth: int = option("model", 24, "its blocks")
     heads: int = option("model", 16, "heads of its attention, which divide the width")
     cond_frames: int = option("model", 0, "frame prediction from this many frames (the paper: 5); 0 generates whole clips")
-    extras: list = option("model", [], "not the paper's: see extras/; nothing behind it is none", nargs="*", metavar="NAME")
+    extras: list = option("model", [], "not the paper's: see extras/; without a name, all are off", nargs="*", metavar="NAME")
     steps: int = option("training", 1_000_000, "optimizer steps")
     batch_size: int = option("training", 64, "clips per step, of all processes together")
     lr: float = option("training", 1e-4, "peak learning rate, reached after the warm-up, then cosine decay")
@@ -261,11 +261,11 @@ class Config:
     bf16: str = option("machine", "auto", "bfloat16 autocast; auto: with CUDA", choices=["auto", "on", "off"])
     compile: str = option("machine", "auto", "torch.compile; auto: with CUDA", choices=["auto", "on", "off"])
     out: str = option("output", "dit.pt", "the checkpoint, stage 1 included; losses and sheets go to runs/dit beside it")
-    resume: bool = option("output", False, "go on from the checkpoint --out where it exists, exactly as if never stopped")
+    resume: bool = option("output", False, "go on from the checkpoint --out where it exists")
     save_every: int = option("output", 500, "steps between checkpoints and sample sheets")
 
 
-DROP_CONDITION = 0.1  # share of clips without class and given frames, for guidance (Ho & Salimans 2022)
+DROP_CONDITION = 0.1  # share of clips trained without a condition, for guidance (Ho & Salimans 2022)
 
 
 def preset_defaults(args):
@@ -280,7 +280,8 @@ def preset_defaults(args):
 
 def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     config = utils.parse_options(Config, __doc__, preset_defaults, argv)
-    utils.check_positive(config, "steps", "batch_size", "width", "depth", "heads", "save_every")
+    positive = ["steps", "batch_size", "width", "depth", "heads", "save_every"] + ["num_latents"] * (config.num_latents != 0)
+    utils.check_positive(config, *positive)
     device, rank, world = utils.start_processes(config.device)
     rows = utils.rows_per_process(config.batch_size, 1, world)
     mine = slice(rank * rows, (rank + 1) * rows)  # this process's clips in a batch
@@ -292,19 +293,17 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     c, cond_frames, nano = vae.nerv_config, config.cond_frames, vae_ckpt["config"]["preset"] == "nano"
     if not 0 <= cond_frames < c.num_frames:
         raise UserError(f"--cond-frames {cond_frames}: stage 1 has clips of {c.num_frames} frames")
-    if config.num_latents < 0:
-        raise UserError(f"--num-latents {config.num_latents}: it must not be negative")
     if config.width % config.heads:
         raise UserError(f"--heads {config.heads} must divide --width {config.width}")
 
-    # All clips are encoded once. The whole set gives the map that brings tokens to unit deviation.
+    # All clips are encoded once. Up to 16,384 of them, spread over the set, give the map that brings tokens to unit deviation.
     source = stage1.clips_of(vae_ckpt, data_dir=config.data_dir)
     train_set = data.open_dataset(source, "train", classes)
     videos, directory = len(train_set), utils.log_directory(config.out)
     count = config.num_latents or (min(max(512, 10 * videos), 4096) if nano else max(videos, min(10 * videos, 200_000)))
 
-    def encode(indices):
-        clips, labels = data.clips(train_set, indices)
+    def encode(indices):  # fewer clips than videos are spread over all classes
+        clips, labels = data.clips(train_set, [i * max(videos, count) // count for i in indices])
         (mean, logvar), given = vae.encode(clips.to(device)), []
         if cond_frames:
             given = [encode_given(vae, clips.to(device), cond_frames)]
@@ -316,15 +315,14 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     latent_map = extras.latent_map(config.extras, shape[1:]).to(device)
     tokens, labels = checkpoints.cached(directory, key, count, shape, encode, rank, world)
     latent_map.fit(*tokens[:: max(1, count // 16384), :2].float().to(device).unbind(1))
-    utils.from_first_rank(latent_map)  # rounding may turn a direction round
+    utils.from_first_rank(latent_map)  # rounding may flip the sign of an eigenvector
 
     dit_config = DiTConfig(*latent_map.shape, len(classes), cond_frames, config.width, config.depth, config.heads)
     model = denoiser(dit_config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     parts = {"model": model, "step": utils.FiniteStep(model, make_optimizer(model, muon="muon" in config.extras))}
-    start = 0
+    start = checkpoints.restore(ckpt, parts, ema) if ckpt else 0
     if ckpt:
-        start = checkpoints.restore(ckpt, parts, ema)
         latent_map.load_state_dict(ckpt["latent_map"])
     stream = data.Stream(count, config.batch_size, config.seed, start)
     log = utils.RunLog(config.out, config.steps, start, rank)
@@ -365,14 +363,14 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
         chosen = torch.tensor(stream.batch(step)[mine]) % count
         mean, deviation, *given = tokens[chosen].to(device).float().unbind(1)  # each [B, N, d]
         theta0 = latent_map(mean) + latent_map.spread(deviation) * posterior_noise[mine]  # a draw from the posterior
-        # Classifier-free guidance needs the model without a condition; prediction, with frames of unknown class.
+        # For guidance, a tenth of the clips has no condition; in prediction, another tenth has frames and no class.
         given = latent_map(given[0]) * (drop >= DROP_CONDITION)[:, None, None] if given else None
         no_class = drop < DROP_CONDITION * (2 if cond_frames else 1)
         label = torch.where(no_class, len(classes), labels[chosen].to(device))
         with utils.autocast(device, config.bf16):
             loss = diffusion_loss(model, theta0, label, given, timestep, noise[mine], config.min_snr_gamma, scheduled)
         loss.backward()
-        log.add(loss=loss / 2 if scheduled else loss)
+        log.add(loss=loss / 2 if scheduled else loss)  # the mean of both passes
 
         parts["step"](loss, lr)
         utils.update_ema(ema, model, 0.99 if nano else 0.9999, step)

@@ -110,7 +110,7 @@ class Discriminator(nn.Module):
 
 def generator_loss(discriminator, frames):
     """Non-saturating logistic loss (Goodfellow et al. 2014): the decoder wants its frames to be taken for real."""
-    discriminator.requires_grad_(False)  # its own loss alone trains it
+    discriminator.requires_grad_(False)  # until discriminator_loss, which alone trains it
     return F.softplus(-discriminator(frames)).mean()
 
 

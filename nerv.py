@@ -17,6 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+GELU_GAIN = 1.5336  # keeps a unit second moment: E[gelu(x)²] = 0.425 for x ~ N(0, 1) (not in the paper)
+
 
 @dataclass
 class NeRVConfig:
@@ -53,9 +55,8 @@ CONFIGS |= {f"{name}-long": replace(c, num_frames=128) for name, c in CONFIGS.it
 def sinusoid(position, dim, length):
     """Sine and cosine features of real positions (§A.1: "sinusoidal", in the index, not exponential).
 
-    position [...], in cells or frames -> [..., dim], dim even. Angular frequencies are evenly spaced, from a quarter of a
-    wave over the length, which tells all positions apart, up to where a step of one would alias (π, kept 10 % below), or as
-    far as dim reaches: what lies *between* steps decodes to something in between (this spacing is not in the paper).
+    position [...], in cells or frames -> [..., dim], dim even. Angular frequencies are evenly spaced (not in the paper), from a
+    quarter of a wave over the length, which tells positions apart, up to 0.9 π at most, below aliasing.
     """
     count = dim // 2
     highest = min((count - 0.5) * math.pi / length, 0.9 * math.pi)
@@ -77,8 +78,7 @@ def position_code(t, config):
 class ModulatedConv(nn.Module):
     """A convolution with one kernel per video, partly generated and partly shared (§3.1, channel-wise parameterization).
 
-    The generated block *is* W[:block_out, :block_in]: it neither scales shared entries nor is added to them. All other entries
-    are learned and the same for all videos. `head` is this layer's part of the multi-head affine mapping.
+    The generated block *is* W[:block_out, :block_in], an affine map of the tokens. All other entries are shared by all videos.
     """
 
     def __init__(self, config, in_ch, out_ch, kernel_size, block_in, block_out, upsample=False, gain=1.0):
@@ -91,7 +91,7 @@ class ModulatedConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_ch))
 
     def add_head(self, config, entries, std):
-        """The multi-head affine mapping to this layer's block, whose `entries` start at standard deviation std."""
+        """The multi-head affine mapping to this layer's block; its matrix and its offset start at standard deviation std."""
         per_token = math.ceil(entries / config.num_tokens)  # where N does not divide the block, the surplus is cut off
         self.head = nn.Linear(config.token_dim, per_token, bias=False)
         nn.init.normal_(self.head.weight, std=std / math.sqrt(config.token_dim))
@@ -135,17 +135,13 @@ def double(x):
     """Bilinear upsampling with half-pixel centres: [..., H, W] -> [..., 2H, 2W]."""
     if not x.is_cuda:
         return F.interpolate(x, scale_factor=2, mode="bilinear")
-    # The same in slices, 0.75 of a pixel and 0.25 of its neighbour: on a GPU, F.interpolate is slow for many channels, and its
-    # backward fails beyond 2^31 elements.
+    # The same in slices: on a GPU, F.interpolate is slow for many channels, and its backward fails beyond 2^31 elements.
     for dim in (-2, -1):
         last = x.shape[dim] - 1
         before = torch.cat([x.narrow(dim, 0, 1), x.narrow(dim, 0, last)], dim)
         after = torch.cat([x.narrow(dim, 1, last), x.narrow(dim, last, 1)], dim)
         x = torch.stack([torch.lerp(x, before, 0.25), torch.lerp(x, after, 0.25)], dim).flatten(dim - 1, dim)
     return x
-
-
-GELU_GAIN = 1.5336  # keeps a unit second moment: E[gelu(x)²] = 0.425 for x ~ N(0, 1) (not in the paper)
 
 
 class Block(nn.Module):
@@ -162,11 +158,6 @@ class Block(nn.Module):
         if self.side is not None:  # only where the number of channels changes
             x = self.side(x, tokens)  # 1×1, so it commutes with the upsampling
         return torch.add(double(x / math.sqrt(2)), h, alpha=GELU_GAIN / math.sqrt(2))  # both halves of equal variance
-
-
-def bounded(x):
-    """tanh(x), with 0.01 added to its gradient, which is exactly zero in float32 beyond about ±9 (not in the paper)."""
-    return torch.tanh(x) + 0.01 * (x - x.detach())
 
 
 class NeRV(nn.Module):
@@ -198,8 +189,7 @@ class NeRV(nn.Module):
         """The layers of Table A1 in order, [(name, ModulatedConv)], which leaves side connections out."""
         layers = [("stem", self.stem)]
         for i, block in enumerate(self.blocks, 1):
-            layers += [(f"block{i}.up", block.up)]
-            layers += [(f"block{i}.conv{j}", conv) for j, conv in enumerate(block.convs, 1)]
+            layers += [(f"block{i}.up", block.up), *((f"block{i}.conv{j}", conv) for j, conv in enumerate(block.convs, 1))]
         return layers + [("to_rgb", self.to_rgb)]
 
     def num_kernel_weights(self):
@@ -207,10 +197,9 @@ class NeRV(nn.Module):
         return sum(math.prod(layer.kernel_shape) for _, layer in self.table_layers())
 
     def forward(self, tokens, t):
-        """tokens [B, N, d], t [T] real-valued frame positions -> [B, T, 3, H, W] in [-1, 1].
+        """tokens [B, N, d], t [T] real-valued frame positions -> frames [B, T, 3, H, W] in [-1, 1], independent of each other.
 
         Positions 0 ... num_frames-1 are the training clip; fractions interpolate, positions outside extrapolate (§4.5.1).
-        Frames do not depend on each other: any subset of positions gives the same frames as decoding all of them.
         """
         c, B = self.config, len(tokens)
         if tokens.shape[1:] != (c.num_tokens, c.token_dim):
@@ -219,7 +208,9 @@ class NeRV(nn.Module):
         if not x.is_cuda:
             x = x.contiguous(memory_format=torch.channels_last)  # in which CPUs convolve up to twice as fast
         x = self.rgb(GELU_GAIN * F.gelu(self.stem(x, tokens)), tokens)  # [T, B * 3, H, W]
-        return bounded(x.unflatten(1, (B, 3)).transpose(0, 1))
+        x = x.unflatten(1, (B, 3)).transpose(0, 1)  # [B, T, 3, H, W]
+        # Not in the paper: 0.01 more gradient, as that of tanh is exactly zero in float32 beyond about ±9.
+        return torch.tanh(x) + 0.01 * (x - x.detach())
 
     def rgb(self, x, tokens):
         """The stem's map [T, B * D, h, w] -> [T, B * 3, H, W]."""

@@ -60,9 +60,10 @@ class Sampler:
             self.vae = load_vae(ckpt).to(self.device)
         self.stride = (ckpt["vae"] if self.dit else ckpt)["config"]["stride"]
         # Time is a continuous query (§4.5.1): any positions will do, 0 … T-1 is the clip that was trained on.
-        T, scale = self.vae.nerv_config.num_frames, config.time_scale
-        inside = torch.linspace(0, T - 1, max(1, round(T * scale)))
-        self.t = torch.cat([inside, T - 1 + torch.arange(1, round(config.extrapolate * scale) + 1) / scale])
+        T = self.vae.nerv_config.num_frames
+        inside = max(1, round(T * config.time_scale))
+        step = (T - 1) / max(1, inside - 1)
+        self.t = torch.arange(inside + round(config.extrapolate / max(step, 1e-9))) * step
 
     def labels(self, default):
         """Class names or numbers of --classes, or the default labels -> list of labels."""
@@ -167,7 +168,7 @@ def predict(sampler, config):
 def interpolate(ends):
     """Tokens of two videos or more -> (those of all along the walk, titles).
 
-    λθ_2 + (1-λ)θ_1 (§4.5.2). The kernels before demodulation are linear in the tokens, so this walks through weights.
+    λθ_2 + (1-λ)θ_1 (§4.5.2). The kernels before demodulation are affine in the tokens, so this walks through weights.
     """
     if len(ends) < 2:
         raise UserError("--interp takes two videos or more: name two files, or two --classes")

@@ -6,7 +6,6 @@ tokens, frame positions --generative NeRV (nerv.py)--> frames
 
 python vae.py                                                   the built-in shapes, minutes on a CPU
 python vae.py --dataset ucf                                     UCF-101 in data/UCF-101, preset S
-python vae.py --dataset folder --data-dir PATH --preset nano --resolution 64
 """
 
 import copy
@@ -62,7 +61,7 @@ class Attention(nn.Module):
             nn.init.constant_(self.q_norm.weight, qk_gain), nn.init.constant_(self.k_norm.weight, qk_gain)
 
     def forward(self, x, last=0):
-        """last: outputs of the last `last` tokens only, which still attend to all; 0 is all, as x[:, -0:] is x."""
+        """last: how many tokens, from the end, have an output; they attend to all. 0 is all, as x[:, -0:] is x."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each [B, L, heads, width / heads]
         q, k = self.q_norm(q[:, -last:]), self.k_norm(k)
         x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # [B, heads, L, …]
@@ -123,7 +122,7 @@ class Encoder(ViT):
     def __init__(self, config, nerv_config):
         super().__init__(config, nerv_config)
         self.to_latent = nn.Linear(config.width, 2 * nerv_config.token_dim)
-        # The posterior starts narrow, so that the decoder depends on the tokens before the KL term penalizes them.
+        # Not in the paper: the posterior starts narrow, so that the decoder uses the tokens before the KL term penalizes them.
         nn.init.zeros_(self.to_latent.weight.data[nerv_config.token_dim :])
         nn.init.constant_(self.to_latent.bias.data[nerv_config.token_dim :], -12.0)
 
@@ -174,7 +173,7 @@ def load_vae(ckpt, decoder=nerv.NeRV):
 
 
 def clips_of(ckpt, **own):
-    """The settings of the data that a stage-1 checkpoint is of; `own`: others, unless empty."""
+    """The settings of a stage-1 checkpoint, for data.open_dataset; `own` replace them, but for those that are empty."""
     return Config(**ckpt["config"] | {name: value for name, value in own.items() if value})
 
 
@@ -207,16 +206,18 @@ class Config:
     stride: int = option("data", 1, "frames of the video per frame of the clip")
     flip: bool = option("data", False, "mirror half of the training clips, left to right")
     preset: str = option("model", "", "sizes to start from; nano for drawn data, S for videos", choices=list(nerv.CONFIGS))
-    resolution: int = option("model", 128, "height and width in pixels: 32, 64, 128, 256")
+    resolution: int = option("model", 128, "height and width in pixels: 8 times a power of two")
     num_frames: int = option("model", 16, "T, frames of a clip")
     num_tokens: int = option("model", 128, "N, weight tokens of a video")
     token_dim: int = option("model", 128, "d, width of a token")
     width: int = option("model", 128, "D, channels of the decoder; its last block has 2D (nano: D)")
-    extras: list = option("model", [], "not the paper's: see extras/; nothing behind it is none", nargs="*", metavar="NAME")
+    extras: list = option("model", [], "not the paper's: see extras/; without a name, all are off", nargs="*", metavar="NAME")
     steps: int = option("training", 2_000_000, "optimizer steps")
     batch_size: int = option("training", 32, "clips per step, of all processes together")
     accumulate: int = option("training", 1, "parts of the batch that go through one after another, to save memory")
-    decode_frames: int = option("training", 16, "frames of each clip that are decoded in a step, drawn at random")
+    decode_frames: int = option(
+        "training", 16, "frames of each clip that are decoded in a step, at random; neighbours for the GAN"
+    )
     lr: float = option("training", 1e-4, "peak learning rate, reached after the warm-up, then cosine decay")
     warmup: int = option("training", 10_000, "steps of linear warm-up")
     seed: int = option("training", 0, "of weights, data order and noise")
@@ -229,7 +230,7 @@ class Config:
     compile: str = option("machine", "auto", "torch.compile; auto: with CUDA", choices=["auto", "on", "off"])
     recompute: bool = option("machine", False, "activation checkpointing of the encoder, to save memory")
     out: str = option("output", "vae.pt", "the checkpoint; losses and sheets go to runs/vae beside it")
-    resume: bool = option("output", False, "go on from the checkpoint --out where it exists, exactly as if never stopped")
+    resume: bool = option("output", False, "go on from the checkpoint --out where it exists")
     save_every: int = option("output", 500, "steps between checkpoints and previews")
 
 
@@ -275,11 +276,12 @@ def main(argv=None, decoder=nerv.NeRV):
     train_set = data.open_dataset(config, "train")
     held_out, _ = data.fixed_clips(data.open_dataset(config, "test", train_set.classes), 64)
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
+    T, count, gan_start = config.num_frames, min(config.decode_frames, config.num_frames), min(20_000, config.steps // 2)
     parts = {"model": vae, "step": utils.FiniteStep(vae, make_optimizer(vae, muon="muon" in config.extras))}
     if discriminator:
         parts |= {"discriminator": discriminator, "disc_step": utils.FiniteStep(discriminator, make_optimizer(discriminator))}
     start = 0
-    if ckpt := checkpoints.resume(config, "vae", decoder=decoder.__name__):
+    if ckpt := checkpoints.resume(config, "vae", decoder=decoder.__name__, gan_start=gan_start):
         start = checkpoints.restore(ckpt, parts, ema)
     else:
         extras.start(vae, ema, data.endless(train_set, data.Stream(len(train_set), 4, config.seed)), config.seed)
@@ -296,17 +298,16 @@ def main(argv=None, decoder=nerv.NeRV):
         checkpoints.save(
             config.out, stage="vae", step=step, config=dataclasses.asdict(config), classes=list(train_set.classes),
             nerv_config=dataclasses.asdict(vae.nerv_config), encoder_config=dataclasses.asdict(vae.encoder_config),
-            decoder=decoder.__name__, ema=ema.state_dict(), training={name: part.state_dict() for name, part in parts.items()},
+            decoder=decoder.__name__, gan_start=gan_start, ema=ema.state_dict(),
+            training={name: part.state_dict() for name, part in parts.items()},
         )  # fmt: skip
-        log.write()
         with utils.autocast(device, config.bf16):
             reconstructions = reconstruct(ema, held_out, device)
-        few = data.spread(held_out, 6)
-        pairs = torch.stack([held_out[few], reconstructions[few]], 1).flatten(0, 1)
-        write_sheet(log.directory / f"step{step:07d}.png", pairs, ["real", "reconstructed"] * len(few))
+        pairs = torch.stack([held_out, reconstructions], 1)[data.spread(held_out, 6)].flatten(0, 1)
+        write_sheet(log.directory / f"step{step:07d}.png", pairs, ["real", "reconstructed"] * (len(pairs) // 2))
+        log.write()
         log.print(f"step {step}: held-out PSNR {psnr(held_out, reconstructions):.2f} dB")
 
-    T, count, gan_start = config.num_frames, min(config.decode_frames, config.num_frames), min(20_000, config.steps // 2)
     for step in utils.training_steps(start, config, save):
         lr = utils.learning_rate(step, config.steps, config.lr, config.warmup)
         # The random numbers of the whole batch, of which this process uses its rows.
@@ -318,7 +319,7 @@ def main(argv=None, decoder=nerv.NeRV):
         if adversarial:
             t = torch.randint(T - count + 1, (1,), generator=random, device=device) + torch.arange(count, device=device)
         update = adversarial and (step - gan_start) % GAN_EVERY == 0  # of the discriminator
-        lazy = (step - gan_start) % (GAN_EVERY * R1_EVERY) == 0  # R1 is taken now and then, and weighs as much more
+        lazy = (step - gan_start) % (GAN_EVERY * R1_EVERY) == 0  # R1 in every R1_EVERY-th update, scaled to match
 
         for turn in range(config.accumulate):
             place = (turn * world + rank) * rows  # of this process's clips in the batch
@@ -350,7 +351,8 @@ def main(argv=None, decoder=nerv.NeRV):
         if update:
             parts["disc_step"](disc_loss, lr * GAN_LR)
         if log.step(step):
-            parts["step"].check(step)
+            for name in parts.keys() & {"step", "disc_step"}:
+                parts[name].check(step)
     log.print(f"wrote {config.out}; losses and sheets are in {log.directory}; {utils.peak_memory(device):.2f} GiB at most")
     log.close()
 

@@ -44,7 +44,7 @@ def save(path, **content):
 
 
 # Settings that do not change what a training has learned so far, and may differ on --resume: length, machine, places.
-FREE = set("steps device bf16 compile recompute accumulate out resume save_every ckpt data_dir".split())
+FREE = set("steps device bf16 compile recompute out resume save_every ckpt data_dir".split())
 
 
 def resume(config, stage, **fixed):

@@ -391,6 +391,8 @@ COMMANDS = {"train": (train, Config, preset_defaults, ()), "sample": (sample, Sa
 
 def main():
     name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("-h", "--help"):
+        utils.parse_options(Config, __doc__, preset_defaults)  # those of train
     if name not in COMMANDS:
         raise UserError(f"name a command first: {', '.join(COMMANDS)}")
     COMMANDS[name][0](sys.argv[2:])

@@ -46,11 +46,13 @@ def check_error(stderr, *words):
 
 ASK = """
 import runpy, sys
-sys.path.insert(0, sys.argv[1])
+root = sys.argv[1]
+sys.path.insert(0, root)
 for name in sys.argv[2:]:
     sys.argv = [name, "--help"]
     try:
-        runpy.run_module(name, run_name="__main__")
+        runpy.run_path(f"{root}/{name.replace('.', '/')}.py", run_name="__main__")
+        print(0, end="\\f")
     except SystemExit as end:
         print(end.code, end="\\f")
 """
@@ -109,7 +111,7 @@ def test_training_leaves_checkpoints_losses_and_sheets(trained):
         assert name in ("steps", "batch_size") or config[name] == value  # nano's, which were not named
 
 
-def test_train_on_a_folder_and_sample_its_classes(call, folder):
+def test_train_on_a_folder_and_sample_its_classes(call, few_held_out, folder):
     assert call("vae.py", f"--dataset folder --data-dir {folder} --preset nano --resolution 64 --steps 1 --batch-size 2") == 0
     assert call("dit.py", "--num-latents 8 --steps 1 --batch-size 2 --depth 1") == 0
     ckpt = checkpoints.load("dit.pt", "dit", "")
@@ -121,16 +123,11 @@ def test_train_on_a_folder_and_sample_its_classes(call, folder):
 # --------------------------------------------------------------------------------------------------------------- wrong use
 
 
-def test_errors_of_real_processes_are_one_line(tmp_path):
+def test_an_error_of_a_real_process_is_one_line(tmp_path):
     # What Python and its libraries print on their own, warnings for instance, shows only here.
-    for words, options in {
-        "https://www.crcv.ucf.edu data/UCF-101 --data-dir": "--dataset ucf",
-        "--nonsense": "--nonsense 3",
-        "--steps many": "--steps many",
-    }.items():
-        done = script("vae.py", *options.split(), cwd=tmp_path)
-        assert done.returncode == 2 and done.stdout == ""
-        check_error(done.stderr, *(words.split() if options.startswith("--dataset") else [words.split()[0]]))
+    done = script("vae.py", "--dataset", "ucf", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    check_error(done.stderr, "https://www.crcv.ucf.edu", "data/UCF-101", "--data-dir")
 
 
 @pytest.mark.parametrize(
@@ -148,6 +145,8 @@ def test_errors_of_real_processes_are_one_line(tmp_path):
         ("--batch-size 8 --accumulate 3", "--batch-size multiple of 3"),
         ("--device nonsense", "--device nonsense"),
         ("--preset XL", "--preset XL"),
+        ("--nonsense 3", "--nonsense --help"),
+        ("--steps many", "--steps many"),
         ("--extras nonsense", "--extras nonsense mixing"),
         ("--resolution 16 --gan-weight 0.1", "--gan-weight --resolution 32"),
         ("--out folder.pt", "folder.pt directory"),
@@ -162,7 +161,7 @@ def test_wrong_use_of_vae(options, words, call, capsys, folder, tmp_path):
     assert not (tmp_path / "vae.pt").exists()
 
 
-def test_a_batch_of_one_trains(call):
+def test_a_batch_of_one_trains(call, few_held_out):
     assert call("vae.py", f"{SMALL} --steps 1 --batch-size 1") == 0  # batch norm over one clip has no deviation
 
 
@@ -175,7 +174,7 @@ def test_a_batch_of_one_trains(call):
         ("--device nonsense", "--device"),
         ("--cond-frames 16", "--cond-frames 16 frames"),
         ("--heads 5", "--heads --width"),
-        ("--num-latents -5", "--num-latents negative"),
+        ("--num-latents -5", "--num-latents positive"),
         ("--extras components=4", "--extras components=4 MxK"),
         ("--extras mixing=8", "--extras components"),
         ("--out runs/", "runs directory"),
@@ -198,7 +197,11 @@ def test_wrong_use_of_dit(options, words, call, capsys, trained, tmp_path):
 def test_what_is_not_a_checkpoint_or_of_another_version(program, call, capsys, trained, tmp_path):
     (tmp_path / "text.pt").write_text("this is not a checkpoint\n" * 40)
     (tmp_path / "empty.pt").touch()
-    for name, content in {"other": {"model": torch.zeros(3)}, "tensor": torch.zeros(3), "code": utils.UserError("code")}.items():
+    for name, content in {
+        "other": {"model": torch.zeros(3)},
+        "tensor": torch.zeros(3),
+        "code": utils.UserError("code"),
+    }.items():
         torch.save(content, tmp_path / f"{name}.pt")
     torch.save({"format": "nerv-diffusion 5", "stage": "vae"}, tmp_path / "old.pt")
     whole = (trained / "dit.pt").read_bytes()
@@ -208,7 +211,7 @@ def test_what_is_not_a_checkpoint_or_of_another_version(program, call, capsys, t
         check_error(capsys.readouterr().err, f"{name}.pt", "python dit.py" if program == "sample.py" else "python vae.py")
 
 
-@pytest.mark.parametrize("name", [os.fsdecode(b"\xff.pt"), "take1:30.pt", "n" * 240 + ".pt", "a b.pt", "模型.pt"])
+@pytest.mark.parametrize("name", [os.fsdecode(b"\xff :.pt"), "模型" * 39 + ".pt"])
 def test_names_of_any_bytes(name, call, few_held_out):
     """Text that is not UTF-8, or long, goes through both stages, and its checkpoint loads."""
     out, tiny = name[:-3] + "2.pt", ["--steps", 1, "--batch-size", 2]

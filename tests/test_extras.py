@@ -95,12 +95,8 @@ def test_repeated_edges_leave_no_rim_and_the_filter_no_mesh_on_a_constant_map(na
     assert up.shape[-2:] == (16, 16) and conv.shape[-2:] == (8, 8)
     assert rim < 1e-4 if "edges" in names else rim > 0.1
     assert mesh < 1e-4 if "filter" in names else mesh > 0.1
-    impulse = torch.zeros(1, 1, 5, 5)
-    impulse[..., 2, 2] = 16.0
+    impulse = F.pad(torch.full((1, 1, 1, 1), 16.0), (2, 2, 2, 2))
     torch.testing.assert_close(blur(impulse)[0, 0, 1:4, 1:4], torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]))
-
-
-# -------------------------------------------------------------------------------------------------------- the shared basis
 
 
 def test_a_shared_basis_is_a_sum_with_a_cosine_series_for_each_frame():
@@ -137,9 +133,6 @@ def test_a_shared_basis_becomes_principal_components_and_projects_what_it_shows(
     shown = basis(codes, torch.arange(8), 8)
     other = (other - other @ rows.T @ rows / size).unflatten(2, (3, 4, 4))  # what the basis cannot show is not projected
     torch.testing.assert_close(basis.project(shown + other), codes, rtol=0, atol=1e-3)
-    few = SharedBasis(5, 4, 3, gain=2.0)
-    few.fit(torch.rand(3, 3, 4, 4), length=8)  # fewer frames than components
-    assert few.components[3:].abs().max() == 0 and few.project(torch.rand(2, 8, 3, 4, 4)).isfinite().all()
 
 
 @pytest.mark.parametrize("tokens", [16, 7])  # 7 do not divide the 3 x 4 numbers of the codes
@@ -161,9 +154,6 @@ def test_the_basis_is_added_and_its_encoder_starts_from_the_projection(tokens):
     assert mean.shape == (20, tokens, 6) and torch.all(logvar == -12)
     model.nerv.amplitude.data.zero_()
     torch.testing.assert_close(model.decode(mean, torch.arange(4)), video, rtol=0, atol=2e-2)
-    torch.nn.init.normal_(model.encoder.encoder.to_latent.weight)
-    beyond = model.encoder.encoder(video)[0]
-    torch.testing.assert_close(model.encode(video)[0], mean + 0.05 * beyond, rtol=0, atol=1e-5)
     waves = [BasisDecoder(nerv.NeRV(replace(TINY, num_frames=16)), K).basis.strength.numel() for K in (1, 2, 7, 8, 30)]
     assert waves == [16, 15, 4, 3, 1]  # as many as 6 x 5 tokens have numbers for
 
@@ -179,9 +169,6 @@ def test_a_training_starts_from_the_principal_components_of_its_clips():
     assert vae.psnr(clips, shown) > vae.psnr(clips, clips.mean((0, 1), keepdim=True).expand_as(clips)) + 2  # clips it never saw
 
 
-# --------------------------------------------------------------------------------------------------- components of stage 2
-
-
 @pytest.mark.parametrize("make", [lambda: LatentScale((4, 3)), lambda: Components((2, 4), (4, 3))], ids=["scale", "components"])
 def test_latents_have_unit_deviation_and_lead_back(make):
     torch.manual_seed(0)
@@ -194,39 +181,30 @@ def test_latents_have_unit_deviation_and_lead_back(make):
     torch.testing.assert_close(latent_map(latent_map.inverse(latents)), latents, rtol=0, atol=1e-4)
     made = latent_map(deviation[0] * torch.randn(20_000, 4, 3))
     torch.testing.assert_close(latent_map.spread(deviation[:1])[0], made.std(0), rtol=0.03, atol=0)
-    again = make()
-    again.load_state_dict(latent_map.state_dict())
-    assert torch.equal(again(noisy), latents)
 
 
-def test_components_are_the_largest_first_uncorrelated_and_nearest():
+def test_components_are_the_largest_first_and_nearest():
     torch.manual_seed(0)
     turn = torch.linalg.qr(torch.randn(12, 12))[0]
-    tokens = (2 + torch.linspace(12, 1, 12) * torch.randn(20_000, 12) @ torch.eye(12) @ turn).view(-1, 4, 3)
+    tokens = (2 + (torch.linspace(12, 1, 12) * torch.randn(20_000, 12)) @ turn).view(-1, 4, 3)
     principal = Components((2, 4), (4, 3))
     principal.fit(tokens, torch.zeros_like(tokens))
     found = principal(tokens) / principal.scale
     torch.testing.assert_close(found.std(0), torch.tensor([[12.0, 11, 10, 9], [8, 7, 6, 5]]), rtol=0.03, atol=0)
-    power = torch.cov(found.flatten(1).T)
-    assert (power - power.diag().diag()).abs().max() < 0.02 * power.max()
     error = (principal.inverse(principal(tokens)) - tokens).square().sum() / len(tokens)
     assert error.item() == pytest.approx(4**2 + 3**2 + 2**2 + 1, rel=0.03)  # the variance of what is left out
 
 
-# ---------------------------------------------------------------------------------------------------- Muon and refinement
-
-
 def test_muon_has_the_matrices_of_transformers_and_adamw_the_rest():
-    model = build("mixing=3", "basis=3")
-    own = {id(p) for p in make_optimizer(model, muon=True).own["params"]}
-    found = {name for name, p in model.named_parameters() if id(p) in own}
-    last = [f"1.block.{part}" for part in ("attention.qkv", "attention.out", "mlp.0", "mlp.2")]
-    blocks = [f"encoder.encoder.blocks.{part}.weight" for part in [p.replace("1.block", "0") for p in last] + last]
-    assert {*blocks, "encoder.encoder.blocks.1.mix", "nerv.head.weight", "nerv.basis.components"} <= found
-    model = dit.DiT(dit.DiTConfig(6, 5, 3, width=24, depth=1, heads=2))
-    own = {id(p) for p in make_optimizer(model, muon=True).own["params"]}
     parts = ("attention.qkv", "attention.out", "mlp.0", "mlp.2")
-    assert {name for name, p in model.named_parameters() if id(p) in own} == {f"blocks.0.{part}.weight" for part in parts}
+    blocks = [f"encoder.encoder.blocks.{block}.{part}.weight" for block in ("0", "1.block") for part in parts]
+    basis = ["encoder.encoder.embed.weight", "encoder.encoder.blocks.1.mix", "nerv.head.weight", "nerv.basis.components"]
+    denoiser = dit.DiT(dit.DiTConfig(6, 5, 3, width=24, depth=1, heads=2))
+    for model, names in (
+        (build("mixing=3", "basis=3"), {*blocks, *basis}), (denoiser, {f"blocks.0.{part}.weight" for part in parts})
+    ):  # fmt: skip
+        own = {id(p) for p in make_optimizer(model, muon=True).own["params"]}
+        assert {name for name, p in model.named_parameters() if id(p) in own} == names
 
 
 @pytest.mark.parametrize("shape", [(12, 90), (90, 12), (12, 12)])
@@ -272,7 +250,6 @@ def test_refinement_lowers_the_error_of_every_clip_by_itself():
         return (model.decode(tokens, t) - clips).square().mean((1, 2, 3, 4))
 
     assert (error(refine(model.decode, tokens, clips, 20)) < 0.95 * error(tokens)).all()
-    assert torch.equal(refine(model.decode, tokens, clips, 0), tokens)
     together, alone = refine(model.decode, tokens, clips, 3), refine(model.decode, tokens[1:2], clips[1:2], 3)
     torch.testing.assert_close(together[1:2], alone, rtol=1e-3, atol=1e-4)
     given = refine(model.decode, tokens, clips[:, :2], 3)  # of frames that are not given nothing is used

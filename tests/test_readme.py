@@ -120,7 +120,9 @@ def test_the_readme_fits_and_leads_everywhere():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 200 and len(list(commands(text))) > 15
     files = {path.name for path in ROOT.glob("*.py")} | set(ROOMS) - {"tests", "docs"}
-    assert files | {f"docs/{page.name}" for page in DOCS} <= set(links(text))
+    assert files <= set(links(text))
+    found = {target.split("/")[-1] for page in PAGES for target in links(page.read_text())}
+    assert {page.name for page in DOCS} <= found
 
 
 WRONG = {
@@ -129,7 +131,8 @@ WRONG = {
     lost_options: ["with `--nothing 3`"],
     wrong_commands: [
         "    make nothing", "    python nothing.py", "    python -m bench.nothing", "    python -m bench.costs nothing",
-        "    python vae.py nothing", "    python vae.py --side skip", "    python vae.py --step 2", "    python vae.py --preset XL",
+        "    python vae.py nothing", "    python vae.py --side skip", "    python vae.py --step 2",
+        "    python vae.py --preset X",
         "    A=1 torchrun --standalone --nproc_per_node=8 dit.py --nothing", '    o="--nothing 2"\n    python vae.py $o',
         "    python -m siblings.codec copy a.mp4 b.nerv", "    python -m siblings.codec compare a.mp4 --side 64",
         "    python -m siblings.vin sample --nothing", "    python -m siblings.fit a.mp4 --nothing",

@@ -79,23 +79,20 @@ def test_interpolation_walks_from_video_to_video(trained, call, tmp_path, videos
     assert call("sample.py", f"--ckpt {trained}/dit.pt --steps 2 --interp") == 0
     names = written(tmp_path / "out" / "samples" / "interp", 16, 7)
     assert (names[0], names[3], names[6]) == ("00_0_00", "03_0_50", "06_1_00")
-    for stage in ("vae", "dit"):
-        files = f"{videos}/a.mp4 {videos}/b.mp4"
-        assert call("sample.py", f"--ckpt {trained}/{stage}.pt --interp {files} {videos}/a.mp4 --out-dir {stage}") == 0
-        assert len(written(tmp_path / stage / "interp", 16, 13)) == 13
-        assert call("sample.py", f"--ckpt {trained}/{stage}.pt --reconstruct {files} --out-dir {stage}") == 0
-        ends, reconstructions = (
-            torch.stack([video.to_clip(video.read_frames(tmp_path / stage / name, 32)) for name in names])
-            for names in (
-                ("interp/00_0_00.mp4", "interp/06_1_00.mp4"),
-                ("reconstruct/01_reconstructed.mp4", "reconstruct/03_reconstructed.mp4"),
-            )
+    files, vae_pt = f"{videos}/a.mp4 {videos}/b.mp4", f"--ckpt {trained}/vae.pt"  # stage 1 is enough for those
+    assert call("sample.py", f"{vae_pt} --interp {files}") == 0 and call("sample.py", f"{vae_pt} --reconstruct {files}") == 0
+    ends, reconstructions = (
+        torch.stack([video.to_clip(video.read_frames(tmp_path / "out" / "samples" / f"{name}.mp4", 32)) for name in names])
+        for names in (
+            ("interp/00_0_00", "interp/06_1_00"),
+            ("reconstruct/01_reconstructed", "reconstruct/03_reconstructed"),
         )
-        assert vae.psnr(ends, reconstructions) > 35  # the walk starts and ends at the videos
+    )
+    assert vae.psnr(ends, reconstructions) > 35  # the walk starts and ends at the videos
     a, b = torch.randn(2, 4, 3)
     walk, titles = sample.interpolate([a, b])
     torch.testing.assert_close(walk[2], a + 2 / 6 * (b - a))
-    assert titles[2] == "0.33" and torch.equal(walk[6], b)
+    assert titles[2] == "0.33" and torch.equal(walk[6], b) and len(sample.interpolate([a, b, a])[0]) == 13
 
 
 def test_reconstruction(trained, call, tmp_path, videos, capsys):
@@ -170,7 +167,20 @@ def test_wrong_use(options, words, call, capsys, trained, predictor, videos, tmp
     assert not list(tmp_path.rglob("*.mp4")) + list(tmp_path.rglob("*.png"))
 
 
-NAMES = ["../../../../escaped", "carry/hold", "²", "", "..", "n" * 300, "\udcff", "\ud800", "nul\0", "new\nline", "a:b|c*?", "CON"]
+NAMES = [
+    "../../../../escaped",
+    "carry/hold",
+    "²",
+    "",
+    "..",
+    "n" * 300,
+    "\udcff",
+    "\ud800",
+    "nul\0",
+    "new\nline",
+    "a:b|c*?",
+    "CON",
+]
 
 
 def test_class_names_of_a_strangers_checkpoint_stay_in_the_directory(call, trained, tmp_path, capsys):
