@@ -376,8 +376,7 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
         utils.update_ema(ema, model, 0.99 if nano else 0.9999, step)
         if log.step(step):
             parts["step"].check(step)
-    log.print(f"wrote {config.out}; losses and sheets are in {log.directory}; {utils.peak_memory(device):.2f} GiB at most")
-    log.close()
+    log.close(device)
 
 
 if __name__ == "__main__":

@@ -353,8 +353,7 @@ def main(argv=None, decoder=nerv.NeRV):
         if log.step(step):
             for name in parts.keys() & {"step", "disc_step"}:
                 parts[name].check(step)
-    log.print(f"wrote {config.out}; losses and sheets are in {log.directory}; {utils.peak_memory(device):.2f} GiB at most")
-    log.close()
+    log.close(device)
 
 
 if __name__ == "__main__":

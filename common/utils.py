@@ -450,7 +450,7 @@ class RunLog:
     EVERY = 50
 
     def __init__(self, out, steps, start=0, rank=0):
-        self.directory, self.rank, self.steps = log_directory(out), rank, steps
+        self.out, self.directory, self.rank, self.steps = out, log_directory(out), rank, steps
         self.rows, self.pending, path = [], {}, self.directory / "losses.csv"
         if rank == 0:
             make_parent(path)
@@ -494,6 +494,7 @@ class RunLog:
         with whole_file(self.directory / "losses.png") as f:
             plot.curves(f, curves)
 
-    def close(self):
+    def close(self, device):
+        self.print(f"wrote {self.out}; losses and sheets are in {self.directory}; {peak_memory(device):.2f} GiB at most")
         self.write()
         self.bar.close()

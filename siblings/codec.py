@@ -389,8 +389,7 @@ def train(config):
         utils.update_ema(ema, codec, 0.99 if "ema" in codec.chosen else 0.0, step)  # without: ema is the codec
         if log.step(step):
             parts["step"].check(step)
-    log.print(f"wrote {config.out}; losses and sheets are in {log.directory}")
-    log.close()
+    log.close(device)
 
 
 # ---------------------------------------------------------------------------------------------------------- other commands

@@ -298,8 +298,7 @@ def train(argv=None, denoiser=VIN):
         utils.update_ema(ema, model, 0.99 if nano else 0.9999, step)
         if log.step(step):
             parts["step"].check(step)
-    log.print(f"wrote {config.out}; losses and sheets are in {log.directory}; {utils.peak_memory(device):.2f} GiB at most")
-    log.close()
+    log.close(device)
 
 
 # --------------------------------------------------------------------------------------------------------------- sampling
