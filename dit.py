@@ -335,9 +335,9 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
         real, shown = (x.to(device) for x in data.fixed_clips(data.open_dataset(source, "test", classes), 6))
         known = latent_map(encode_given(vae, real, cond_frames))
 
-    def save(step, final):
+    def save(step):
         checkpoints.save(
-            config.out, final, stage="dit", step=step, config=dataclasses.asdict(config), classes=classes, vae=vae_ckpt,
+            config.out, stage="dit", step=step, config=dataclasses.asdict(config), classes=classes, vae=vae_ckpt,
             stage1=stage1_hash, dit_config=dataclasses.asdict(dit_config), denoiser=denoiser.__name__,
             latent_map=latent_map.state_dict(), ema=ema.state_dict(),
             training={name: part.state_dict() for name, part in parts.items()},
@@ -375,8 +375,7 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
         utils.update_ema(ema, model, 0.99 if nano else 0.9999, step)
         if log.step(step):
             parts["step"].check(step)
-    log.print(f"wrote {config.out}; losses and sheets are in {log.directory}; {utils.peak_memory(device):.2f} GiB at most")
-    log.close()
+    log.close(device)
 
 
 if __name__ == "__main__":

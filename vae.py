@@ -293,9 +293,9 @@ def main(argv=None, decoder=nerv.NeRV):
         for network in filter(None, (vae.encoder, vae.nerv, perceptual)):  # R1 differentiates the discriminator twice
             network.compile()
 
-    def save(step, final=False):
+    def save(step):
         checkpoints.save(
-            config.out, final, stage="vae", step=step, config=dataclasses.asdict(config), classes=list(train_set.classes),
+            config.out, stage="vae", step=step, config=dataclasses.asdict(config), classes=list(train_set.classes),
             nerv_config=dataclasses.asdict(vae.nerv_config), encoder_config=dataclasses.asdict(vae.encoder_config),
             decoder=decoder.__name__, gan_start=gan_start, ema=ema.state_dict(),
             training={name: part.state_dict() for name, part in parts.items()},
@@ -352,8 +352,7 @@ def main(argv=None, decoder=nerv.NeRV):
         if log.step(step):
             for name in parts.keys() & {"step", "disc_step"}:
                 parts[name].check(step)
-    log.print(f"wrote {config.out}; losses and sheets are in {log.directory}; {utils.peak_memory(device):.2f} GiB at most")
-    log.close()
+    log.close(device)
 
 
 if __name__ == "__main__":

@@ -89,10 +89,6 @@ def run(command, log, seconds, stop):
             process.wait(seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGINT if stop else signal.SIGKILL)
-            try:
-                process.wait(120)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
             if not stop:
                 raise RuntimeError(f"no end within {seconds:.0f} s") from None
     output = log.read_text(errors="replace").replace("\r", "\n").strip()
@@ -116,8 +112,8 @@ def main():
     out, end, device = Path(config.out_dir).absolute(), time.time() + 60 * config.minutes, utils.pick_device()
     utils.make_parent(out / "table.md")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
-    title = f"{name}; torch {torch.__version__}; commit {utils.git_revision()}"
-    lines = [title, "", "| part | what | result | s |", "| --- | --- | --- | --- |"]
+    lines = [f"{name}; torch {torch.__version__}; commit {utils.git_revision()}", ""]
+    lines += ["| part | what | result | s |", "| --- | --- | --- | --- |"]
     print("\n".join(lines))
     wanted = (row for row in programs(config, device.type == "cuda") if row[0] in config.only)
     for number, (part, what, command, pattern) in enumerate(wanted):

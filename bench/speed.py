@@ -6,8 +6,8 @@ decode   frames from weight tokens, many videos in a call and one after another,
          (studies/requirements.txt), by the decoder of Stable Diffusion
 growth   decoding against resolution, length, number of videos and width, with fitted exponents
 
-What a row is compared with is measured in turns with it. A product of two large matrices and a copy of an array that no cache
-holds, which are printed first, are what the machine does at best.
+What a row is compared with is measured in turns with it. Printed first is what the machine does at best: a product of two large
+matrices, and a copy of an array that no cache holds.
 """
 
 import contextlib
@@ -63,23 +63,21 @@ def measure(runs, repeats, device):
     return {name: values[1:] for name, values in seconds.items()}
 
 
-def ratio(seconds, name, reference):
-    """How many times as fast as the reference: the median over turns, and the range."""
-    return spread([b / a for a, b in zip(seconds[name], seconds[reference])])
-
-
-def spread(values, unit=1.0):
-    """Median (least to most) of values, in a unit."""
-    values = [value * unit for value in values]
+def spread(values):
+    """Median (least to most) of values."""
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+
+
+def ratio(seconds, name, reference):
+    """How many times as fast as the reference, turn by turn."""
+    return spread([b / a for a, b in zip(seconds[name], seconds[reference])])
 
 
 def machine(config):
     """Print what the machine does at best -> device, FLOP per second of a matrix product in float32."""
     device = utils.pick_device(config.device)
     size = 8192 if device.type == "cuda" else 1536
-    a, b = torch.randn(2, size, size, device=device)
-    array = torch.zeros(2**26, device=device)
+    (a, b), array = torch.randn(2, size, size, device=device), torch.zeros(2**26, device=device)
     runs = {"float32": lambda: a @ b, "copy": lambda: array.clone()}
     if device.type == "cuda":  # CPUs without matrix units for bfloat16 take minutes
         runs["bfloat16"] = partial(torch.matmul, a.bfloat16(), b.bfloat16())
@@ -114,13 +112,11 @@ def train(config):
         timestep = torch.randint(1, dit.NUM_STEPS + 1, (B,), device=device)
         return dit.diffusion_loss(model, theta0, timestep % 9, None, timestep, torch.randn_like(theta0), 5.0, False)
 
-    def read():
-        return video.to_clip(next(batches)[0].to(device))
-
-    loops = {"dit.py": (model, lambda: latents, denoise)}
-    for n in (c.num_frames // 8, c.num_frames):
+    loops, T = {}, c.num_frames
+    for n in (T, T // 8):
         few = partial(reconstruct, frames=torch.arange(n, device=device))
-        loops = {f"vae.py, {n} of {c.num_frames} frames": (autoencoder, read, few), **loops}
+        loops[f"vae.py, {n} of {T} frames"] = autoencoder, lambda: video.to_clip(next(batches)[0].to(device)), few
+    loops["dit.py"] = model, lambda: latents, denoise
     rows = []
     for name, (network, get, loss_of) in loops.items():
         update, ema, parts = utils.FiniteStep(network, make_optimizer(network)), copy.deepcopy(network), []
@@ -141,7 +137,7 @@ def train(config):
         total = parts.sum(1)
         percent = [f"{100 * share:.0f} %" for share in (parts / total[:, None]).median(0).values]
         rates = [f"{1 / total.median():.2f}", f"{B / total.median():.1f}", f"{utils.peak_memory(device):.2f} GiB"]
-        rows.append([name, spread(total.tolist(), 1000), *rates, *percent])
+        rows.append([name, spread((1000 * total).tolist()), *rates, *percent])
     print(f"preset {config.preset}, {B} clips, LPIPS {config.lpips}")
     header = ["loop", "ms a step", "steps / s", "clips / s", "memory so far"]
     table([*header, "data", "forward", "backward", "optimizer and average"], rows)
@@ -195,40 +191,26 @@ def decode(config):
         run = partial(vae.VAE.decode, SimpleNamespace(nerv_config=c, nerv=network), t=t)
         return lambda: [run(part) for part in tokens.split(1 if loop else B)], B * T, flops
 
-    def rows_of(runs, reference):
-        """runs: {name: (function, frames, FLOPs)}"""
+    nano = {f"nano, {B} videos in a call": from_tokens("nano", B, 16) for B in (1, 4, 16)}
+    nano |= {"nano, one frame": from_tokens("nano", 1, 1), "nano, 128 frames of 16": from_tokens("nano", 1, 128)}
+    nano |= {"nano, 16 videos in a loop": from_tokens("nano", 16, 16, loop=True)}
+    large = {f"S, {B} videos": from_tokens("S", B, frames) for B in (1, few)}
+    large |= {f"S, {few} videos in a loop": from_tokens("S", few, frames, loop=True)}
+    large |= {f"{preset}, 1 video": from_tokens(preset, 1, frames) for preset in ("S-256", "B", "L")}
+    with contextlib.suppress(ImportError):
+        decoder, z = image_decoder().to(device), torch.randn(16, 4, 16, 16, device=device)
+        with torch.device("meta"):
+            flops, _ = forward_costs(partial(image_decoder(), torch.empty(z.shape)))
+        large["Stable Diffusion's decoder"] = lambda: decoder(z), len(z), flops
+    rows = []
+    for runs in (nano, large):  # {name: (function, frames, FLOPs)}, each against the last of its kind
         with torch.no_grad():
             seconds = measure({name: run for name, (run, _, _) in runs.items()}, config.repeats, device)
-        each = {name: [s / runs[name][1] for s in seconds[name]] for name in runs}
+        each, reference = {name: [s / runs[name][1] for s in seconds[name]] for name in runs}, list(runs)[-1]
         for name, (_, count, flops) in runs.items():
             rate, share = spread([1 / s for s in each[name]]), f"{100 * flops / statistics.median(seconds[name]) / peak:.0f} %"
-            yield [name, count, f"{flops / count / 1e9:.3g}", rate, share, ratio(each, name, reference), reference]
-
-    def rows():
-        runs = {f"nano, {B} videos in a call": from_tokens("nano", B, 16) for B in (1, 4, 16)}
-        runs |= {"nano, 16 videos in a loop": from_tokens("nano", 16, 16, loop=True)}
-        runs |= {"nano, one frame": from_tokens("nano", 1, 1), "nano, 128 frames of 16": from_tokens("nano", 1, 128)}
-        yield from rows_of(runs, "nano, 16 videos in a loop")
-        runs = {f"S, {B} videos": from_tokens("S", B, frames) for B in (1, few)}
-        runs |= {f"S, {few} videos in a loop": from_tokens("S", few, frames, loop=True)}
-        runs |= {f"{preset}, 1 video": from_tokens(preset, 1, frames) for preset in ("S-256", "B", "L")}
-        with contextlib.suppress(ImportError):
-            decoder, z = image_decoder().to(device), torch.randn(16, 4, 16, 16, device=device)
-            with torch.device("meta"):
-                flops, _ = forward_costs(partial(image_decoder(), torch.empty(z.shape)))
-            runs["Stable Diffusion's decoder"] = lambda: decoder(z), len(z), flops
-        yield from rows_of(runs, list(runs)[-1])
-
-    header = [
-        "what" + " " * 23,
-        "frames",
-        "GFLOP a frame",
-        "frames / s" + " " * 14,
-        "of the peak",
-        "times as fast" + " " * 9,
-        "as",
-    ]
-    table(header, rows())
+            rows.append([name, count, f"{flops / count / 1e9:.3g}", rate, share, ratio(each, name, reference), reference])
+    table(["what", "frames", "GFLOP a frame", "frames / s", "of the peak", "times as fast", "as"], rows)
 
 
 def growth(config):

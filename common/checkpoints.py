@@ -25,18 +25,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from common.utils import UserError, bar, git_revision, make_parent, run, wait_for_all, whole_file
 
 FORMAT = "nerv-diffusion 6"
 
 
-def save(path, final=True, **content):
-    """Write a checkpoint, so that a kill at any moment leaves the old one or the new one.
-
-    Where it cannot be written (a full disk), the old one stays: UserError if final, else a line, and training goes on.
-    """
+def save(path, **content):
+    """Write a checkpoint, so that a kill or a full disk (UserError) at any moment leaves the old one or the new one."""
     try:
         with whole_file(path) as f:
             torch.save({"format": FORMAT, "revision": git_revision(), **content}, f)
@@ -44,10 +40,7 @@ def save(path, final=True, **content):
             os.fsync(f.fileno())
     except (UserError, RuntimeError) as error:  # torch's writer covers an error of the disk with one of its own
         reason = getattr(error.__context__, "strerror", None) or str(error).splitlines()[0]
-        message = f"cannot write {path}: {reason}; an older checkpoint stays as it was"
-        if final:
-            raise UserError(message) from None
-        tqdm.write(f"warning: {message}; training goes on", file=sys.stderr)
+        raise UserError(f"cannot write {path}: {reason}; an older checkpoint stays as it was") from None
 
 
 # Settings that do not change what a training has learned so far, and may differ on --resume: length, machine, places.
@@ -55,10 +48,9 @@ FREE = set("steps device bf16 compile recompute out resume save_every ckpt data_
 
 
 def resume(config, stage, **fixed):
-    """The checkpoint that --resume goes on from, or None: --out, where it exists and resuming was asked for.
+    """The checkpoint --out that --resume goes on from, or None.
 
-    A setting that differs from the checkpoint's, and is not in FREE, is an error; so is another value of `fixed`, entries of
-    the checkpoint such as decoder="NeRV".
+    UserError where a setting differs from the checkpoint's and is not in FREE, or one of `fixed`, its entries (decoder="NeRV").
     """
     if not (config.resume and Path(config.out).is_file()):
         return None
@@ -86,10 +78,10 @@ def restore(ckpt, parts, ema):
 
 
 def cached(directory, key, count, shape, make, rank=0, world=1, batch_size=64):
-    """make([i, …]) -> (values [n, *shape], labels [n]) of 0 … count - 1, made once and kept in a directory.
+    """make([i, …]) -> (values [n, *shape], labels [n]) of 0 … count - 1, made once, each process its share, and kept on disk.
 
-    Returns memory-mapped tensors (float16 [count, *shape], int64 [count]). Each process makes its share. `key` names what is in
-    them, as JSON: a cache with another key is made anew, one that was interrupted goes on.
+    Returns memory-mapped tensors (float16 [count, *shape], int64 [count]). `key` names what is in them, as JSON: with another
+    key all are made anew; what was interrupted goes on.
     """
     key_file, files = directory / "cache.json", [directory / "values.npy", directory / "labels.npy"]
     key = json.dumps(key | {"count": count, "shape": shape})
@@ -120,7 +112,7 @@ def cached(directory, key, count, shape, make, rank=0, world=1, batch_size=64):
 
 
 def load(path, stage, made_by):
-    """Read a checkpoint of the given stage, or one of several, onto the CPU; made_by names the command that writes one."""
+    """The checkpoint of a stage, or of one of several, on the CPU; made_by is the command that writes one. UserError."""
     if not Path(path).is_file():
         raise UserError(f"there is no checkpoint {path}: train one with `{made_by}`, or name another")
     try:
@@ -130,8 +122,7 @@ def load(path, stage, made_by):
         raise UserError(f"{path} is not a checkpoint, or a damaged one: train it again with `{made_by}`") from None
     if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
         raise UserError(f"{path} is not in the format of this version, {FORMAT!r}: train it again with `{made_by}`")
-    stages = stage if isinstance(stage, tuple) else (stage,)
-    if ckpt["stage"] not in stages:
+    if ckpt["stage"] not in (stages := stage if isinstance(stage, tuple) else (stage,)):
         wanted = " or ".join(stages)
         raise UserError(f"{path} is a {ckpt['stage']} checkpoint, and a {wanted} one is needed: train it with `{made_by}`")
     return ckpt
@@ -170,7 +161,6 @@ def main():
     if len(sys.argv) != 3:
         raise UserError("name two files: python -m common.checkpoints dit.pt small.pt")
     source, out = sys.argv[1:]
-    make_parent(out)
     if os.path.exists(out):  # the original, perhaps
         raise UserError(f"{out} is there already: name another file")
     save(out, **exported(load(source, ("dit", "vae", "vin"), "python dit.py")))

@@ -1,18 +1,17 @@
 """Tables: on standard output, as Markdown, and in a CSV file that a study goes on with."""
 
 import csv
-import itertools
 from pathlib import Path
 
 from common.utils import UserError
 
 
 def table(header, rows):
-    """Print rows as a Markdown table: those of a list in even columns, those of an iterator as they come."""
-    known = rows if isinstance(rows, list) else [[" " * 12] * len(header)]
-    widths = [max(len(str(row[i])) for row in [header, *known]) for i in range(len(header))]
-    for row in itertools.chain([header, ["---"] * len(header)], rows):
-        print("| " + " | ".join(f"{cell!s:<{width}}" for cell, width in zip(row, widths)) + " |", flush=True)
+    """Print rows as a Markdown table in even columns."""
+    rows = [header, ["---"] * len(header), *rows]
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
+    for row in rows:
+        print("| " + " | ".join(f"{cell!s:<{width}}" for cell, width in zip(row, widths)) + " |")
 
 
 def read_rows(path, columns):
@@ -27,10 +26,7 @@ def read_rows(path, columns):
 
 
 def add_row(path, columns, row):
-    """Append a row {column: value} to a CSV file, which is begun where there is none; what has no value is left empty.
-
-    Its directory has to be there: studies make it before they train for hours.
-    """
+    """Append a row {column: value} to a CSV file, which is begun where there is none; what has no value is left empty."""
     new = not Path(path).is_file()
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, columns)

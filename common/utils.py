@@ -23,6 +23,8 @@ from tqdm import tqdm
 
 from common import plot
 
+MEMORY_HELP = " Use --recompute, --accumulate 2, a smaller --batch-size or fewer --decode-frames, where the script has them."
+
 
 class UserError(Exception):
     """Something the user can fix: shown as one line, exit status 2, no traceback."""
@@ -36,22 +38,17 @@ def run(main):
         main()
         if dist.is_initialized():  # not after an error: it would wait for the other processes
             dist.destroy_process_group()
-    except UserError as error:
-        tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, where a bar is drawn
-        sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print(f"error: {str(error).splitlines()[0]} {MEMORY_HELP}", file=sys.stderr)
+    except (UserError, torch.OutOfMemoryError) as error:
+        advice = "" if isinstance(error, UserError) else MEMORY_HELP
+        tqdm.write(f"error: {str(error).splitlines()[0]}{advice}", file=sys.stderr)  # on a line of its own, below a bar
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-MEMORY_HELP = "Use --recompute, --accumulate 2, a smaller --batch-size or fewer --decode-frames, where the script has them."
-
-
 class Interrupt:
-    """Inside a `with`, Ctrl-C and SIGTERM only ask; the loop calls `stop` between two steps and ends where it is true."""
+    """Inside a `with`, Ctrl-C and SIGTERM only ask; a loop ends where `stop` is true, between two steps."""
 
     def __enter__(self):
         self.asked = False
@@ -75,10 +72,8 @@ class Interrupt:
 
 def option(group, default, help, **kwargs):
     """A dataclass field that is also a command-line option; kwargs go to argparse (choices, nargs, metavar)."""
-    metadata = {"group": group, "help": help, **kwargs}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    own = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**own, metadata={"group": group, "help": help, **kwargs})
 
 
 class Parser(argparse.ArgumentParser):
@@ -87,7 +82,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Show the default of each option, and the description as it is written."""
+    pass
 
 
 def parse_options(cls, description, presets=None, argv=None):
@@ -137,12 +132,11 @@ def pick_device(name="auto"):
     """ "auto" -> this process's CUDA device where there is one, set up for speed, else the CPU."""
     if name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = "cpu" if name == "auto" else name
+    name = "cpu" if name == "auto" else name
     try:
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
-        raise UserError(f"--device {device} is not available here: use --device cpu, or leave it out") from None
-    device = torch.device(device)
+        raise UserError(f"--device {name} is not available here: use --device cpu, or leave it out") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
@@ -153,8 +147,7 @@ def pick_device(name="auto"):
 def start_processes(name="auto"):
     """Join the other processes where torchrun started several, one for each GPU; returns (device, rank, world).
 
-    Data-parallel training needs three things beyond this: each rank takes its rows of the batch (data.Stream), batch norm and
-    the gradient are averaged over ranks (average_over_ranks, FiniteStep), rank 0 alone writes.
+    Beyond this, each rank takes its rows of the batch, batch norm and gradient are averaged, and rank 0 alone writes.
     """
     device = pick_device(name)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -197,9 +190,7 @@ def average_over_ranks(x):
 def from_first_rank(network):
     """Make all parameters and buffers of a network what they are in the first process."""
     for x in network.state_dict().values() if dist.is_initialized() else ():
-        if dist.get_rank():
-            x.zero_()
-        dist.all_reduce(x)
+        dist.broadcast(x, 0)
 
 
 class BatchNorm(nn.Module):
@@ -255,11 +246,8 @@ def local_processes():
 
 
 def step_generator(device, seed, step):
-    """The random numbers of one training step, a function of seed and step alone.
-
-    All processes draw those of the whole batch and keep their own rows: a run is the same on any number of processes, and one
-    that is resumed at step 1000 needs no record of what was drawn before.
-    """
+    """The random numbers of one training step, a function of seed and step alone: a run that is resumed needs no record of
+    them. All processes draw those of the whole batch and keep their own rows, so that their number makes no difference."""
     return torch.Generator(device).manual_seed(1_000_003 * seed + step)
 
 
@@ -280,8 +268,7 @@ def wants_compile(device, choice):
 def training_steps(start, config, save):
     """The numbers of the steps of a training, from `start` to config.steps - 1.
 
-    Rank 0 calls save(finished steps, last) after every config.save_every steps and after the last one, which is also the step
-    in which Ctrl-C or SIGTERM came.
+    Rank 0 calls save(finished steps) after every config.save_every of them and after the last, in which Ctrl-C may have come.
     """
     with Interrupt() as interrupt:
         for step in range(start, config.steps):
@@ -289,7 +276,7 @@ def training_steps(start, config, save):
             last = interrupt.stop() or step + 1 == config.steps
             if rank() == 0 and (last or (step + 1) % config.save_every == 0):
                 try:
-                    save(step + 1, last)
+                    save(step + 1)
                 except UserError as error:  # a full disk is no reason to stop a training, unless it is at its end
                     if last:
                         raise
@@ -306,16 +293,15 @@ def learning_rate(step, steps, peak, warmup):
 
 
 class FiniteStep:
-    """Optimizer steps of a network, its gradient averaged over processes and clipped; those not finite are skipped.
+    """Optimizer steps of a network, its gradient averaged over processes and clipped to norm 1; those not finite are skipped.
 
     All of it stays on the device, so that a GPU never waits for the host: the optimizers change nothing where found_inf is 1.
-    `check` reads the counter, at the steps at which the log is read anyway.
     """
 
     LIMIT = 20  # skipped steps in a row that end a training
 
-    def __init__(self, network, optimizer, max_norm=1.0):
-        self.parameters, self.optimizer, self.max_norm = list(network.parameters()), optimizer, max_norm
+    def __init__(self, network, optimizer):
+        self.parameters, self.optimizer = list(network.parameters()), optimizer
         self.in_a_row = torch.zeros((), device=self.parameters[0].device)
 
     def __call__(self, loss, lr):
@@ -328,7 +314,7 @@ class FiniteStep:
             loss, *parts = flat.split([1, *(p.numel() for p in parameters)])
             # Copied, not assigned: a fused optimizer wants each gradient in the memory format of its parameter.
             torch._foreach_copy_([p.grad for p in parameters], [part.view_as(p) for p, part in zip(parameters, parts)])
-        norm = nn.utils.clip_grad_norm_(parameters, self.max_norm)
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         bad = (~torch.isfinite(norm + loss.sum())).float()
         self.in_a_row.copy_((self.in_a_row + bad) * bad)
         for group in self.optimizer.param_groups:
@@ -338,7 +324,7 @@ class FiniteStep:
         self.optimizer.zero_grad(set_to_none=True)
 
     def check(self, step):
-        """UserError after LIMIT skipped steps in a row."""
+        """UserError after LIMIT skipped steps in a row; a GPU waits for this."""
         if self.in_a_row >= self.LIMIT:
             raise UserError(
                 f"the loss or its gradient was not finite in {int(self.in_a_row)} steps in a row, last in step {step + 1}: "
@@ -381,15 +367,14 @@ def peak_memory(device):
 
 def make_parent(path):
     """Make the directory of a file that is to be written later; UserError, before hours of work, where it cannot be."""
-    path = Path(path)
+    part = Path(f"{path}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(f"{path}.part")  # a name that is too long, or a disk that is read-only, shows only in writing
-        part.touch()
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()  # a name that is too long, or a disk that is read-only, shows only in writing
         part.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
-    if path.is_dir():
+    if Path(path).is_dir():
         raise UserError(f"cannot write {path}: it is a directory")
 
 
@@ -456,26 +441,25 @@ def log_directory(out):
 
 
 class RunLog:
-    """Progress bar, losses.csv and losses.png in log_directory(out).
+    """Progress bar, losses.csv and losses.png in log_directory(out), which rank 0 writes.
 
-    `add(loss=…, …)` takes 0-d tensors as they are; `step` reads them every EVERY steps only, so that a GPU is not made to wait.
-    A row of the CSV is the mean over the steps since the last row and over processes; rank 0 writes.
+    `add(loss=…, …)` takes 0-d tensors; `step` reads them every EVERY steps only, so that a GPU is not made to wait. A row of
+    the CSV is the mean over the steps since the last row and over processes.
     """
 
     EVERY = 50
 
     def __init__(self, out, steps, start=0, rank=0):
-        self.directory, self.rank, self.steps = log_directory(out), rank, steps
-        self.rows, self.pending, before = [], {}, 0
+        self.out, self.directory, self.rank, self.steps = out, log_directory(out), rank, steps
+        self.rows, self.pending, path = [], {}, self.directory / "losses.csv"
         if rank == 0:
-            make_parent(self.directory / "losses.csv")
-            if start and (self.directory / "losses.csv").is_file():
-                with open(self.directory / "losses.csv", newline="") as f:
-                    rows = [{k: float(v) for k, v in row.items() if v != ""} for row in csv.DictReader(f)]
-                self.rows = [row | {"step": int(row["step"])} for row in rows if row["step"] <= start]
-                before = self.rows[-1]["seconds"] if self.rows else 0
+            make_parent(path)
+        if rank == 0 and start and path.is_file():
+            rows = csv.DictReader(path.read_text().splitlines())
+            rows = ({k: float(v) for k, v in row.items() if v} for row in rows)
+            self.rows = [row for row in rows if row["step"] <= start]
         self.bar = bar(desc=self.directory.name, total=steps, unit="step", disable=rank > 0, initial=start)
-        self.start = time.time() - before
+        self.start = time.time() - (self.rows[-1]["seconds"] if self.rows else 0)
 
     def print(self, line):
         """A line above the bar, with the seconds so far, from rank 0."""
@@ -504,12 +488,13 @@ class RunLog:
             return
         names = list(dict.fromkeys(k for row in self.rows for k in row))  # the adversarial ones join later
         with whole_file(self.directory / "losses.csv") as f:
-            lines = ([f"{row.get(k, '')}" for k in names] for row in self.rows)
+            lines = ([f"{row[k]:.9g}" if k in row else "" for k in names] for row in self.rows)  # float32, exactly
             f.write("".join(",".join(line) + "\n" for line in [names, *lines]).encode())
         curves = [("step", k, [(r["step"], r[k]) for r in self.rows if k in r]) for k in names if k not in ("step", "seconds")]
         with whole_file(self.directory / "losses.png") as f:
             plot.curves(f, curves)
 
-    def close(self):
+    def close(self, device):
+        self.print(f"wrote {self.out}; losses and sheets are in {self.directory}; {peak_memory(device):.2f} GiB at most")
         self.write()
         self.bar.close()

@@ -38,17 +38,13 @@ def parse(names, known):
 
 
 def build_vae(VAE_class, nerv_config, encoder_config, decoder, names, steps=0):
-    """The paper's VAE where `names` is empty, else one with these extras; steps: of the training, for renorm.
-
-    ValueError where sizes do not fit.
-    """
+    """The paper's VAE with the extras `names`; steps: of the training, for renorm. ValueError where sizes do not fit."""
     chosen = parse(names, VAE)
     if "edges" in chosen:
         decoder = repeated(decoder, smooth="filter" in chosen)
     vae = VAE_class(nerv_config, encoder_config, decoder)
     encoder = vae.encoder
-    if "mixing" in chosen:
-        heads = chosen["mixing"]
+    if (heads := chosen.get("mixing")) is not None:
         if heads < 1 or encoder_config.width % heads:
             raise ValueError(f"mixing={heads}: heads must divide the encoder's width of {encoder_config.width}")
         encoder.blocks[-1] = Mixing(encoder.blocks[-1], nerv_config.num_tokens, len(encoder.position), heads)
@@ -64,10 +60,8 @@ def start(vae, ema, batches, seed, count=4096):
     """Before the first step: a shared basis becomes the principal components of `count` frames, two of each clip of batches."""
     if not isinstance(vae.nerv, BasisDecoder):
         return
-    generator, clips = (
-        torch.Generator().manual_seed(seed),
-        (to_clip(video) for video, _ in itertools.islice(batches, count // 8)),
-    )
+    generator = torch.Generator().manual_seed(seed)
+    clips = (to_clip(video) for video, _ in itertools.islice(batches, count // 8))
     frames = [clip[:, torch.randperm(clip.shape[1], generator=generator)[:2]].flatten(0, 1) for clip in clips]
     vae.nerv.basis.fit(torch.cat(frames).to(vae.nerv.head.weight.device), vae.nerv.config.num_frames)
     utils.from_first_rank(vae)
@@ -77,7 +71,4 @@ def start(vae, ema, batches, seed, count=4096):
 def latent_map(names, token_shape):
     """The map from tokens to the latents that stage 2 diffuses: a scale, or, as an extra, principal components."""
     chosen = parse(names, DIT)
-    try:
-        return Components(chosen["components"], token_shape) if "components" in chosen else LatentScale(token_shape)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    return Components(chosen["components"], token_shape) if "components" in chosen else LatentScale(token_shape)

@@ -1,9 +1,8 @@
 """A shared basis of frames, for videos of one scene: a frame is a mean, a sum of K frames that all videos share, and the NeRV.
 
 Convolutions that start from an 8 × 8 code learn the detail of a scene slowly; a linear map from tokens to pixels has it at
-once. The basis starts as the principal components of training frames and is trained on from there. Its coefficients are cosine
-series in time, so that t stays a real number; beyond either end the series plays the clip backwards. A talking person: 39.7 dB
-after eight minutes, 32.8 dB without it after two hours. Source: our own; principal component analysis as a linear decoder.
+once. The basis starts as the principal components of training frames. Coefficients are cosine series in time, so that t stays
+a real number. A talking person: 39.7 dB after eight minutes, 32.8 dB without it after two hours. Source: our own.
 """
 
 import math
@@ -14,10 +13,7 @@ import torch.nn.functional as F
 
 
 class SharedBasis(nn.Module):
-    """K frames that all videos share. Codes of a video are the K * waves coefficients of its cosine series.
-
-    gain: how much faster these frames are learned than kernels are.
-    """
+    """K frames that all videos share, learned `gain` times as fast as kernels. A video's codes are K * waves coefficients."""
 
     def __init__(self, count, size, waves, gain):
         super().__init__()
@@ -33,8 +29,8 @@ class SharedBasis(nn.Module):
 
     def forward(self, codes, t, length):
         """codes [B, K * waves], positions t [T] in a clip of `length` frames -> [B, T, 3, size, size]."""
-        codes = codes.unflatten(1, (len(self.components), -1))
-        factors = torch.einsum("bkw,tw->btk", codes, self.waves(t, length).to(codes.dtype))
+        waves = self.waves(t, length).to(codes.dtype)
+        factors = torch.einsum("bkw,tw->btk", codes.unflatten(1, (len(self.components), -1)), waves)
         return self.gain * (factors @ self.components + self.mean).unflatten(2, (3, self.size, self.size))
 
     def project(self, video):
@@ -42,16 +38,14 @@ class SharedBasis(nn.Module):
         rows = self.gain * self.components
         rows = rows / rows.square().sum(1, keepdim=True).clamp_min(1e-8)
         factors = (video.flatten(2) - self.gain * self.mean) @ rows.T  # [B, T, K]
-        T = video.shape[1]
-        waves = self.waves(torch.arange(T, device=video.device), T)
+        waves = self.waves(torch.arange(T := video.shape[1], device=video.device), T)
         waves = waves / waves.square().sum(0).clamp_min(1e-8)
         waves[:, T:] = 0  # T frames have no higher frequencies
         return torch.einsum("btk,tw->bkw", factors, waves.to(factors.dtype)).flatten(1)
 
     @torch.no_grad()
     def fit(self, frames, length):
-        """Become the principal components of frames [n, 3, size, size], scaled so that no code of a clip of `length` frames
-        has a standard deviation above 1."""
+        """Become the principal components of frames [n, 3, size, size]; codes of clips of `length` get deviations up to 1."""
         pixels = frames.flatten(1)
         mean, count = pixels.mean(0), min(*pixels.shape, len(self.components))
         _, values, components = torch.pca_lowrank(pixels - mean, count, center=False)
@@ -72,25 +66,22 @@ class BasisDecoder(nn.Module):
         waves = min(numbers // count, c.num_frames)
         self.nerv, self.basis, self.codes = nerv, SharedBasis(count, c.resolution, waves, gain=0.6), count * waves
         # An orthonormal series (DCT-II), so that all numbers of a video have the same weight. It and the mean stay fixed.
-        strength = torch.full((waves,), math.sqrt(2 / c.num_frames))
-        strength[0] /= math.sqrt(2)
-        self.basis.strength = nn.Parameter(strength, requires_grad=False)
-        self.basis.mean.requires_grad_(False)
+        self.basis.strength.data[:] = math.sqrt(2 / c.num_frames)
+        self.basis.strength.data[0] /= math.sqrt(2)
+        self.basis.strength.requires_grad_(False), self.basis.mean.requires_grad_(False)
         self.head = nn.Linear(c.token_dim, math.ceil(self.codes / c.num_tokens), bias=False)
         nn.init.eye_(self.head.weight)
         self.amplitude = nn.Parameter(torch.full((1,), 0.05))  # of the NeRV, beside a basis that fits from the start
         self.num_kernel_weights = nerv.num_kernel_weights
 
     def forward(self, tokens, t):
-        """tokens [B, N, d], t [T] -> [B, T, 3, H, W]. Codes are generated as kernel entries are, by one linear head."""
+        """tokens [B, N, d], t [T] -> [B, T, 3, H, W]."""
         codes = self.head(tokens).flatten(1)[:, : self.codes]
         return self.amplitude * self.nerv(tokens, t) + self.basis(codes, t, self.config.num_frames)
 
 
 class BasisEncoder(nn.Module):
     """An encoder whose tokens start as those with which the basis comes nearest to the video."""
-
-    BEYOND = 0.05  # weight of the transformer's output: most tokens from the basis are small
 
     def __init__(self, encoder, decoder):
         super().__init__()
@@ -104,4 +95,4 @@ class BasisEncoder(nn.Module):
         decoder, c = self.decoder[0], self.decoder[0].config
         codes = decoder.basis.project(video)
         codes = F.pad(codes, (0, c.num_tokens * len(decoder.head.weight) - codes.shape[1])).unflatten(1, (c.num_tokens, -1))
-        return (codes @ decoder.head.weight).float() + self.BEYOND * mean, logvar
+        return (codes @ decoder.head.weight).float() + 0.05 * mean, logvar  # most tokens from the basis are small

@@ -1,15 +1,15 @@
 """Principal components of weight tokens: what stage 2 may diffuse in the place of the tokens themselves.
 
-The numbers of a video's tokens are far from independent: of Sprites, 64 directions of 2,048 hold 94 % of the variance. Along
-these directions they are uncorrelated, and a few components, in few tokens, do for all.
+The numbers of a video's tokens are far from independent: of Sprites, 64 directions of 2,048 hold 94 % of the variance.
 Sprites: FVD of generated clips 173 with components, Muon and larger batches, 612 without.
-Source: principal component analysis.
 """
 
 import math
 
 import torch
 import torch.nn as nn
+
+from common.utils import UserError
 
 
 class LatentScale(nn.Module):
@@ -36,16 +36,16 @@ class LatentScale(nn.Module):
 class Components(nn.Module):
     """Tokens [..., N, d] <-> their largest principal components at unit deviation, as tokens [..., M, k].
 
-    The map is linear and, but for its scale, keeps distances: a walk between components is a walk between tokens. The first
-    token has the k largest components. Takes the place of LatentScale, with the same methods.
+    In the place of LatentScale, with the same methods. The map is linear and keeps distances, but for its scale: a walk between
+    components is one between tokens.
     """
 
     def __init__(self, shape, token_shape):
-        """shape: (M, k) of the components; token_shape: (N, d). ValueError where there are more components than numbers."""
+        """shape: (M, k) of the components; token_shape: (N, d). UserError where there are more components than numbers."""
         super().__init__()
         self.shape, self.token_shape, size = tuple(shape), tuple(token_shape), math.prod(token_shape)
         if len(shape) != 2 or min(shape) < 1 or math.prod(shape) > size:
-            raise ValueError(f"--extras components={'x'.join(map(str, shape))}: use MxK, in all 1 to {size}, as a video has")
+            raise UserError(f"--extras components={'x'.join(map(str, shape))}: use MxK, 1 to {size} in all, as a video has")
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("directions", torch.zeros(*shape, size))  # [M, k, N * d], each of length 1
         self.register_buffer("scale", torch.ones(()))
@@ -68,6 +68,6 @@ class Components(nn.Module):
         return self.scale * torch.einsum("...i,mki->...mk", deviation.square().flatten(-2), self.directions.square()).sqrt()
 
     def inverse(self, components):
-        """Components [..., M, k] -> tokens [..., N, d]; of tokens outside these directions, the nearest."""
+        """Components [..., M, k] -> tokens [..., N, d]."""
         flat = torch.einsum("...mk,mki->...i", components / self.scale, self.directions)
         return (flat + self.mean).unflatten(-1, self.token_shape)

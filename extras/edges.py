@@ -1,9 +1,8 @@
 """Repeated edges, and a filter after upsampling, for the decoder's convolutions.
 
 Edges: zeros beyond the border of a map show as a dark rim; the border itself repeated does not. Worth 0.5 dB on the shapes.
-Filter: pixels of even and odd position come from different taps of a transposed convolution, which shows as a mesh of period
-two. [1, 2, 1] / 4 removes it, as after the upsampling of StyleGAN2 (Karras et al. 2020), and blurs what is sharp: 0.2 dB better
-on the shapes, 2 dB worse on Sprites.
+Filter: a transposed convolution leaves a mesh of period two. [1, 2, 1] / 4 removes it (StyleGAN2, Karras et al. 2020), and
+blurs what is sharp: 0.2 dB better on the shapes, 2 dB worse on Sprites.
 """
 
 import torch

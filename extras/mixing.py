@@ -1,7 +1,6 @@
 """Fixed-weight mixing: each query also gets sums of the patches whose weights are learned, not computed from the video.
 
-Attention finds out slowly which query should look at which patch; a matrix learns it sooner.
-Shapes: 0.8 dB after 400 steps.
+Attention finds out slowly which query should look at which patch; a matrix learns it sooner. Shapes: 0.8 dB after 400 steps.
 Source: the token mixing of MLP-Mixer (Tolstikhin et al. 2021), beside the attention and not in its place.
 """
 

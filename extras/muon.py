@@ -1,16 +1,15 @@
 """Muon (Jordan et al. 2024) for the matrices of transformers, AdamW for the rest.
 
-Its update of a matrix is the orthogonal matrix nearest to the momentum, so that all directions are learned at one rate, where
-Adam follows the few of the largest gradient. It is scaled to the size of AdamW's updates (Liu et al. 2025, "Muon is scalable
-for LLM training", Eq. 4), so that one learning rate serves both. Shapes: 0.8 dB after 400 steps of stage 1.
+Its update of a matrix is the orthogonal matrix nearest to the momentum, so that all directions are learned at one rate. It is
+scaled to the size of AdamW's updates (Liu et al. 2025, "Muon is scalable for LLM training", Eq. 4), so that one learning rate
+serves both. Shapes: 0.8 dB after 400 steps of stage 1.
 """
 
 import re
 
 import torch
 
-# Attention, MLPs and patch embedding of the transformers, and a shared basis with its head. Not the modulations of the DiT,
-# which start at zero, and not the multi-head affine maps.
+# Not the modulations of the DiT, which start at zero, and not the multi-head affine maps.
 MATRICES = (
     r"attention.*weight$|blocks\..*(self_attn|mlp|linear\d).*weight$|\.mix$|encoder\.embed\.weight$"
     r"|basis\.components$|^nerv\.head\.weight$"
@@ -19,20 +18,17 @@ MATRICES = (
 
 def make_optimizer(network, weight_decay=0.01, muon=False):
     """AdamW as both stages have it (§A.1), or Muon for the matrices of `network`. The learning rate is set at every step."""
-    named = list(network.named_parameters())
-    matrices = [p for name, p in named if muon and p.ndim == 2 and re.search(MATRICES, name)]
-    chosen = {id(p) for p in matrices}
-    others = [p for _, p in named if id(p) not in chosen]
+    matrices = {name: p for name, p in network.named_parameters() if muon and p.ndim == 2 and re.search(MATRICES, name)}
+    others = [p for name, p in network.named_parameters() if name not in matrices]
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
-    return Muon(matrices, adamw, weight_decay) if muon else adamw
+    return Muon(list(matrices.values()), adamw, weight_decay) if muon else adamw
 
 
 def orthogonalize(x):
     """About the orthogonal matrix nearest to x [rows, columns]: five Newton-Schulz steps to singular values of 0.7 to 1.2.
 
-    A step is x <- (a + b G + c G²) x with G = x xᵀ. In bfloat16 on GPUs, as Jordan et al. have it. In float32 on CPUs, which is
-    why this is not torch.optim.Muon: without native bfloat16 it takes up to thirty times as long. There the steps are on G,
-    which is small, and x is multiplied once, at the end.
+    A step is x <- (a + b G + c G²) x with G = x xᵀ, in bfloat16 on GPUs. CPUs without native bfloat16 take up to thirty times
+    as long with it (and with torch.optim.Muon): there the steps are in float32 and on G, which is small.
     """
     if x.shape[0] > x.shape[1]:
         return orthogonalize(x.T).T

@@ -1,8 +1,7 @@
 """Batch renormalization (Ioffe 2017) in the place of the encoder's batch norm.
 
-With a batch of 16 the statistics are noisy: a quarter of a deviation on every token, which the decoder cannot tell from the
-video. Here the output is normalized by running statistics, in training as in use, and the gradient alone is that of batch
-norm, without which the encoder learns far more slowly. Shapes: 0.6 dB after 400 steps.
+With a batch of 16 the statistics are noisy: a quarter of a deviation on every token. Here the output is normalized by running
+statistics, in training as in use, and the gradient alone is that of batch norm. Shapes: 0.6 dB after 400 steps.
 """
 
 import torch

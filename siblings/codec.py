@@ -350,9 +350,9 @@ def train(config):
         codec.encoder.compile()
         codec.decoder.compile()
 
-    def save(step, final):
+    def save(step):
         checkpoints.save(
-            config.out, final, stage="codec", step=step, config=dataclasses.asdict(config), classes=list(train_set.classes),
+            config.out, stage="codec", step=step, config=dataclasses.asdict(config), classes=list(train_set.classes),
             codec_config=dataclasses.asdict(codec.config), encoder_config=dataclasses.asdict(codec.vit_config),
             ema=ema.state_dict(), training={name: part.state_dict() for name, part in parts.items()},
         )  # fmt: skip
@@ -389,8 +389,7 @@ def train(config):
         utils.update_ema(ema, codec, 0.99 if "ema" in codec.chosen else 0.0, step)  # without: ema is the codec
         if log.step(step):
             parts["step"].check(step)
-    log.print(f"wrote {config.out}; losses and sheets are in {log.directory}")
-    log.close()
+    log.close(device)
 
 
 # ---------------------------------------------------------------------------------------------------------- other commands

@@ -130,7 +130,7 @@ class Fit:
             raise UserError(f"--size {config.size} is too small for {name}: {error}") from None
         torch.manual_seed(config.seed)
         self.network = Network(self.method, self.plan).to(device)
-        self.update = utils.FiniteStep(self.network, torch.optim.Adam(self.network.parameters(), fused=True), 1.0)
+        self.update = utils.FiniteStep(self.network, torch.optim.Adam(self.network.parameters(), fused=True))
         self.stream = data.Stream(len(video), 1, config.seed)
         self.steps, self.seconds, self.curve, self.recent = 0, 0.0, [], None
         self.encoder = hasattr(self.network.encoding, "encode")  # whether codes come from the frames themselves
@@ -253,7 +253,7 @@ def fit(source, config):
         print(f"{one.name}: {size:,} parameters, strides {one.plan.strides}, channels {one.plan.channels}{going}")
 
     def save():
-        checkpoints.save(run / "state.pt", False, stage="fit", about=about, fits={one.name: one.state_dict() for one in fits})
+        checkpoints.save(run / "state.pt", stage="fit", about=about, fits={one.name: one.state_dict() for one in fits})
 
     saved = time.monotonic()
     with utils.Interrupt() as interrupt, utils.bar(desc="fitting", total=100, unit="%") as bar:

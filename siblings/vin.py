@@ -257,9 +257,9 @@ def train(argv=None, denoiser=VIN):
         model.compile()
     shown = torch.linspace(0, len(classes) - 1, min(4, len(classes)), device=device).round().long()
 
-    def save(step, final):
+    def save(step):
         checkpoints.save(
-            config.out, final, stage="vin", step=step, config=dataclasses.asdict(config) | {"extras": how["extras"]},
+            config.out, stage="vin", step=step, config=dataclasses.asdict(config) | {"extras": how["extras"]},
             **{name: dit_ckpt[name] for name in ("classes", "vae", "stage1", "dit_config", "latent_map")}, start=start_hash,
             vin_config=dataclasses.asdict(vin_config), denoiser=denoiser.__name__, ema=ema.state_dict(),
             training={name: part.state_dict() for name, part in parts.items()},
@@ -298,8 +298,7 @@ def train(argv=None, denoiser=VIN):
         utils.update_ema(ema, model, 0.99 if nano else 0.9999, step)
         if log.step(step):
             parts["step"].check(step)
-    log.print(f"wrote {config.out}; losses and sheets are in {log.directory}; {utils.peak_memory(device):.2f} GiB at most")
-    log.close()
+    log.close(device)
 
 
 # --------------------------------------------------------------------------------------------------------------- sampling

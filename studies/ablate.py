@@ -33,46 +33,42 @@ from common.utils import UserError, option
 from common.video import to_frames
 from studies import variants
 
-# Table -> (what it compares, rows (name, the paper's gFVD, options of vae.py, options of dit.py), best of the paper last);
-# without options a row is the base, which all tables share.
-TABLES = {
-    "2a": ("modulation", [
-        ("repeat", 741, "--modulation repeat", ""), ("fmm", 636, "--modulation fmm", ""), ("channel", 570, "", ""),
-    ]),
-    "2b": ("reuse of tokens", [
-        ("none", 570, "--reuse none", ""), ("direct", 562, "--reuse direct", ""), ("multihead", 283, "", ""),
-    ]),
-    "2c": ("size of the position code", [
-        ("1 x 1", 283, "--pos-size 1", ""), ("4 x 4", 269, "--pos-size 4", ""), ("16 x 16", 277, "--pos-size 16", ""),
-        ("8 x 8", 254, "", ""),
-    ]),
-    "2c-size": ("size of the position code, at nano's 75 thousand kernel entries", [  # at one width, smaller codes have more
-        ("1 x 1, width 20", 283, "--pos-size 1 --width 20", ""), ("4 x 4, width 26", 269, "--pos-size 4 --width 26", ""),
-        ("16 x 16, width 46", 277, "--pos-size 16 --width 46", ""), ("8 x 8", 254, "", ""),
-    ]),
-    "2d": ("upsampling", [
-        ("bilinear", 287, "--upsampling bilinear", ""), ("pixelshuffle", 254, "--upsampling pixelshuffle", ""),
-        ("transposed", 248, "", ""),
-    ]),
-    "2d-size": ("upsampling, at nano's kernel entries", [
-        ("bilinear, width 36", 287, "--upsampling bilinear --width 36", ""),
-        ("pixelshuffle, width 26", 254, "--upsampling pixelshuffle --width 26", ""), ("transposed", 248, "", ""),
-    ]),
-    "2e": ("side connection", [
-        ("none", 248, "--side none", ""), ("skip", 235, "--side skip", ""), ("residual", 219, "", ""),
-    ]),
-    "2f": ("tokens, of nano's 32", [
-        ("a quarter", 219, "--num-tokens 8", ""), ("half", 193, "--num-tokens 16", ""), ("twice", 206, "--num-tokens 64", ""),
-        ("all", 184, "", ""),
-    ]),
-    "3a": ("denoiser", [
-        ("gpt", 550, "", "--denoiser gpt"), ("latte", 342, "", "--denoiser latte"), ("dit", 295, "", ""),
-    ]),
-    "3b": ("training of stage 2", [
-        ("plain", 295, "", "--min-snr-gamma 0 --scheduled-sampling 0"), ("scheduled sampling", 261, "", "--min-snr-gamma 0"),
-        ("Min-SNR", 238, "", "--scheduled-sampling 0"), ("both", 184, "", ""),
-    ]),
+# Table -> (what it compares, {row: (the paper's gFVD, options of vae.py, or in table 3 of dit.py)}), best of the paper last;
+# without options a row is the base, which all tables share. At one width, smaller codes have more kernel entries (2c-size).
+PAPER = {
+    "2a": ("modulation", {"repeat": (741, "--modulation repeat"), "fmm": (636, "--modulation fmm"), "channel": (570, "")}),
+    "2b": ("reuse of tokens", {"none": (570, "--reuse none"), "direct": (562, "--reuse direct"), "multihead": (283, "")}),
+    "2c": ("size of the position code", {
+        "1 x 1": (283, "--pos-size 1"), "4 x 4": (269, "--pos-size 4"), "16 x 16": (277, "--pos-size 16"), "8 x 8": (254, ""),
+    }),
+    "2c-size": ("size of the position code, at nano's 75 thousand kernel entries", {
+        "1 x 1, width 20": (283, "--pos-size 1 --width 20"), "4 x 4, width 26": (269, "--pos-size 4 --width 26"),
+        "16 x 16, width 46": (277, "--pos-size 16 --width 46"), "8 x 8": (254, ""),
+    }),
+    "2d": ("upsampling", {
+        "bilinear": (287, "--upsampling bilinear"), "pixelshuffle": (254, "--upsampling pixelshuffle"),
+        "transposed": (248, ""),
+    }),
+    "2d-size": ("upsampling, at nano's kernel entries", {
+        "bilinear, width 36": (287, "--upsampling bilinear --width 36"),
+        "pixelshuffle, width 26": (254, "--upsampling pixelshuffle --width 26"), "transposed": (248, ""),
+    }),
+    "2e": ("side connection", {"none": (248, "--side none"), "skip": (235, "--side skip"), "residual": (219, "")}),
+    "2f": ("tokens, of nano's 32", {
+        "a quarter": (219, "--num-tokens 8"), "half": (193, "--num-tokens 16"), "twice": (206, "--num-tokens 64"),
+        "all": (184, ""),
+    }),
+    "3a": ("denoiser", {"gpt": (550, "--denoiser gpt"), "latte": (342, "--denoiser latte"), "dit": (295, "")}),
+    "3b": ("training of stage 2", {
+        "plain": (295, "--min-snr-gamma 0 --scheduled-sampling 0"), "scheduled sampling": (261, "--min-snr-gamma 0"),
+        "Min-SNR": (238, "--scheduled-sampling 0"), "both": (184, ""),
+    }),
 }  # fmt: skip
+TABLES = {  # rows as (name, gFVD, options of vae.py, options of dit.py)
+    table: (title, [(row, fvd, *((own, "") if table[0] == "2" else ("", own))) for row, (fvd, own) in rows.items()])
+    for table, (title, rows) in PAPER.items()
+}
+DIT = "--width 192 --heads 6 --num-latents 2048 --extras --lr 1e-3 --batch-size 32 --steps 500"
 STAGE2 = ("2f", "3a", "3b")  # tables that need it; more tokens (2f) reconstruct better, and what they cost is seen there
 COLUMNS = ["stage", "vae", "dit", "seed", "settings", "revision", "seconds", "psnr", "to_real", "to_reconstructed", "agreement"]
 
@@ -85,11 +81,7 @@ class Config:
     seeds: int = option("what", 3, "runs of each row")
     report: bool = option("what", False, "run nothing, print and draw what is done")
     vae_options: str = option("training", "--steps 600", "further options of vae.py for every run, in quotes")
-    dit_options: str = option(
-        "training",
-        "--width 192 --heads 6 --num-latents 2048 --extras --lr 1e-3 --batch-size 32 --steps 500",
-        "further options of dit.py for every run, in quotes",
-    )
+    dit_options: str = option("training", DIT, "further options of dit.py for every run, in quotes")
     features: str = option("evaluation", "random", "of Fréchet distances; i3d: of the published FVD", choices=["random", "i3d"])
     clips: int = option("evaluation", 90, "generated clips of each run of stage 2, and as many real ones")
     out_dir: str = option("output", "out/ablate", "runs.csv, the plot and checkpoints go here")
@@ -129,10 +121,7 @@ class Study:
         self.config, self.metrics, self.path = config, None, Path(config.out_dir) / "runs.csv"
         first = f"{config.dataset} {config.data_dir} | {config.vae_options}"
         first += f" | {config.features}, {config.clips} clips" if config.features != "random" else ""
-        self.settings = {
-            "1": first,
-            "2": f"{first} | {config.dit_options} | {config.clips} clips, judge 4096",
-        }  # others are other runs
+        self.settings = {"1": first, "2": f"{first} | {config.dit_options} | {config.clips} clips, judge 4096"}
         utils.make_parent(self.path)
         self.rows = read_rows(self.path, COLUMNS)
 

@@ -5,6 +5,7 @@ dial       PSNR against the seconds that encoding a video takes, from one compar
 frames     ours beside x264 at as many bytes, or at the fewest that it takes, as a sheet of videos of --data-dir
 """
 
+import contextlib
 import csv
 import tempfile
 from dataclasses import dataclass
@@ -33,22 +34,16 @@ class Config:
 
 
 def read_rows(path):
-    """The rows of a CSV file, {column: number where it is one, else string}. UserError where there are none."""
+    """The rows of a CSV file, {column: number where it is one, else string}. UserError where there is no such file."""
 
     def value(text):
-        try:
+        with contextlib.suppress(ValueError):
             return float(text)
-        except ValueError:
-            return text
+        return text
 
-    try:
-        with open(path, newline="") as file:
-            rows = [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    if not rows:
-        raise UserError(f"{path} has no rows")
-    return rows
+    if not Path(path).is_file():
+        raise UserError(f"cannot read {path}: there is no such file")
+    return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(Path(path).read_text().splitlines())]
 
 
 def read_points(paths):
@@ -107,11 +102,8 @@ def frames(config):
     print(f"wrote {config.out_dir}/frames.png")
 
 
-TOPICS = {"curves": curves, "dial": dial, "frames": frames}
-
-
 def main():
-    topic, config = utils.parse_topic(Config, __doc__, TOPICS)
+    topic, config = utils.parse_topic(Config, __doc__, {"curves": curves, "dial": dial, "frames": frames})
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     topic(config)
 

@@ -43,7 +43,9 @@ from extras.muon import make_optimizer
 from studies.variants import Latte
 
 METHODS = {"ours": (1.5e-3, 4e-3), "frames": (1e-3, 1e-3), "pixels": (0, 1e-3)}  # learning rates of both stages
-SIZE = "--width 192 --heads 6"  # of the denoiser
+VAE = "--num-tokens 64 --token-dim 64 --extras mixing=8 muon edges basis=512 --lpips alex --kl-weight 2e-8 --warmup 100"
+DIT = "--width 192 --heads 6 --num-latents 4500"
+RIVAL = f"{DIT} --extras muon --batch-size 32 --scheduled-sampling 0"
 SCORES = ["rFVD", "PSNR", "LPIPS", "gFVD", "agreement", "diversity", "nearest", "seconds a clip"]
 COLUMNS = ["method", "lr", "seed", "settings", "revision", "seconds", "steps", "numbers", *SCORES]
 
@@ -60,17 +62,9 @@ class Config:
     minutes: float = option("training", 60.0, "of all stages of a run together, with what is encoded between them")
     first: float = option("training", 0.6, "share of the time that the first stage gets, where there is one")
     bf16: str = option("training", "auto", "bfloat16 autocast; auto: with CUDA", choices=["auto", "on", "off"])
-    vae_options: str = option(
-        "training",
-        "--num-tokens 64 --token-dim 64 --extras mixing=8 muon edges basis=512 --lpips alex --kl-weight 2e-8 --warmup 100",
-        "further options of vae.py, in quotes",
-    )
-    dit_options: str = option("training", f"{SIZE} --num-latents 4500", "those of dit.py for ours, in quotes")
-    rival_options: str = option(
-        "training",
-        f"{SIZE} --num-latents 4500 --extras muon --batch-size 32 --scheduled-sampling 0",
-        "… for the others, in quotes",
-    )
+    vae_options: str = option("training", VAE, "further options of vae.py, in quotes")
+    dit_options: str = option("training", DIT, "those of dit.py for ours, in quotes")
+    rival_options: str = option("training", RIVAL, "… for the others, in quotes")
     frames_width: int = option("training", 16, "channels of the frames' autoencoder at full resolution, a multiple of 16")
     videos: int = option("evaluation", 256, "clips of each kind, or all held-out ones")
     features: str = option("evaluation", "i3d", "of FVD; random takes no weights", choices=["i3d", "random"])
@@ -337,9 +331,8 @@ def report(rows, config):
     paths = {name: Path(config.out_dir) / name / "shown.pt" for name in names}
     clips = {name: torch.load(path)[:2] for name, path in paths.items() if path.is_file()}  # not of runs made elsewhere
     if clips:
-        write_sheet(
-            Path(config.out_dir) / "sheet.png", torch.cat([*clips.values()]), [name for name in clips for _ in range(2)]
-        )
+        titles = [name for name in clips for _ in range(2)]
+        write_sheet(Path(config.out_dir) / "sheet.png", torch.cat([*clips.values()]), titles)
 
 
 if __name__ == "__main__":

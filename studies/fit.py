@@ -1,27 +1,23 @@
 """The NeRV family on one video in equal time, seed after seed, and what HTD claims of it: siblings.fit's report of many runs.
 
 python -m studies.fit --video bunny.mp4 --resize 160x320 --frames 0:132          ten minutes a method, three seeds
-python -m studies.fit --video bunny.mp4 --resize 160x320 --minutes 3 --seeds 1 --methods ffnerv rnerv --rd rnerv
+python -m studies.fit --video bunny.mp4 --resize 160x320 --minutes 3 --seeds 1 --methods ffnerv rnerv
 python -m studies.fit parity --peers DIR                                         our methods beside the published code
 
 A seed is one run of siblings.fit, resumed where it stopped and not done again. "HTD" is the paper in siblings/fit.py's head.
 """
 
 import csv
-import functools
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from common import checkpoints, plot, utils
+from common import plot, utils
 from common.tables import table
 from common.utils import UserError, option
-from siblings import fit, rd, rivals
-from siblings.fitted import FittedVideo, decoded
 from siblings.methods import METHODS
 from studies import fit_parity
 
@@ -49,20 +45,19 @@ class Config:
     bits: int = option("what", 6, "of a stored parameter, 4 to 8")
     minutes: float = option("training", 10.0, "of each method in each seed")
     seeds: int = option("training", 3, "runs of each method")
-    rd: list = option("rates", [], "methods to write at 4 to 8 bits too, for a plot beside other codecs", nargs="*")
     out_dir: str = option("output", "out/fit", "a directory for each seed, curves.png and the files go here")
-
-
-def rows_of(path):
-    return list(csv.DictReader(path.read_text().splitlines()))
 
 
 def run(config, seed):
     """Fit all methods with one seed, or take what is there -> ({method: report}, {method: [(seconds, PSNR, steps), …]})."""
     directory = Path(config.out_dir).resolve() / f"seed{seed}"
 
+    def rows_of(name):
+        path = directory / f"{name}.csv"
+        return list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
+
     def reports():
-        rows = rows_of(directory / "report.csv") if (directory / "report.csv").is_file() else []
+        rows = rows_of("report")
         done = all(float(row["seconds"]) > 0.98 * 60 * config.minutes for row in rows)  # Ctrl-C has a report too
         return {row["method"]: row for row in rows if done}
 
@@ -77,7 +72,7 @@ def run(config, seed):
     if missing := [name for name in config.methods if name not in found]:
         raise UserError(f"{directory} is of other methods, without {missing[0]}: use another --out-dir")
     curves = {name: [] for name in found}
-    for row in rows_of(directory / "curves.csv"):
+    for row in rows_of("curves"):
         curves[row["method"]].append((float(row["seconds"]), float(row["PSNR"]), int(row["steps"])))
     return found, curves
 
@@ -95,32 +90,13 @@ def verdict(ours, others):
     return margin, spread, "not separated" if abs(margin) <= spread else "yes" if margin > 0 else "no"
 
 
-def at_bits(one, bits, frames, fps, path):
-    """What rd.Point.run is to give, of a fit.Fit that is done."""
-    size = one.store(path, bits)
-    return size, "nerv", one.seconds, np.stack(list(decoded(FittedVideo(path).network, range(len(frames)))))
-
-
-def rate_and_distortion(config, v):
-    """One training is a curve: the first seed's networks at 4 to 8 bits beside other codecs, into out_dir/rd."""
-    state = checkpoints.load(Path(config.out_dir) / "seed0" / "state.pt", "fit", "python -m studies.fit")
-    points = []
-    for name in config.rd:
-        one = fit.Fit(name, v, fit.Config(size=config.size), torch.device("cpu"))
-        one.load_state_dict(state["fits"][name])
-        points += [rd.Point(name, f"{bits} bits", functools.partial(at_bits, one, bits)) for bits in range(4, 9)]
-    points += rivals.points(["x264", "x265", "av1"], [14, 22, 30, 38, 46])
-    rd.compare(points, [(v.frames, v.rate)], f"{config.out_dir}/rd")
-
-
 def main():
     if sys.argv[1:2] == ["parity"]:
         return fit_parity.compare(utils.parse_options(fit_parity.Config, fit_parity.__doc__, argv=sys.argv[2:]))
     config = utils.parse_options(Config, __doc__)
-    if not config.video or set(config.rd) - set(config.methods):
-        raise UserError("name a video with --video, and with --rd only what is in --methods")
+    if not config.video:
+        raise UserError("name a video with --video")
     utils.check_positive(config, "seeds", "minutes")
-    v = fit.Video(config.video, fit.Config(resize=config.resize, frames=config.frames))
     runs, whole = [run(config, seed) for seed in range(config.seeds)], 60 * config.minutes
     rows, found = [], {}
     for name in config.methods:
@@ -142,8 +118,6 @@ def main():
     lines = ({name: [(p[k], p[1]) for p in runs[0][1][name]] for name in config.methods} for k in (0, 2))
     panels = [(what, "PSNR after quantization, dB, seed 0", x) for what, x in zip(("seconds of training", "steps"), lines)]
     plot.families(f"{config.out_dir}/curves.png", panels)
-    if config.rd:
-        rate_and_distortion(config, v)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
+from scipy.stats import spearmanr
 
 import data
 import fvd
@@ -32,28 +33,22 @@ class Config:
     out_dir: str = option("output", "out/fvd", "where the plots go")
 
 
-def load_clips(config):
-    """uint8 frames [--clips, T, H, W, 3]."""
-    kind = "folder" if config.data_dir else "shapes"
-    source = data.Config(dataset=kind, data_dir=config.data_dir, resolution=config.resolution, num_frames=config.frames)
-    dataset = data.open_dataset(source, "train")
-    return np.stack([dataset[i][0] for i in range(config.clips)])
-
-
-def load_detector(config):
-    """The detector, after a line about what is measured."""
-    detector = fvd.load_detector(config.features, config.protocol, seed=config.seed, device=utils.pick_device())
-    shape = f"{config.frames} frames of {config.resolution} x {config.resolution}, {config.data_dir or 'built-in shapes'}"
-    print(f"{config.clips} clips, {shape}; {detector.meta['features']}, protocol {config.protocol}")
-    return detector, fvd.PROTOCOLS[config.protocol].ddof, fvd.label(detector.meta)
+def load(config):
+    """(uint8 frames [--clips, T, H, W, 3], detector, its features of them, ddof, name of the distance), after a line."""
+    kind, size, c = "folder" if config.data_dir else "shapes", config.resolution, config
+    dataset = data.open_dataset(data.Config(kind, c.data_dir, size, c.frames), "train")
+    clips = np.stack([dataset[i][0] for i in range(c.clips)])
+    detector = fvd.load_detector(c.features, c.protocol, seed=c.seed, device=utils.pick_device())
+    shape = f"{c.frames} frames of {size} x {size}, {c.data_dir or 'built-in shapes'}"
+    print(f"{c.clips} clips, {shape}; {detector.meta['features']}, protocol {c.protocol}")
+    return clips, detector, detector(clips), fvd.PROTOCOLS[c.protocol].ddof, fvd.label(detector.meta)
 
 
 def extrapolated(x, y, ddof, rng, points=10, repeats=5):
-    """Features x [n, d] and y [m, d] -> their distance at infinitely many videos, FVD∞.
+    """Features x [n, d] and y [m, d] -> their distance at infinitely many videos, FVD∞ (Chong & Forsyth 2020).
 
-    To first order the bias of a Fréchet distance is proportional to 1 / n (Chong & Forsyth 2020, arXiv:1911.07023): a line is
-    fitted to distances of random subsets of half to all of the videos, evenly spaced in 1 / n. There have to be more videos
-    than directions in which the features vary much; with fewer the bias bends.
+    The bias is about proportional to 1 / n: a line is fitted to distances of random subsets of half to all videos, evenly
+    spaced in 1 / n. It bends with fewer videos than directions in which the features vary much.
     """
     most, means = min(len(x), len(y)), []
     sizes = np.unique((1 / np.linspace(1 / most, 2 / most, points)).round().astype(int))
@@ -65,8 +60,7 @@ def extrapolated(x, y, ddof, rng, points=10, repeats=5):
 
 def bias(config):
     """Two disjoint random halves of n clips each, for n from --clips / 16 to --clips / 2."""
-    detector, ddof, name = load_detector(config)
-    features = detector(load_clips(config))
+    _, _, features, ddof, name = load(config)
     rng, rows, points = np.random.default_rng(config.seed), [], []
     for n in np.unique((config.clips / np.array([16, 11, 8, 6, 4, 3, 2])).astype(int).clip(2)):
         orders = [rng.permutation(len(features)) for _ in range(max(2, config.repeats))]
@@ -132,8 +126,7 @@ LEVELS = {
 
 def sensitivity(config):
     """The distance of clips from themselves, corrupted; the floor is that of two halves of them, uncorrupted."""
-    (detector, ddof, name), clips, rows, curves = load_detector(config), load_clips(config), [], {}
-    real = detector(clips)
+    (clips, detector, real, ddof, name), rows, curves = load(config), [], {}
     floor = fvd.frechet_distance_of(real[::2], real[1::2], ddof)
     for corrupt, (title, levels) in LEVELS.items():
         points = curves[title] = []
@@ -141,8 +134,7 @@ def sensitivity(config):
             rng = np.random.default_rng(config.seed)
             corrupted = np.stack([corrupt(clip, level, rng) for clip in clips])
             points.append((level, fvd.frechet_distance_of(real, detector(corrupted), ddof)))
-        order = np.argsort(np.argsort([value for _, value in points]))
-        correlation = np.corrcoef(np.arange(len(levels)), order)[0, 1]  # Spearman's
+        correlation = spearmanr(*zip(*points)).statistic
         shown = ", ".join(f"{level}: {value:.3g}" for level, value in points)
         rows.append([title, shown, f"{correlation:.2f}", min((a for a, b in points if b > floor), default="none")])
     table(["corruption", f"level: {name}", "rank correlation", "first level above the floor"], rows)
@@ -159,11 +151,8 @@ def sensitivity(config):
     return fig
 
 
-TOPICS = {"bias": bias, "sensitivity": sensitivity}
-
-
 def main():
-    topic, config = utils.parse_topic(Config, __doc__, TOPICS)
+    topic, config = utils.parse_topic(Config, __doc__, {"bias": bias, "sensitivity": sensitivity})
     utils.check_positive(config, "clips", "frames", "repeats")
     path = Path(config.out_dir) / f"{topic.__name__}.png"
     utils.make_parent(path)

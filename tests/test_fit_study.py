@@ -1,6 +1,5 @@
 """studies.fit: a seed is done once, and a claim is judged by margin and spread."""
 
-import csv
 import math
 import re
 import subprocess
@@ -31,7 +30,7 @@ def test_points_of_a_curve_are_those_that_there_were():
 def test_a_study_of_two_methods_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     write_frames(tmp_path / "a.mkv", [moving_frames(5, 32, 48)], 10)
     out = tmp_path / "out"
-    options = f"--video {tmp_path}/a.mkv --methods rnerv ffnerv ffnerv-flowless --size 60k --minutes 0.01 --seeds 1 --rd rnerv"
+    options = f"--video {tmp_path}/a.mkv --methods rnerv ffnerv ffnerv-flowless --size 60k --minutes 0.01 --seeds 1"
 
     def run(changed=options):
         monkeypatch.setattr("sys.argv", ["fit", *changed.split(), "--out-dir", str(out)])
@@ -41,20 +40,11 @@ def test_a_study_of_two_methods_goes_on_where_it_stopped(tmp_path, monkeypatch, 
     said = capsys.readouterr().out
     assert "flow costs more than it gives" in said and "RNeRV is best early" in said
     assert "later layers" not in said and "HiNeRV" not in said  # of methods that are not there
-    assert (out / "curves.png").is_file() and (out / "rd" / "curves.png").is_file()
-    points = {(row["codec"], row["setting"]): row for row in csv.DictReader(open(out / "rd" / "points.csv", newline=""))}
-    report = next(csv.DictReader(open(out / "seed0" / "report.csv", newline="")))  # of 6 bits
-    assert points["rnerv", "6 bits"]["bytes"] == report["bytes"]
-    assert float(points["rnerv", "6 bits"]["psnr"]) == pytest.approx(float(report["of all frames"]), abs=0.006)
-    sizes = [int(points["rnerv", f"{bits} bits"]["bytes"]) for bits in range(4, 9)]
-    assert sizes == sorted(sizes) and int(points["x264", "crf 30"]["bytes"]) > 0
+    assert (out / "curves.png").is_file()
     monkeypatch.setattr(subprocess, "run", None)  # nothing is to be trained again
-    monkeypatch.setattr(study, "rate_and_distortion", lambda config, v: None)
     run()
     with pytest.raises(UserError, match="other methods, without nerv"):
-        run(options.replace(" rnerv ", " nerv ").replace("--rd rnerv", ""))
-    with pytest.raises(UserError, match="only what is in --methods"):
-        run(options.replace("--rd rnerv", "--rd plain"))
+        run(options.replace(" rnerv ", " nerv "))
     report = out / "seed0" / "report.csv"
     report.write_text(re.sub(r",[\d.]+,(?=[^,]*$)", ",0.1,", report.read_text(), flags=re.M))  # as Ctrl-C leaves it
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: subprocess.CompletedProcess(args, 0))

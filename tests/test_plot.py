@@ -59,7 +59,7 @@ def test_a_run_goes_on_with_its_losses_and_their_plot(tmp_path, monkeypatch, cap
             log.add(loss=torch.tensor(1.0 + step), **({"late": torch.tensor(2.0)} if step >= 10 else {}))
             assert log.step(step) == (step % 5 == 4)
         log.print("a message")
-        log.close()
+        log.close(torch.device("cpu"))
     with open(tmp_path / "runs" / "vae" / "losses.csv") as f:
         rows = [(row["step"], row["loss"], row["late"]) for row in csv.DictReader(f)]
     assert rows == [("5", "3.0", ""), ("10", "8.0", ""), ("15", "13.0", "2.0"), ("20", "18.0", "2.0")]

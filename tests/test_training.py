@@ -401,8 +401,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_many_in_a_row_end_the_tra
 def test_gradients_are_clipped_averages_move_and_rates_decay():
     layer = torch.nn.Linear(2, 1, bias=False)
     layer.weight.grad, before = torch.tensor([[30.0, 40.0]]), layer.weight.detach().clone()
-    utils.FiniteStep(layer, torch.optim.SGD(layer.parameters(), lr=1.0, fused=True), 0.5)(torch.tensor(0.0), 1.0)
-    torch.testing.assert_close(before - layer.weight, torch.tensor([[0.3, 0.4]]))
+    utils.FiniteStep(layer, torch.optim.SGD(layer.parameters(), lr=1.0, fused=True))(torch.tensor(0.0), 1.0)
+    torch.testing.assert_close(before - layer.weight, torch.tensor([[0.6, 0.8]]))
     ema, model = utils.BatchNorm(2), utils.BatchNorm(2)
     model.weight.data.fill_(2.0), model.running_mean.fill_(4.0)
     utils.update_ema(ema, model, 0.75, 10**6)
