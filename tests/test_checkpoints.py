@@ -13,6 +13,7 @@ from test_cli import check_error
 import dit
 import vae
 from common import checkpoints, utils
+from siblings import vin
 
 
 def test_a_kill_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path):
@@ -87,5 +88,5 @@ def test_float32_stays_where_float16_does_not_hold_it():
 
 
 def test_every_setting_that_may_name_a_place_is_private():
-    fields = [field for stage in (vae, dit) for field in dataclasses.fields(stage.Config)]
+    fields = [field for stage in (vae, dit, vin) for field in dataclasses.fields(stage.Config)]
     assert {f.name for f in fields if f.type is str and not f.metadata.get("choices")} == checkpoints.PRIVATE

@@ -62,7 +62,7 @@ def test_a_run_goes_on_with_its_losses_and_their_plot(tmp_path, monkeypatch, cap
         log.close(torch.device("cpu"))
     with open(tmp_path / "runs" / "vae" / "losses.csv") as f:
         rows = [(row["step"], row["loss"], row["late"]) for row in csv.DictReader(f)]
-    assert rows == [("5", "3.0", ""), ("10", "8.0", ""), ("15", "13.0", "2.0"), ("20", "18.0", "2.0")]
+    assert rows == [("5", "3", ""), ("10", "8", ""), ("15", "13", "2"), ("20", "18", "2")]
     assert all(ink(part, plot.BLUE) > 20 for part in cells(tmp_path / "runs" / "vae" / "losses.png", 2, 2))
     out, err = capsys.readouterr()
     assert out.count("s: a message\n") == 2 and "20/20" in err and "loss 18" in err
