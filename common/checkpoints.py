@@ -138,7 +138,7 @@ def fitting():
         raise UserError(f"the checkpoint does not fit this code, train it again: {reason}") from None
 
 
-PRIVATE = {"data_dir", "device", "ckpt", "out"}  # settings that name places on a machine
+PRIVATE = {"data_dir", "ckpt", "out"}  # settings that name places on a machine
 
 
 def exported(ckpt):

@@ -56,7 +56,10 @@ class BadVideo(UserError):
 
 def printable(text):
     """A path or name as one line of text that any file and terminal takes, whatever bytes it is made of."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in os.fsdecode(text))
+    text = re.sub(
+        "[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:x}", os.fsdecode(text)
+    )  # bytes that are not UTF-8
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # ---------------------------------------------------------------------------------------------------------- finding videos

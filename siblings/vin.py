@@ -194,7 +194,6 @@ class Config:
     lr: float = option("training", 1e-4, "peak learning rate, reached after the warm-up, then cosine decay")
     warmup: int = option("training", 1000, "steps of linear warm-up")
     seed: int = option("training", 0, "of weights, data order and noise")
-    device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
     bf16: str = option("machine", "auto", "bfloat16 autocast; auto: with CUDA", choices=["auto", "on", "off"])
     compile: str = option("machine", "auto", "torch.compile; auto: with CUDA", choices=["auto", "on", "off"])
     out: str = option("output", "vin.pt", "the checkpoint, stage 1 included; losses and sheets go to runs/vin beside it")
@@ -214,7 +213,7 @@ def preset_defaults(args):
 def train(argv=None, denoiser=VIN):
     config = utils.parse_options(Config, __doc__, preset_defaults, argv)
     utils.check_positive(config, "chunks", "global_tokens", "steps", "batch_size", "save_every")
-    device, rank, world = utils.start_processes(config.device)
+    device, rank, world = utils.start_processes()
     rows = utils.rows_per_process(config.batch_size, 1, world)
     mine = slice(rank * rows, (rank + 1) * rows)  # this process's videos in a batch
     utils.make_parent(config.out)
