@@ -6,7 +6,6 @@
 A small video classifier, trained on real clips, measures what PSNR cannot: a moving square is not a moving smudge.
 """
 
-import shlex
 import subprocess
 import sys
 import time
@@ -30,24 +29,21 @@ TRAIN_CLIPS, PER_CLASS = 8192, 20  # real clips that train the classifier, gener
 @dataclass
 class Config:
     skip_training: bool = option("demo", False, "measure the checkpoints that are there, whatever they were trained on")
-    data_dir: str = option("demo", "", "where their data set is, if not where it was")
     out_dir: str = option("demo", "out/demo", "where everything goes")
 
 
 def call(script, *args):
     """Run a script of this repository as a user would. A signal to this process ends the script, too."""
     command, start = [script, *map(str, args)], time.time()
-    print("$ python", shlex.join(command), flush=True)
+    print("$ python", *command, flush=True)
     with utils.Interrupt() as interrupt:  # it raises nothing, so that no signal can fall between the start and the loop
         process = subprocess.Popen([sys.executable, Path(__file__).with_name(script), *command[1:]])
         while process.poll() is None:
             if interrupt.asked:
                 process.terminate()
             time.sleep(0.1)
-    if interrupt.asked:
-        raise KeyboardInterrupt
-    if process.returncode:
-        raise UserError(f"{script} failed")
+    if interrupt.asked or process.returncode:
+        raise KeyboardInterrupt if interrupt.asked else UserError(f"{script} failed")
     print(f"{script}: {time.time() - start:.0f} s\n", flush=True)
 
 
@@ -69,14 +65,14 @@ def train(out):
 
 
 def nearest_clips(clips, train_set):
-    """For each clip the training clip with the smallest mean squared pixel difference: (clips, differences)."""
+    """For each clip the training clip with the smallest mean squared pixel difference."""
     best, found = torch.full((len(clips),), torch.inf), torch.zeros_like(clips)
     for i in utils.bar(range(len(train_set)), "nearest", unit="clip"):
         candidate = to_clip(train_set[i][0])
         distance = (clips - candidate).square().mean((1, 2, 3, 4))
         closer = distance < best
         best[closer], found[closer] = distance[closer], candidate
-    return found, best
+    return found
 
 
 def main():
@@ -87,7 +83,7 @@ def main():
         rows["trainings and sampling"] = f"{time.time() - start:.0f} s"
     ckpt = checkpoints.load(out / "dit.pt", "dit", "python demo.py")
     (model, vae, latent_map), classes = dit.load_dit(ckpt), ckpt["classes"]
-    t, source = torch.arange(vae.nerv_config.num_frames), clips_of(ckpt["vae"], data_dir=config.data_dir)
+    t, source = torch.arange(vae.nerv_config.num_frames), clips_of(ckpt["vae"])
     train_set, test_set = (data.open_dataset(source, role, classes) for role in ("train", "test"))
     clips, labels = data.fixed_clips(test_set, 20 * len(classes))
     decoded = reconstruct(vae, clips, device)
@@ -104,13 +100,11 @@ def main():
     rows[f"classifier accuracy, {len(clips)} reconstructions"] = f"{100 * accuracy(classifier, decoded, labels):.1f} %"
     rows[f"classifier accuracy, {len(generated)} generated clips"] = f"{100 * accuracy(classifier, generated, wanted):.1f} %"
     shown = generated[::PER_CLASS][:10]
-    nearest, _ = nearest_clips(shown, train_set)
-    pairs = torch.stack([shown, nearest], 1).flatten(0, 1)
-    write_sheet(out / "nearest.png", pairs, ["generated", "nearest real"] * len(shown))
+    nearest = nearest_clips(shown, train_set)
+    write_sheet(out / "nearest.png", torch.stack([shown, nearest], 1).flatten(0, 1), ["generated", "nearest real"] * len(shown))
     rows["generated to nearest training clip"] = f"{psnr(shown, nearest):.2f} dB, see {out}/nearest.png"
     print("\n".join(f"{name:<52} {value}" for name, value in rows.items()))
-    print(f"Generate in a browser: open {out / 'page.html'}")
-    print(f"FVD: python evaluate.py --ckpt {out / 'dit.pt'} --videos 256 --protocol videogpt --lpips alex --guidance 1")
+    print(f"Generate in a browser: {out / 'page.html'}; a report with FVD: python evaluate.py --ckpt {out / 'dit.pt'}")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,9 @@ python evaluate.py --ckpt dit.pt
 Stage 1: clips of the held-out set go through the autoencoder and back:    rFVD, PSNR, SSIM, LPIPS
 Stage 2: as many clips are generated as are taken of the training set:     gFVD, classifier accuracy, blurred frames, diversity
 
-Beside gFVD stand two distances of held-out clips in the place of generated ones: of their reconstructions, which is what a
-perfect stage 2 would have, and of the clips themselves, which a perfect model would have: with few clips it is far from zero.
-Both are too high where fewer clips are held out than generated. Where none are (all of UCF-101, as in the paper), rFVD is of
-training videos, and the two are left out.
+Beside gFVD stand two distances of held-out clips in the place of generated ones: of their reconstructions, as a perfect stage 2
+would have, and of the clips themselves, as a perfect model would; with few clips it is far from zero. Both are too high where
+fewer clips are held out than generated. Where none are (all of UCF-101), rFVD is of training videos, and both are left out.
 
 Several processes (torchrun, one for each GPU) share the work. Results go to results.json, and with videos to report.html.
 """
@@ -215,8 +214,7 @@ def diversity_result(made, config):
 def main(config=None, load_dit=dit.load_dit, load_vae=load_vae):
     config, began = config or utils.parse_options(Config, __doc__), time.time()
     utils.check_positive(config, "videos", "judge_clips")
-    if not 1 <= config.steps <= dit.NUM_STEPS:
-        raise UserError(f"--steps {config.steps}: the denoiser has 1 to {dit.NUM_STEPS}")
+    dit.sampling_times(config.sampler, config.steps, *dit.noise_schedule())  # UserError for wrong --steps before the work
     ckpt, out = checkpoints.load(config.ckpt, ("vae", "dit"), "python vae.py"), Path(config.out_dir)
     utils.make_parent(out / "report.html")
     device, rank, _ = utils.start_processes(config.device)
@@ -278,13 +276,12 @@ def main(config=None, load_dit=dit.load_dit, load_vae=load_vae):
     if model:
         about["sampling"] = f"{config.sampler}, {config.steps} steps, guidance {config.guidance}, seed {config.seed}"
     skipped = getattr(held_out, "skipped", {}) | getattr(train_set, "skipped", {})
+    skipped = {video.printable(path): reason for path, reason in skipped.items()}
     with utils.whole_file(out / "results.json") as file:
         file.write(json.dumps({"results": results, "about": about, "skipped": skipped}, indent=1).encode())
-    page = Path(config.ckpt).with_name("page.html")
-    page = os.path.relpath(page, out) if page.is_file() else ""
     with utils.whole_file(out / "report.html") as file:
-        file.write(report(results, about, skipped, first["psnr"].mean(0), shown, page).encode(errors="replace"))
-    print(f"\n{about['features']}")
+        link = os.path.relpath(page, out) if (page := Path(config.ckpt).with_name("page.html")).is_file() else ""
+        file.write(report(results, about, skipped, first["psnr"].mean(0), shown, link).encode(errors="replace"))
     for cells in map(cells_of, results.items()):
         print("{:<45} {:<14} {:<24} {} clips".format(*cells))
     print(f"{len(skipped)} videos skipped; wrote {out / 'results.json'} and {out / 'report.html'}")

@@ -85,5 +85,5 @@ def test_what_is_there_is_judged(trained, monkeypatch, capsys):
 def test_the_nearest_training_clip_is_found():
     train = [data.Shapes(length=36)[i] for i in range(36)]
     few = torch.stack([video.to_clip(train[i][0]) for i in (5, 30)])
-    found, difference = demo.nearest_clips(few + 0.02, train)
-    assert torch.equal(found, few) and difference.max() < 1e-3
+    found = demo.nearest_clips(few + 0.02, train)
+    assert torch.equal(found, few)
