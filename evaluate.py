@@ -39,6 +39,7 @@ import data
 import dit
 import fvd
 from common import checkpoints, plot, utils, video
+from common.layouts import same_file
 from common.utils import UserError, option
 from losses import LPIPS
 from vae import clips_of, decode, load_vae, reconstruct
@@ -189,7 +190,7 @@ def share_result(hits):
 def distance_result(real, made, ddof, config, paired=False):
     """The Fréchet distance of features [B, 400], with its bootstrap interval."""
     result = {"value": fvd.frechet_distance_of(real, made, ddof), "clips": min(len(real), len(made)), "unit": ""}
-    ends = fvd.bootstrap(real, made, ddof, config.bootstrap, config.seed, paired) if config.bootstrap else ()
+    ends = fvd.bootstrap(real, made, ddof, config.bootstrap, config.seed, paired) if config.bootstrap > 0 else ()
     return result | dict(zip(("low", "high"), ends))
 
 
@@ -218,7 +219,8 @@ def main(config=None, load_dit=dit.load_dit, load_vae=load_vae):
     if not 1 <= config.steps <= dit.NUM_STEPS:
         raise UserError(f"--steps {config.steps}: the denoiser has 1 to {dit.NUM_STEPS}")
     ckpt, out = checkpoints.load(config.ckpt, ("vae", "dit"), "python vae.py"), Path(config.out_dir)
-    utils.make_parent(out / "report.html")
+    for name in ("results.json", "report.html"):
+        utils.make_parent(out / name)
     device, rank, _ = utils.start_processes(config.device)
     if ckpt["stage"] == "dit":
         model, vae, latent_map = (part.to(device) for part in load_dit(ckpt))
@@ -228,7 +230,7 @@ def main(config=None, load_dit=dit.load_dit, load_vae=load_vae):
         model, vae = None, load_vae(ckpt).to(device)
     settings, classes = clips_of(ckpt.get("vae", ckpt), data_dir=config.data_dir), ckpt["classes"]
     held_out, train_set = (data.open_dataset(settings, role, classes) for role in ("test", "train"))
-    files = [{os.path.realpath(path) for path, _ in getattr(each, "items", ())} for each in (held_out, train_set)]
+    files = [set(map(same_file, getattr(each, "items", ()))) for each in (held_out, train_set)]
     shared, ddof = files[0] & files[1], fvd.PROTOCOLS[config.protocol].ddof
     detector = fvd.load_detector(config.features, config.protocol, config.seed, device)
     lpips = None if config.lpips == "none" else LPIPS(config.lpips).to(device)

@@ -310,7 +310,7 @@ def main():
         with utils.whole_file(config.save_stats) as file:
             np.savez(file, features=sets[0], meta=json.dumps(meta))
     lines.append(f"{label(meta):32} {frechet_distance_of(*sets, ddof):.4g}")
-    if config.bootstrap:
+    if config.bootstrap > 0:
         ends = bootstrap(*sets, ddof, config.bootstrap, config.seed)
         lines[-1] += "   95 % of {} resamples: {:.4g} to {:.4g}".format(config.bootstrap, *ends)
     print("\n".join(lines))

@@ -123,11 +123,11 @@ def load(path, stage, made_by):
     """Read a checkpoint of the given stage, or one of several, onto the CPU; made_by names the command that writes one."""
     if not Path(path).is_file():
         raise UserError(f"there is no checkpoint {path}: train one with `{made_by}`, or name another")
-    try:
-        with open(path, "rb") as f:
+    with open(path, "rb") as f:
+        try:
             ckpt = torch.load(f, map_location="cpu", weights_only=True)
-    except Exception:  # what a foreign file makes the unpickler raise depends on its first bytes
-        raise UserError(f"{path} is not a checkpoint, or a damaged one: train it again with `{made_by}`") from None
+        except Exception:  # what a foreign file makes the unpickler raise depends on its first bytes
+            raise UserError(f"{path} is not a checkpoint, or a damaged one: train it again with `{made_by}`") from None
     if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
         raise UserError(f"{path} is not in the format of this version, {FORMAT!r}: train it again with `{made_by}`")
     stages = stage if isinstance(stage, tuple) else (stage,)

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -36,8 +37,9 @@ def run(main):
         main()
         if dist.is_initialized():  # not after an error: it would wait for the other processes
             dist.destroy_process_group()
-    except UserError as error:
-        tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, where a bar is drawn
+    except (UserError, OSError) as error:  # the latter is the machine's: no permission, no space, no such file
+        reason = f"{error.filename or ''} {error.strerror}" if isinstance(error, OSError) and error.strerror else error
+        tqdm.write(f"error: {printable(str(reason).strip())}", file=sys.stderr)  # on a line of its own, where a bar is drawn
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         print(f"error: {str(error).splitlines()[0]} {MEMORY_HELP}", file=sys.stderr)
@@ -384,13 +386,23 @@ def make_parent(path):
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(f"{path}.part")  # a name that is too long, or a disk that is read-only, shows only in writing
-        part.touch()
-        part.unlink(missing_ok=True)
+        taken = path.exists() and not path.is_file()
+        tempfile.TemporaryFile(dir=path.parent).close()  # a disk that is read-only shows only in writing
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a directory")
+    if taken:  # by a directory, or /dev/null, which would be a file from then on
+        raise UserError(f"cannot write {path}: it is " + ("a directory" if path.is_dir() else "no file"))
+
+
+def check_out(out):
+    """UserError, before hours of work, where the checkpoint `out` of a training or its log cannot be written."""
+    for path in (out, *(log_directory(out) / f"losses.{suffix}" for suffix in ("csv", "png"))):
+        make_parent(path)
+
+
+def printable(text):
+    """A path or name as one line of text that any file and terminal takes, whatever bytes it is made of."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in os.fsdecode(text))
 
 
 def file_name(text, limit=200):
@@ -400,15 +412,18 @@ def file_name(text, limit=200):
 
 
 @contextlib.contextmanager
-def whole(path):
-    """Inside a `with`, a name to write to; the file gets its own once it is whole. UserError where it cannot be written."""
+def whole(path, errors=OSError):
+    """Inside a `with`, a name to write to; the file gets its own once it is whole. UserError where it cannot be written.
+
+    errors: what a writer raises beside OSError where it fails.
+    """
     part = Path(path).parent / f".{os.getpid()}-{threading.get_ident()}.part"
+    make_parent(path)
     try:
-        part.parent.mkdir(parents=True, exist_ok=True)
         yield part
         os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    except (OSError, errors) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
     finally:
         with contextlib.suppress(OSError):
             part.unlink()

@@ -330,7 +330,7 @@ def train(config):
     utils.check_positive(config, "steps", "batch_size", "stride", "num_frames", "width", "save_every")
     device, rank, world = utils.start_processes(config.device)
     rows = utils.rows_per_process(config.batch_size, 1, world)  # clips that this process takes
-    utils.make_parent(config.out)
+    utils.check_out(config.out)
     torch.manual_seed(config.seed)
     codec = new_codec(config).to(device)
     train_set = data.open_dataset(config, "train")

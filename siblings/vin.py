@@ -217,7 +217,7 @@ def train(argv=None, denoiser=VIN):
     device, rank, world = utils.start_processes(config.device)
     rows = utils.rows_per_process(config.batch_size, 1, world)
     mine = slice(rank * rows, (rank + 1) * rows)  # this process's videos in a batch
-    utils.make_parent(config.out)
+    utils.check_out(config.out)
     torch.manual_seed(config.seed)
     dit_ckpt = checkpoints.load(config.ckpt, "dit", "python dit.py")
     start_model, vae, latent_map = (part.to(device) for part in dit.load_dit(dit_ckpt))
