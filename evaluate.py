@@ -170,7 +170,7 @@ def generated(model, vae, latent_map, dataset, detector, classifier, config, dev
 
 def result(statistic, clips, config, unit=""):
     """statistic(numbers of the clips), with its bootstrap interval over clips."""
-    rng = np.random.default_rng(config.seed)
+    rng = np.random.default_rng(config.seed % 2**64)
     draws = [statistic(rng.integers(clips, size=clips)) for _ in range(config.bootstrap)]
     ends = np.nanquantile(draws, [0.025, 0.975]).tolist() if draws else ()
     return {"value": float(statistic(np.arange(clips))), **dict(zip(("low", "high"), ends)), "clips": clips, "unit": unit}
@@ -262,7 +262,9 @@ def main(config=None, load_dit=dit.load_dit, load_vae=load_vae):
             results[f"g{name} of real clips"] = distance_result(made["real"], first["real"], ddof, config)
         if classifier:
             results["classifier accuracy"] = share_result(made["seen"] == made["labels"])
-            results["classifier accuracy of the real clips"] = share_result(made["seen_real"] == made["labels"])
+            results["classifier accuracy of the real clips"] = own = share_result(made["seen_real"] == made["labels"])
+            if own["low"] < 100 / len(classes):
+                print("the classifier tells real clips no better than chance: its accuracy says nothing; more --judge-clips")
         results["clips with a blurred frame"] = share_result(made["worst"] < np.quantile(made["worst_real"], 0.01))
         if np.bincount(made["labels"]).max() > 1:  # there are two of a class
             results["diversity, of that of real clips"] = diversity_result(made, config)

@@ -462,6 +462,7 @@ def encode(source, target, config):
 def decode(source, target, config):
     """Decode the file `source` into the video `target`."""
     utils.check_positive(config, "time_scale")
+    utils.make_parent(target)
     codec, _ = open_codec(config.ckpt)
     file = VideoFile(source, codec, config.ckpt)
     first, last = frame_range(config.frames, file.frames)

@@ -372,6 +372,7 @@ class LongSampler(Sampler):
 def sample(argv=None):
     config = utils.parse_options(SampleConfig, __doc__, argv=argv)
     utils.check_positive(config, "chunks", "count", "time_scale", "fps")
+    utils.make_parent(Path(config.out_dir) / "samples.png")
     sampler = LongSampler(config)
     if config.predict:
         asked = [pair for pair in zip(config.predict, sampler.labels_of_files()) for _ in range(config.count)]
