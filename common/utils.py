@@ -38,7 +38,9 @@ def run(main):
         if dist.is_initialized():  # not after an error: it would wait for the other processes
             dist.destroy_process_group()
     except (UserError, OSError) as error:  # the latter is the machine's: no permission, no space, no such file
-        reason = f"{error.filename or 'the machine'}: {error.strerror}" if isinstance(error, OSError) and error.strerror else error
+        reason = (
+            f"{error.filename or 'the machine'}: {error.strerror}" if isinstance(error, OSError) and error.strerror else error
+        )
         tqdm.write(f"error: {printable(str(reason))}", file=sys.stderr)  # on a line of its own, where a bar is drawn
         sys.exit(2)
     except torch.OutOfMemoryError as error:

@@ -85,9 +85,9 @@ def list_videos(root):
         for path in own:
             found[os.fspath(path.with_suffix(""))].append((SUFFIXES.index(path.suffix.lower()), path, f"files {path.suffix}"))
     for (_, first, _), *again in map(sorted, found.values()):
-        for *_, kind in again:
-            left_out[f"{kind} beside a {first.suffix} of the same name"] += 1
-    return sorted((min(names)[1] for names in found.values()), key=str), [f"{count} {what}" for what, count in sorted(left_out.items())]
+        left_out.update(f"{kind} beside a {first.suffix} of the same name" for *_, kind in again)
+    videos = sorted((min(names)[1] for names in found.values()), key=str)
+    return videos, [f"{count} {what}" for what, count in sorted(left_out.items())]
 
 
 def natural(name):
@@ -198,7 +198,7 @@ def decoded(path, container, stream):
             packet = next(packets, None)
             frames = stream.decode(packet)  # None brings what the decoder still holds, also where the file was cut off
         except av.FFmpegError as error:
-            if error.errno in (errno.EIO, errno.ENOMEM):  # the machine's fault, not the file's
+            if error.errno in (errno.EIO, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT):  # not the file's fault
                 raise BadVideo(path, error.strerror) from None
         yield from frames
 
