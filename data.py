@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from common import utils, video
-from common.cache import decode_once, stamp
+from common.cache import decode_once, estimated_bytes, stamp
 from common.drawn import CELL, Shapes, Sprites
 from common.layouts import LAYOUTS, find_root, find_videos, locate
 from common.utils import UserError, option
@@ -41,18 +41,19 @@ class Videos:
     """Clips of videos on a disk. In training a clip starts anywhere in its video, in testing in the middle; flip mirrors half
     of those for training. Both depend on i and nothing else.
 
-    items are (path, label). frames are {path: uint8 [T, H, W, 3]}, failed {path: reason}, of all of them; without, a clip is
-    decoded when it is asked for, from the first frame of its video on. A video that gives no clip is named once, `skipped` is
-    {path: reason}, and the next one takes its place. UserError where none is left.
+    items are (path, label). kept is what cache.decode_once gives; without, a clip is decoded when it is asked for, from the
+    first frame of its video on. A video that gives no clip is named once, `skipped` is {path: reason}, and the next one takes
+    its place. UserError where none is left.
     """
 
-    def __init__(self, items, classes, role, config, frames=None, failed=None):
+    def __init__(self, items, classes, role, config, kept=None):
         self.classes, self.train, self.size, self.flip = tuple(classes), role == "train", config.resolution, config.flip
         self.stride, self.span = config.stride, (config.num_frames - 1) * config.stride + 1  # frames from first to last
-        self.items, self.frames, self.skipped, self.lengths = list(items), frames, {}, {}
-        if frames is not None:
+        self.items, self.skipped, self.lengths = list(items), {}, {}
+        self.frames, failed, self.hashes = kept or (None, {}, {})
+        if kept:
             for path, _ in items:
-                self.lengths[path] = len(frames.get(path, ()))
+                self.lengths[path] = len(self.frames.get(path, ()))
                 if self.lengths[path] < self.span:
                     self.skip(path, failed.get(path) or self.too_short(path))
             self.items = [item for item in items if item[0] not in self.skipped] or self.nothing_left()
@@ -64,10 +65,9 @@ class Videos:
         return printable(self.items[i % len(self)][0])
 
     def identity(self):
-        """A hash of which files these are: names, sizes and times."""
-        return hashlib.sha256(
-            " ".join(f"{path.name} {stamp(path)}" for path, _ in self.items).encode(errors="replace")
-        ).hexdigest()
+        """A hash of labels and frames, or of large data sets of names, sizes and times; the place of the data is free."""
+        states = [f"{label} {self.hashes.get(path) or stamp(path)}" for path, label in self.items]
+        return hashlib.sha256("\n".join(states).encode()).hexdigest()
 
     def __getitem__(self, i):
         for k in range(i, i + len(self)):
@@ -153,18 +153,7 @@ def open_dataset(config, role, classes=None):
     directory = (
         Path(getattr(c, "cache_dir", CACHE)) / f"{utils.file_name(root.resolve().name, 40)}-{role}-{c.resolution}-{place}"
     )
-    return Videos(items, number, role, c, *decode_once(directory, paths, c.resolution))
-
-
-def estimated_bytes(paths, size):
-    """What the frames of these videos will take, from the headers of a few of them."""
-    frames = []
-    for path in paths[:: len(paths) // 16 + 1]:
-        try:
-            frames.append(video.probe(path).frames)
-        except video.BadVideo:
-            frames.append(0)
-    return sum(frames) / len(frames) * len(paths) * size**2 * 3
+    return Videos(items, number, role, c, decode_once(directory, paths, c.resolution))
 
 
 # ----------------------------------------------------------------------------------------------------------- batches
@@ -293,6 +282,8 @@ def describe(dataset):
 def main():
     config = utils.parse_options(Config, __doc__, lambda args: DEFAULTS.get(args.dataset, {}))
     utils.check_positive(config, "resolution", "num_frames", "stride")
+    if config.preview:
+        utils.make_parent(config.preview)
     dataset = open_dataset(config, "train")
     print(f"{len(dataset)} clips or videos in {len(dataset.classes)} classes: {', '.join(dataset.classes)}")
     for line in describe(dataset) if config.dataset not in DRAWN else ():

@@ -284,7 +284,7 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     device, rank, world = utils.start_processes()
     rows = utils.rows_per_process(config.batch_size, 1, world)
     mine = slice(rank * rows, (rank + 1) * rows)  # this process's clips in a batch
-    utils.make_parent(config.out)
+    utils.check_out(config.out)
     torch.manual_seed(config.seed)
     vae_ckpt = checkpoints.load(config.ckpt, "vae", "python vae.py")
     vae_ckpt.pop("training", None)  # stage 1 is used, and not trained

@@ -38,6 +38,7 @@ import data
 import dit
 import fvd
 from common import checkpoints, plot, utils, video
+from common.layouts import same_file
 from common.utils import UserError, option
 from losses import LPIPS
 from vae import clips_of, decode, load_vae, reconstruct
@@ -168,7 +169,7 @@ def generated(model, vae, latent_map, dataset, detector, classifier, config, dev
 
 def result(statistic, clips, config, unit=""):
     """statistic(numbers of the clips), with its bootstrap interval over clips."""
-    rng = np.random.default_rng(config.seed)
+    rng = np.random.default_rng(config.seed % 2**64)
     draws = [statistic(rng.integers(clips, size=clips)) for _ in range(config.bootstrap)]
     ends = np.nanquantile(draws, [0.025, 0.975]).tolist() if draws else ()
     return {"value": float(statistic(np.arange(clips))), **dict(zip(("low", "high"), ends)), "clips": clips, "unit": unit}
@@ -188,7 +189,7 @@ def share_result(hits):
 def distance_result(real, made, ddof, config, paired=False):
     """The Fréchet distance of features [B, 400], with its bootstrap interval."""
     result = {"value": fvd.frechet_distance_of(real, made, ddof), "clips": min(len(real), len(made)), "unit": ""}
-    ends = fvd.bootstrap(real, made, ddof, config.bootstrap, config.seed, paired) if config.bootstrap else ()
+    ends = fvd.bootstrap(real, made, ddof, config.bootstrap, config.seed, paired) if config.bootstrap > 0 else ()
     return result | dict(zip(("low", "high"), ends))
 
 
@@ -216,7 +217,8 @@ def main(config=None, load_dit=dit.load_dit, load_vae=load_vae):
     utils.check_positive(config, "videos", "judge_clips")
     dit.sampling_times(config.sampler, config.steps, *dit.noise_schedule())  # UserError for wrong --steps before the work
     ckpt, out = checkpoints.load(config.ckpt, ("vae", "dit"), "python vae.py"), Path(config.out_dir)
-    utils.make_parent(out / "report.html")
+    for name in ("results.json", "report.html"):
+        utils.make_parent(out / name)
     device, rank, _ = utils.start_processes(config.device)
     if ckpt["stage"] == "dit":
         model, vae, latent_map = (part.to(device) for part in load_dit(ckpt))
@@ -226,7 +228,7 @@ def main(config=None, load_dit=dit.load_dit, load_vae=load_vae):
         model, vae = None, load_vae(ckpt).to(device)
     settings, classes = clips_of(ckpt.get("vae", ckpt), data_dir=config.data_dir), ckpt["classes"]
     held_out, train_set = (data.open_dataset(settings, role, classes) for role in ("test", "train"))
-    files = [{os.path.realpath(path) for path, _ in getattr(each, "items", ())} for each in (held_out, train_set)]
+    files = [set(map(same_file, getattr(each, "items", ()))) for each in (held_out, train_set)]
     shared, ddof = files[0] & files[1], fvd.PROTOCOLS[config.protocol].ddof
     detector = fvd.load_detector(config.features, config.protocol, config.seed, device)
     lpips = None if config.lpips == "none" else LPIPS(config.lpips).to(device)
@@ -258,7 +260,9 @@ def main(config=None, load_dit=dit.load_dit, load_vae=load_vae):
             results[f"g{name} of real clips"] = distance_result(made["real"], first["real"], ddof, config)
         if classifier:
             results["classifier accuracy"] = share_result(made["seen"] == made["labels"])
-            results["classifier accuracy of the real clips"] = share_result(made["seen_real"] == made["labels"])
+            results["classifier accuracy of the real clips"] = own = share_result(made["seen_real"] == made["labels"])
+            if own["low"] < 100 / len(classes):
+                print("the classifier tells real clips no better than chance: its accuracy says nothing; more --judge-clips")
         results["clips with a blurred frame"] = share_result(made["worst"] < np.quantile(made["worst_real"], 0.01))
         if np.bincount(made["labels"]).max() > 1:  # there are two of a class
             results["diversity, of that of real clips"] = diversity_result(made, config)

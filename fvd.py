@@ -217,7 +217,7 @@ def bootstrap(x, y, ddof=0, resamples=100, seed=0, paired=False):
     different videos, whose distance is larger: plain percentiles would leave out the distance itself, so their mean is shifted
     to it. Where it is mostly bias the interval is too wide.
     """
-    rng, value, draws = np.random.default_rng(seed), frechet_distance_of(x, y, ddof), []
+    rng, value, draws = np.random.default_rng(seed % 2**64), frechet_distance_of(x, y, ddof), []
     for _ in range(resamples):
         i = rng.integers(len(x), size=len(x))
         j = i if paired else rng.integers(len(y), size=len(y))
@@ -256,7 +256,7 @@ def measure(place, paths, detector, config, start):
     """Features [n, 400] of a clip each of up to --videos of the videos, in random order, and [why one was left out, …]."""
     random.Random(config.seed).shuffle(paths)
     features, skipped, left, total = [], [], iter(paths), min(config.videos, len(paths))
-    with ThreadPoolExecutor(utils.cores()) as pool, utils.bar(desc=place, total=total, unit="video") as bar:
+    with ThreadPoolExecutor(utils.cores()) as pool, utils.bar(desc=video.printable(place), total=total, unit="video") as bar:
         while batch := list(itertools.islice(left, min(BATCH, config.videos - len(features)))):
             for clip in [pool.submit(read_clip, path, config, start) for path in batch]:
                 try:
@@ -310,7 +310,7 @@ def main():
         with utils.whole_file(config.save_stats) as file:
             np.savez(file, features=sets[0], meta=json.dumps(meta))
     lines.append(f"{label(meta):32} {frechet_distance_of(*sets, ddof):.4g}")
-    if config.bootstrap:
+    if config.bootstrap > 0:
         ends = bootstrap(*sets, ddof, config.bootstrap, config.seed)
         lines[-1] += "   95 % of {} resamples: {:.4g} to {:.4g}".format(config.bootstrap, *ends)
     print("\n".join(lines))

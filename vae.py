@@ -269,13 +269,14 @@ def main(argv=None, decoder=nerv.NeRV):
     utils.check_positive(config, "steps", "batch_size", "accumulate", "decode_frames", "stride", "save_every", *SIZES)
     device, rank, world = utils.start_processes()
     rows = utils.rows_per_process(config.batch_size, config.accumulate, world)  # clips that this process takes at a time
-    utils.make_parent(config.out)
+    utils.check_out(config.out)
     torch.manual_seed(config.seed)
     vae, discriminator, perceptual = networks(config, decoder, device)
     train_set = data.open_dataset(config, "train")
     held_out, _ = data.fixed_clips(data.open_dataset(config, "test", train_set.classes), 64)
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
-    T, count, gan_start = config.num_frames, min(config.decode_frames, config.num_frames), min(20_000, config.steps // 2)
+    T, count = config.num_frames, min(config.decode_frames, config.num_frames)
+    gan_start = min(20_000, config.steps // 2) if discriminator else 0
     parts = {"model": vae, "step": utils.FiniteStep(vae, make_optimizer(vae, muon="muon" in config.extras))}
     if discriminator:
         parts |= {"discriminator": discriminator, "disc_step": utils.FiniteStep(discriminator, make_optimizer(discriminator))}

@@ -115,11 +115,11 @@ def load(path, stage, made_by):
     """The checkpoint of a stage, or of one of several, on the CPU; made_by is the command that writes one. UserError."""
     if not Path(path).is_file():
         raise UserError(f"there is no checkpoint {path}: train one with `{made_by}`, or name another")
-    try:
-        with open(path, "rb") as f:
+    with open(path, "rb") as f:
+        try:
             ckpt = torch.load(f, map_location="cpu", weights_only=True)
-    except Exception:  # what a foreign file makes the unpickler raise depends on its first bytes
-        raise UserError(f"{path} is not a checkpoint, or a damaged one: train it again with `{made_by}`") from None
+        except Exception:  # what a foreign file makes the unpickler raise depends on its first bytes
+            raise UserError(f"{path} is not a checkpoint, or a damaged one: train it again with `{made_by}`") from None
     if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
         raise UserError(f"{path} is not in the format of this version, {FORMAT!r}: train it again with `{made_by}`")
     if ckpt["stage"] not in (stages := stage if isinstance(stage, tuple) else (stage,)):

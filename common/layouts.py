@@ -4,6 +4,7 @@ find_*(root, role, name of the data set) -> (root, [(path, class name)], all cla
 """
 
 import csv
+import itertools
 import os
 import re
 from pathlib import Path
@@ -13,6 +14,9 @@ from common.drawn import CLONE
 from common.utils import UserError
 from common.video import printable
 
+UCF_NAME = r"v_\w+?_g\d+_c\d+"
+TRAIN = ("train", "training")
+
 
 def find_folder(root, role, name):
     """Any directory of videos; classes are its sub-folders, or one class where there are none.
@@ -20,8 +24,8 @@ def find_folder(root, role, name):
     Of a directory with train/ in it, or of one called train, the role "test" is the test/ or val/ beside, where there is one.
     """
     root = root.resolve()  # one folder has many names
-    root = root / "train" if (root / "train").is_dir() else root
-    root = part(root.parent, role) if root.name == "train" else root
+    root = part(root, "train")
+    root = part(root.parent, role) if role == "test" and root.name.lower() in TRAIN else root
     paths, notes = video.list_videos(root)
     items = [(path, path.relative_to(root).parts[0]) for path in paths if len(path.relative_to(root).parts) > 1]
     if items and len(items) < len(paths):
@@ -34,15 +38,15 @@ def find_ucf(root, role, name):
     """UCF-101: Class/v_Class_g01_c01.avi. ucf is all 13,320 videos, as in the paper; ucf-split1, 2, 3 are official lists."""
     root = locate(root, name, lambda p: next(p.glob("*/v_*_g*_c*.*"), None))
     paths, notes = video.list_videos(root)
-    videos = {f"{p.parent.name}/{p.stem}": p for p in paths if re.fullmatch(r"v_.*_g\d+_c\d+", p.stem)}
+    videos = {p.stem: p for p in paths if re.fullmatch(UCF_NAME, p.stem)}
     listed = list(videos)
     if name != "ucf":
         lists = [p / q / f"{role}list0{name[-1]}.txt" for p in (root, root.parent) for q in ("ucfTrainTestlist", "")]
         if not (lists := [path for path in lists if path.is_file()]):
             raise UserError(f"{name} takes the lists of UCF101TrainTestSplits-RecognitionTask.zip: unpack it in {root.parent}")
-        listed = [os.path.splitext(line.split()[0])[0] for line in read_lines(lists[0])]  # they say .avi, and many keep MP4s
-    items = [(videos[line], line.split("/")[0]) for line in listed if line in videos]
-    return root, items, {line.split("/")[0] for line in videos}, notes + missing(listed, items)
+        listed = re.findall(UCF_NAME, "\n".join(read_lines(lists[0])))  # they say .avi, and many keep MP4s
+    items = [(videos[name], videos[name].parent.name) for name in dict.fromkeys(listed) if name in videos]
+    return root, items, {path.parent.name for path in videos.values()}, notes + missing(set(listed), items)
 
 
 def find_kinetics(root, role, name):
@@ -69,10 +73,12 @@ def kinetics_rows(root, folder):
     names = {folder} if folder in ("train", "test") else {"val", "validate", "validation"}
     for path in sorted(path for pattern in ("*.csv", "*.txt", "*/*.csv", "*/*.txt") for path in root.glob(pattern)):
         words = re.findall("[a-z]+", path.stem.lower())
-        if names & set(words) and "holdout" not in words and (lines := read_lines(path)):
+        lines = read_lines(path) if names & set(words) and "holdout" not in words else []
+        if lines := list(itertools.dropwhile(lambda line: "youtube_id" not in line.lower(), lines)):
             mark = max(",;\t", key=lines[0].count)  # a spreadsheet writes what its language has
-            rows = [{str(k).strip(): str(v).strip() for k, v in row.items()} for row in csv.DictReader(lines, delimiter=mark)]
-            if rows := [row for row in rows if row.get("label", "nan") not in ("", "nan") and row.get("youtube_id")]:
+            header, *rows = ([cell.strip() for cell in row] for row in csv.reader(lines, delimiter=mark))
+            rows = [dict(zip(map(str.lower, header), row)) for row in rows]
+            if rows := [row for row in rows if row.get("label", "").lower() not in ("", "nan") and row.get("youtube_id")]:
                 return rows
     return []
 
@@ -102,6 +108,12 @@ LAYOUTS = {
 LAYOUTS |= {f"ucf-split{k}": LAYOUTS["ucf"] for k in (1, 2, 3)}
 
 
+def same_file(item):
+    """What all names of a file have in common, of an item (path, class name), however it is spelt or linked."""
+    state = os.stat(item[0]) if os.path.exists(item[0]) else os.lstat(item[0])
+    return state.st_dev, state.st_ino
+
+
 def locate(root, name, fits):
     """root itself, a directory in it, or the one it is in: the first that is laid out as the data set is."""
     for place in (root, *sorted(p for p in root.iterdir() if p.is_dir()), root.absolute().parent):
@@ -111,9 +123,10 @@ def locate(root, name, fits):
     raise UserError(f"{printable(root)} does not look like {name}: it should hold {holds} ({source}); name another --data-dir")
 
 
-def part(root, role, names=("test", "val", "validate", "validation")):
-    """The directory of a role in root: train/, or the first of names that is there, or where none is train/ again."""
-    return next((root / name for name in names if role == "test" and (root / name).is_dir()), root / "train")
+def part(root, role, names=("test", "testing", "val", "validate", "validation")):
+    """The directory of a role in root: train/, or the first of names that is there, or where none is train/, or root."""
+    there = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
+    return next((there[name] for name in (*(names if role == "test" else ()), *TRAIN) if name in there), root)
 
 
 def missing(listed, items):
@@ -121,10 +134,14 @@ def missing(listed, items):
 
 
 def read_lines(path):
-    """Lines of a list that are not empty, in UTF-8 or, as spreadsheets write it, with a mark of the encoding."""
+    """Lines of a list that are not empty: UTF-8 or, as spreadsheets write it, with a mark of the encoding, or of Windows."""
     content = path.read_bytes()
     utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
-    return [line for line in content.decode("utf-16" if utf16 else "utf-8-sig", "replace").splitlines() if line.strip()]
+    try:
+        text = content.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("cp1252", "replace")
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def find_root(config):
@@ -145,8 +162,8 @@ def find_videos(config, role):
     find, given = LAYOUTS[config.dataset][0], find_root(config)
     root, items, classes, notes = find(given, role, config.dataset)
     if role == "test":
-        trained = {os.path.realpath(path) for path, _ in find(given, "train", config.dataset)[1]}
-        if own := [item for item in items if os.path.realpath(item[0]) not in trained]:
+        trained = set(map(same_file, find(given, "train", config.dataset)[1]))
+        if own := [item for item in items if same_file(item) not in trained]:
             notes += [f"{len(items) - len(own)} videos that are for training, too"] if len(own) < len(items) else []
         else:
             notes = [f"nothing is held out of {printable(root)}: its training videos stand in for what is called held out"]

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,9 +39,11 @@ def run(main):
         main()
         if dist.is_initialized():  # not after an error: it would wait for the other processes
             dist.destroy_process_group()
-    except (UserError, torch.OutOfMemoryError) as error:
-        advice = "" if isinstance(error, UserError) else MEMORY_HELP
-        tqdm.write(f"error: {str(error).splitlines()[0]}{advice}", file=sys.stderr)  # on a line of its own, below a bar
+    except (UserError, OSError, torch.OutOfMemoryError) as error:  # an OSError is the machine's: no permission, no space
+        disk = isinstance(error, OSError) and error.strerror
+        reason = f"{error.filename or 'the machine'}: {error.strerror}" if disk else str(error).splitlines()[0]
+        advice = MEMORY_HELP if isinstance(error, torch.OutOfMemoryError) else ""
+        tqdm.write(f"error: {printable(reason)}{advice}", file=sys.stderr)  # on a line of its own, below a bar
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -372,10 +375,23 @@ def make_parent(path):
         part.parent.mkdir(parents=True, exist_ok=True)
         part.touch()  # a name that is too long, or a disk that is read-only, shows only in writing
         part.unlink(missing_ok=True)
+        taken = Path(path).exists() and not Path(path).is_file()
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
-    if Path(path).is_dir():
-        raise UserError(f"cannot write {path}: it is a directory")
+    if taken:  # by a directory, or /dev/null, which would be a file from then on
+        raise UserError(f"cannot write {path}: it is " + ("a directory" if Path(path).is_dir() else "no file"))
+
+
+def check_out(out):
+    """UserError, before hours of work, where the checkpoint `out` of a training or its log cannot be written."""
+    for path in (out, *(log_directory(out) / f"losses.{suffix}" for suffix in ("csv", "png"))):
+        make_parent(path)
+
+
+def printable(text):
+    """A path or name as one line of text that any file and terminal takes, whatever bytes it is made of."""
+    text = re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:x}", os.fsdecode(text))  # not UTF-8
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def file_name(text, limit=200):
@@ -385,15 +401,18 @@ def file_name(text, limit=200):
 
 
 @contextlib.contextmanager
-def whole(path):
-    """Inside a `with`, a name to write to; the file gets its own once it is whole. UserError where it cannot be written."""
+def whole(path, errors=OSError):
+    """Inside a `with`, a name to write to; the file gets its own once it is whole. UserError where it cannot be written.
+
+    errors: what a writer raises beside OSError where it fails.
+    """
     part = Path(path).parent / f".{os.getpid()}-{threading.get_ident()}.part"
+    make_parent(path)
     try:
-        part.parent.mkdir(parents=True, exist_ok=True)
         yield part
         os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    except (OSError, errors) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
     finally:
         with contextlib.suppress(OSError):
             part.unlink()

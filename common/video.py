@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common import plot
-from common.utils import UserError, whole
+from common.utils import UserError, printable, whole
 
 # In the order in which files of one name are taken: a GIF beside an MP4 is a preview.
 VIDEO_SUFFIXES = tuple(
@@ -33,6 +33,7 @@ VIDEO_SUFFIXES = tuple(
     ".flv .f4v .mxf .dv .ivf .h264 .264 .hevc .h265 .265 .mjpeg .mjpg .gif".split()
 )
 IMAGE_SUFFIXES = (".png", ".apng", ".webp", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
 # Containers that hold pictures themselves; play lists, which make a decoder open other files and addresses, are not among them.
 SAFE = {
     "protocol_whitelist": "file",
@@ -54,50 +55,39 @@ class BadVideo(UserError):
         self.reason = reason
 
 
-def printable(text):
-    """A path or name as one line of text that any file and terminal takes, whatever bytes it is made of."""
-    text = re.sub(
-        "[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:x}", os.fsdecode(text)
-    )  # bytes that are not UTF-8
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 # ---------------------------------------------------------------------------------------------------------- finding videos
 
 
 def list_videos(root):
     """All videos under a directory: (paths in order, notes on what was left out, a line each).
 
-    A path is a video file, a directory of frames, or an animated image. Files of one name and several suffixes are one video.
-    Links are followed, once. Hidden files are left out in silence; stills beside videos are thumbnails.
+    A path is a video file, a directory of frames, or an animated image; all that differ in their suffix are one video. Links
+    are followed, once. Hidden files are left out in silence; stills beside videos are thumbnails.
     """
-    videos, left_out, above = [], collections.Counter(), {os.fspath(root): {os.path.realpath(root)}}  # a link may lead back up
-    for directory, folders, files in os.walk(root, followlinks=True):
+    left_out, above = collections.Counter(), {os.fspath(root): {os.path.realpath(root)}}  # a link may lead back up
+    found = collections.defaultdict(list)  # path without a suffix -> (rank, path, kind) of all that are of this name
+    unreadable = lambda error: left_out.update([f"folders that cannot be read ({error.strerror})"])  # noqa: E731
+    for directory, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
         real = {f: os.path.realpath(os.path.join(directory, f)) for f in folders}
-        ours = {f for f in folders if Path(directory, f, "losses.csv").is_file()}  # sheets of a training are no videos
+        ours = {f for f in folders if os.path.isfile(os.path.join(directory, f, "losses.csv"))}  # a training's sheets
         folders[:] = sorted(f for f in folders if f[0] != "." and f not in ours and real[f] not in above[directory])
         above |= {os.path.join(directory, f): above[directory] | {real[f]} for f in folders}
-        own, images = {}, []
-        for path in (Path(directory, f) for f in sorted(files, key=natural) if not f.startswith(".")):
-            suffix = path.suffix.lower()
-            if suffix in VIDEO_SUFFIXES:
-                own.setdefault(path.stem, []).append(path)
-            elif suffix in IMAGE_SUFFIXES:
-                images.append(path)
-            else:
-                left_out[f"files {printable(path.suffix) or 'without a suffix'}"] += 1
-        for paths in own.values():
-            first, *again = sorted(paths, key=lambda path: VIDEO_SUFFIXES.index(path.suffix.lower()))
-            videos.append(first)
-            for path in again:
-                left_out[f"files {path.suffix} beside a {first.suffix} of the same name"] += 1
+        paths = [Path(directory, f) for f in sorted(files, key=natural) if not f.startswith(".")]
+        own, images = ([p for p in paths if p.suffix.lower() in kind] for kind in (VIDEO_SUFFIXES, IMAGE_SUFFIXES))
+        for path in (p for p in paths if p.suffix.lower() not in SUFFIXES):
+            left_out[f"files {printable(path.suffix) or 'without a suffix'}"] += 1
         if images and is_animated(images[0]):
-            videos += [path for path in images if path.stem not in own]
+            own += images
         elif len(images) > 1 and not own:
-            videos.append(Path(directory))
+            found[directory].append((len(SUFFIXES), Path(directory), "folders of frames"))
         elif images:
             left_out["still images, too few for a video or beside videos"] += len(images)
-    return sorted(videos, key=str), [f"{count} {what}" for what, count in sorted(left_out.items())]
+        for path in own:
+            found[os.fspath(path.with_suffix(""))].append((SUFFIXES.index(path.suffix.lower()), path, f"files {path.suffix}"))
+    for (_, first, _), *again in map(sorted, found.values()):
+        left_out.update(f"{kind} beside a {first.suffix} of the same name" for *_, kind in again)
+    videos = sorted((min(names)[1] for names in found.values()), key=str)
+    return videos, [f"{count} {what}" for what, count in sorted(left_out.items())]
 
 
 def natural(name):
@@ -126,11 +116,9 @@ Info = collections.namedtuple("Info", "frames fps width height")
 def probe(path):
     """The Info of a video. Raises BadVideo."""
     if is_images(path):
-        files = frame_files(path) if Path(path).is_dir() else [path]
-        if not files:
-            raise BadVideo(path, "it has no frames")
-        with image_of(files[0]) as image:
-            return Info(len(files) if Path(path).is_dir() else getattr(image, "n_frames", 1), 0.0, *image.size)
+        files = frame_files(path) if os.path.isdir(path) else []
+        with image_of(files[0] if files else path) as image:
+            return Info(len(files) or getattr(image, "n_frames", 1), 0.0, *image.size)
     with opened(path) as (container, stream):
         fps = float(stream.average_rate or stream.base_rate or 25)
         seconds = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
@@ -163,7 +151,7 @@ def read_frames(path, size, start=0, count=None):
 
 def iterate(path, size, start=0, stop=None):
     """The frames of read_frames one by one, uint8 [size, size, 3] each. Raises BadVideo."""
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         yield from (read_image(file, size) for file in frame_files(path)[start:stop])
     elif is_images(path):
         with image_of(path) as image:
@@ -177,7 +165,7 @@ def iterate(path, size, start=0, stop=None):
 
 
 def is_images(path):
-    return Path(path).is_dir() or str(path).lower().endswith(IMAGE_SUFFIXES)
+    return os.path.isdir(path) or str(path).lower().endswith(IMAGE_SUFFIXES)
 
 
 @contextlib.contextmanager
@@ -186,12 +174,9 @@ def opened(path):
     check_readable(path)
     try:
         container = av.open(f"file:{Path(path).absolute()}", options=SAFE, metadata_errors="replace")
-    except av.error.ArgumentError:
-        raise BadVideo(path, "not a video, but a play list or the like") from None
-    except av.error.InvalidDataError:
-        raise BadVideo(path, NOTHING) from None
     except (av.FFmpegError, OSError) as error:
-        raise BadVideo(path, error.strerror or str(error)) from None
+        known = {av.error.ArgumentError: "not a video, but a play list or the like", av.error.InvalidDataError: NOTHING}
+        raise BadVideo(path, known.get(type(error)) or error.strerror or str(error)) from None
     with container:
         cover = av.stream.Disposition.attached_pic
         stream = next((s for s in container.streams.video if s.codec_context and not s.disposition & cover), None)
@@ -213,7 +198,7 @@ def decoded(path, container, stream):
             packet = next(packets, None)
             frames = stream.decode(packet)  # None brings what the decoder still holds, also where the file was cut off
         except av.FFmpegError as error:
-            if error.errno in (errno.EIO, errno.ENOMEM):  # the machine's fault, not the file's
+            if error.errno in (errno.EIO, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT):  # not the file's fault
                 raise BadVideo(path, error.strerror) from None
         yield from frames
 
@@ -364,15 +349,6 @@ def write_video(path, clip, fps=12):
         images[0].save(part, "GIF", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
 
 
-@contextlib.contextmanager
-def ffmpeg_errors(path):
-    """An error of the encoder inside a `with` becomes a UserError."""
-    try:
-        yield
-    except av.FFmpegError as error:
-        raise UserError(f"cannot write {printable(path)}: {error.strerror}") from None
-
-
 def write_frames(path, parts, fps, crf=12):
     """Frames in parts, each uint8 [n, H, W, 3], as one video at its own size; returns how many frames there are.
 
@@ -383,7 +359,7 @@ def write_frames(path, parts, fps, crf=12):
         raise UserError(f"{printable(path)}: name a file that ends in {' or '.join(kinds)}")
     container, codec, options = kinds[Path(path).suffix.lower()]
     stream, count = None, 0
-    with whole(path) as part, ffmpeg_errors(path):
+    with whole(path, av.FFmpegError) as part:
         with av.open(f"file:{part.absolute()}", "w", format=container) as out:
             for frame in itertools.chain.from_iterable(parts):
                 if stream is None:

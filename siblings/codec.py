@@ -330,7 +330,7 @@ def train(config):
     utils.check_positive(config, "steps", "batch_size", "stride", "num_frames", "width", "save_every")
     device, rank, world = utils.start_processes(config.device)
     rows = utils.rows_per_process(config.batch_size, 1, world)  # clips that this process takes
-    utils.make_parent(config.out)
+    utils.check_out(config.out)
     torch.manual_seed(config.seed)
     codec = new_codec(config).to(device)
     train_set = data.open_dataset(config, "train")
@@ -461,6 +461,7 @@ def encode(source, target, config):
 def decode(source, target, config):
     """Decode the file `source` into the video `target`."""
     utils.check_positive(config, "time_scale")
+    utils.make_parent(target)
     codec, _ = open_codec(config.ckpt)
     file = VideoFile(source, codec, config.ckpt)
     first, last = frame_range(config.frames, file.frames)

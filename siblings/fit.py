@@ -106,6 +106,7 @@ def decode(config):
     """Write a .nerv file as a video."""
     if not config.out or config.fps < 0:
         raise UserError("--decode takes --out, the video to write, .mp4 or .mkv, and an --fps that is not negative")
+    utils.make_parent(config.out)
     file = FittedVideo(config.decode, utils.pick_device(config.device))
     first, last = frame_range(config.frames, file.frames)
     ratio = (config.fps or file.rate) / file.rate
@@ -236,7 +237,7 @@ def fit(source, config):
     utils.check_positive(config, "minutes")
     stem, run = Path(config.out or Path(source).name).with_suffix(""), Path(config.run_dir)
     outs = [Path(config.out or f"{stem}.nerv")] if len(names) == 1 else [Path(f"{stem}.{name}.nerv") for name in names]
-    for path in (*outs, run / "state.pt"):
+    for path in (*outs, *(run / name for name in ("state.pt", "report.csv", "curves.csv", "curves.png"))):
         utils.make_parent(path)
     device, v = utils.pick_device(config.device), Video(source, config)
     fits = [Fit(name, v, config, device) for name in names]

@@ -69,7 +69,8 @@ def measure(point, videos, directory):
 
 def compare(points, videos, directory):
     """Measure Points over videos: points.csv and curves.png in the directory, tables on standard output."""
-    utils.make_parent(f"{directory}/points.csv")
+    for name in ("points.csv", "curves.png"):
+        utils.make_parent(f"{directory}/{name}")
     Path(f"{directory}/points.csv").unlink(missing_ok=True)
     rows = []
     with tempfile.TemporaryDirectory() as files:

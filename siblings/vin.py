@@ -216,7 +216,7 @@ def train(argv=None, denoiser=VIN):
     device, rank, world = utils.start_processes()
     rows = utils.rows_per_process(config.batch_size, 1, world)
     mine = slice(rank * rows, (rank + 1) * rows)  # this process's videos in a batch
-    utils.make_parent(config.out)
+    utils.check_out(config.out)
     torch.manual_seed(config.seed)
     dit_ckpt = checkpoints.load(config.ckpt, "dit", "python dit.py")
     start_model, vae, latent_map = (part.to(device) for part in dit.load_dit(dit_ckpt))
@@ -370,6 +370,7 @@ class LongSampler(Sampler):
 def sample(argv=None):
     config = utils.parse_options(SampleConfig, __doc__, argv=argv)
     utils.check_positive(config, "chunks", "count", "time_scale", "fps")
+    utils.make_parent(Path(config.out_dir) / "samples.png")
     sampler = LongSampler(config)
     if config.predict:
         asked = [pair for pair in zip(config.predict, sampler.labels_of_files()) for _ in range(config.count)]
