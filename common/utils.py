@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -370,16 +371,15 @@ def peak_memory(device):
 
 def make_parent(path):
     """Make the directory of a file that is to be written later; UserError, before hours of work, where it cannot be."""
-    part = Path(f"{path}.part")
+    path = Path(path)
     try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()  # a name that is too long, or a disk that is read-only, shows only in writing
-        part.unlink(missing_ok=True)
-        taken = Path(path).exists() and not Path(path).is_file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        taken = path.exists() and not path.is_file()
+        tempfile.TemporaryFile(dir=path.parent).close()  # a disk that is read-only shows only in writing
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     if taken:  # by a directory, or /dev/null, which would be a file from then on
-        raise UserError(f"cannot write {path}: it is " + ("a directory" if Path(path).is_dir() else "no file"))
+        raise UserError(f"cannot write {path}: it is " + ("a directory" if path.is_dir() else "no file"))
 
 
 def check_out(out):

@@ -374,7 +374,7 @@ def test_preview_of_what_is_there_whatever_its_name(call, tmp_path, capsys):
         ("left out: 1 files .txt", "1 videos of 1 classes", "frames    20 to 20", "sizes     128 x 128 (1)"),
         capsys.readouterr().out,
     )
-    assert all(line in said for line in (*lines, "it has 10 frames", "caf\\udce9\\n", "wrote new/out.png"))
+    assert all(line in said for line in (*lines, "it has 10 frames", "caf\\xe9\\n", "wrote new/out.png"))
 
 
 def test_large_data_sets_are_decoded_as_they_are_needed(kept, monkeypatch, tmp_path):
