@@ -154,7 +154,7 @@ def test_errors_of_real_processes_are_one_line(tmp_path):
         ("--resolution 16 --gan-weight 0.1", "--gan-weight --resolution 32"),
         ("--out folder.pt", "folder.pt directory"),
         ("--out file/vae.pt", "file/vae.pt"),
-        (f"--out {'n' * 253}", "name too long"),
+        (f"--out {'n' * 253}.pt", "name too long"),
     ],
 )
 def test_wrong_use_of_vae(options, words, call, capsys, folder, tmp_path):

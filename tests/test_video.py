@@ -124,7 +124,13 @@ def test_white_of_high_dynamic_range_is_white(tmp_path, transfer, white):
     frames[:, :, :16] = 0
     colours = (transfer, 9, 9)
     path = encode(
-        tmp_path / "a.mp4", frames, "libx265", pixels="yuv444p10le", colours=colours, **{"x265-params": "log-level=none"}
+        tmp_path / "a.ts",
+        frames,
+        "libx265",
+        "mpegts",
+        pixels="yuv444p10le",
+        colours=colours,
+        **{"x265-params": "log-level=none"},
     )
     read = read_frames(path, 32)
     assert read[:, 8:-8, 24:].min() > 248 and read[:, 8:-8, :8].max() < 4
