@@ -217,8 +217,7 @@ def main(config=None, load_dit=dit.load_dit, load_vae=load_vae):
     utils.check_positive(config, "videos", "judge_clips")
     dit.sampling_times(config.sampler, config.steps, *dit.noise_schedule())  # UserError for wrong --steps before the work
     ckpt, out = checkpoints.load(config.ckpt, ("vae", "dit"), "python vae.py"), Path(config.out_dir)
-    for name in ("results.json", "report.html"):
-        utils.make_parent(out / name)
+    utils.make_parent(out / "results.json"), utils.make_parent(out / "report.html")
     device, rank, _ = utils.start_processes(config.device)
     if ckpt["stage"] == "dit":
         model, vae, latent_map = (part.to(device) for part in load_dit(ckpt))

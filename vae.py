@@ -276,11 +276,10 @@ def main(argv=None, decoder=nerv.NeRV):
     held_out, _ = data.fixed_clips(data.open_dataset(config, "test", train_set.classes), 64)
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
     T, count = config.num_frames, min(config.decode_frames, config.num_frames)
-    gan_start = min(20_000, config.steps // 2) if discriminator else 0
     parts = {"model": vae, "step": utils.FiniteStep(vae, make_optimizer(vae, muon="muon" in config.extras))}
     if discriminator:
         parts |= {"discriminator": discriminator, "disc_step": utils.FiniteStep(discriminator, make_optimizer(discriminator))}
-    start = 0
+    start, gan_start = 0, min(20_000, config.steps // 2)
     if ckpt := checkpoints.resume(config, "vae", decoder=decoder.__name__):
         start, gan_start = checkpoints.restore(ckpt, parts, ema), ckpt["gan_start"]  # whatever --steps is now
     else:

@@ -384,8 +384,9 @@ def make_parent(path):
 
 def check_out(out):
     """UserError, before hours of work, where the checkpoint `out` of a training or its log cannot be written."""
-    for path in (out, *(log_directory(out) / f"losses.{suffix}" for suffix in ("csv", "png"))):
-        make_parent(path)
+    make_parent(out)
+    for name in ("losses.csv", "losses.png"):
+        make_parent(log_directory(out) / name)
 
 
 def printable(text):
