@@ -2,7 +2,6 @@
 
     python demo.py                     ten minutes on two fast CPU cores; everything lands in out/demo/
     python demo.py --skip-training     measure the checkpoints that are there
-
 A small video classifier, trained on real clips, measures what PSNR cannot: a moving square is not a moving smudge.
 """
 

@@ -7,10 +7,8 @@ Stage 1: clips of the held-out set go through the autoencoder and back:    rFVD,
 Stage 2: as many clips are generated as are taken of the training set:     gFVD, classifier accuracy, blurred frames, diversity
 
 Beside gFVD stand two distances of held-out clips in the place of generated ones: of their reconstructions, as a perfect stage 2
-would have, and of the clips themselves, as a perfect model would; with few clips it is far from zero. Both are too high where
-fewer clips are held out than generated. Where none are (all of UCF-101), rFVD is of training videos, and both are left out.
-
-Several processes (torchrun, one for each GPU) share the work. Results go to results.json, and with videos to report.html.
+would have, and of the clips themselves, as a perfect model would; both are too high where few clips are held out. Where none
+are (all of UCF-101), rFVD is of training videos, and both are left out. Several processes (torchrun) share the work.
 """
 
 import base64
@@ -234,8 +232,7 @@ def main(config=None, load_dit=dit.load_dit, load_vae=load_vae):
     name, indices = fvd.label(detector.meta), data.spread(held_out, config.videos)
     if len(indices) < 2:
         raise UserError("a distance takes two held-out clips or more")
-    measure = functools.partial(reconstructed, vae, held_out, detector, lpips, device)
-    first = over_processes("reconstructed", indices, measure)
+    first = over_processes("reconstructed", indices, functools.partial(reconstructed, vae, held_out, detector, lpips, device))
     results = {
         f"r{name}": distance_result(first["real"], first["features"], ddof, config, paired=True),
         "PSNR": mean_result(first["psnr"].mean(1), config, "dB"),

@@ -176,7 +176,7 @@ def test_a_batch_of_one_trains(call, few_held_out):
         ("--num-latents -5", "--num-latents positive"),
         ("--extras components=4", "--extras components=4 MxK"),
         ("--extras mixing=8", "--extras components"),
-        ("--out runs/", "runs .pt"),
+        ("--out runs/", "runs"),
     ],
 )
 def test_wrong_use_of_dit(options, words, call, capsys, trained, tmp_path):
