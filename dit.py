@@ -273,7 +273,7 @@ def preset_defaults(args):
         nano = checkpoints.load(args.ckpt, "vae", "python vae.py")["config"]["preset"] == "nano"
     except UserError:
         nano = False
-    small = dict(width=96, depth=6, heads=3, steps=400, batch_size=256, lr=4e-3, warmup=50)
+    small = dict(width=96, depth=6, heads=3, steps=800, batch_size=256, lr=4e-3, warmup=50)
     return small | {"extras": ["components=4x64", "muon"]} if nano else {}
 
 
