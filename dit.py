@@ -9,6 +9,7 @@ python dit.py --ckpt vae.pt
 
 import copy
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
@@ -115,6 +116,7 @@ class DiT(nn.Module):
 NUM_STEPS = 1000
 
 
+@functools.cache  # a training step must not wait for its copy to a GPU
 def noise_schedule(device="cpu"):
     """α_τ, σ_τ [1001] of the variance-preserving process with β from 1e-4 to 2e-2 (Ho et al. 2020); index 0 is clean."""
     beta = torch.linspace(1e-4, 2e-2, NUM_STEPS, dtype=torch.float64)
@@ -298,21 +300,20 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     # All clips are encoded once. Up to 16,384 of them, spread over the set, give the map that brings tokens to unit deviation.
     source = stage1.clips_of(vae_ckpt, data_dir=config.data_dir)
     train_set = data.open_dataset(source, "train", classes)
-    videos, directory = len(train_set), utils.log_directory(config.out)
+    videos = len(train_set)
     count = config.num_latents or (min(max(512, 10 * videos), 4096) if nano else max(videos, min(10 * videos, 200_000)))
 
     def encode(indices):  # fewer clips than videos are spread over all classes
         clips, labels = data.clips(train_set, [i * max(videos, count) // count for i in indices])
-        (mean, logvar), given = vae.encode(clips.to(device)), []
-        if cond_frames:
-            given = [encode_given(vae, clips.to(device), cond_frames)]
+        mean, logvar = vae.encode(clips.to(device))
+        given = [encode_given(vae, clips.to(device), cond_frames)] if cond_frames else []
         return torch.stack([mean, torch.exp(0.5 * logvar), *given], 1), labels
 
     ckpt = checkpoints.resume(config, "dit", denoiser=denoiser.__name__, stage1=stage1_hash)
     key = {"stage1": stage1_hash, "data": train_set.identity(), "stride": source.stride, "flip": source.flip}
     key, shape = key | {"cond_frames": cond_frames}, (3 if cond_frames else 2, c.num_tokens, c.token_dim)
     latent_map = extras.latent_map(config.extras, shape[1:]).to(device)
-    tokens, labels = checkpoints.cached(directory, key, count, shape, encode, rank, world)
+    tokens, labels = checkpoints.cached(utils.log_directory(config.out), key, count, shape, encode, rank, world)
     latent_map.fit(*tokens[:: max(1, count // 16384), :2].float().to(device).unbind(1))
     utils.from_first_rank(latent_map)  # rounding may flip the sign of an eigenvector
 
@@ -323,7 +324,7 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     start = checkpoints.restore(ckpt, parts, ema) if ckpt else 0
     if ckpt:
         latent_map.load_state_dict(ckpt["latent_map"])
-    stream = data.Stream(count, config.batch_size, config.seed, start)
+    stream = data.Stream(count, config.batch_size, config.seed)
     log = utils.RunLog(config.out, config.steps, start, rank)
     log.print(f"{utils.millions(model):.2f} M parameters, {count} clips of {len(classes)} classes, from step {start} on")
     if utils.wants_compile(device, config.compile):
@@ -355,8 +356,7 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
         scheduled = coin < config.scheduled_sampling
         random = utils.step_generator(device, config.seed, step)
         posterior_noise, noise = torch.randn(2, config.batch_size, *latent_map.shape, generator=random, device=device)
-        first = 2 if scheduled else 1  # scheduled sampling goes one back
-        timestep = torch.randint(first, NUM_STEPS + 1, (config.batch_size,), generator=random, device=device)[mine]
+        timestep = torch.randint(1 + scheduled, NUM_STEPS + 1, (config.batch_size,), generator=random, device=device)[mine]
         drop = torch.rand(config.batch_size, generator=random, device=device)[mine]
 
         chosen = torch.tensor(stream.batch(step)[mine]) % count
