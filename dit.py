@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -55,8 +56,8 @@ class DiTBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
         self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        nn.init.zeros_(self.adaln[1].weight)  # gates start at zero: every block starts as the identity
-        nn.init.zeros_(self.adaln[1].bias)
+        for p in self.adaln.parameters():  # gates start at zero: every block starts as the identity
+            nn.init.zeros_(p)
 
     def forward(self, x, condition):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(condition).chunk(6, -1)  # each [B, width]
@@ -81,9 +82,8 @@ class DiT(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         self.out = nn.Linear(width, config.token_dim)
-        for layer in (self.adaln[1], self.out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for p in (*self.adaln.parameters(), *self.out.parameters()):
+            nn.init.zeros_(p)
 
     def forward(self, latents, timestep, label, given=None):
         """Noised latents [B, N, d], timesteps [B] in 1 … 1000, labels [B] (num_classes: none) -> ε [B, N, d].
@@ -114,6 +114,7 @@ class DiT(nn.Module):
 # -------------------------------------------------------------------------------------------------------------- diffusion
 
 NUM_STEPS = 1000
+DROP_CONDITION = 0.1  # share of clips trained without a condition, for guidance (Ho & Salimans 2022)
 
 
 @functools.cache  # a training step must not wait for its copy to a GPU
@@ -144,8 +145,8 @@ def reverse_step(x, eps, alpha, sigma, alpha_next, sigma_next, eta=0.0, generato
 def sampling_times(sampler, steps, alpha, sigma):
     """The timesteps that sampling visits, from 1000, all noise, to 0, clean. UserError where steps are not 1 … 1000.
 
-    DPM-Solver++ takes even steps in λ = log(α / σ), half the log signal-to-noise ratio, down to timestep 5, and from there one
-    to clean, where λ is infinite. Beyond a hundred steps or so the schedule is coarser than that, and there are fewer.
+    DPM-Solver++ takes even steps in λ = log(α / σ), down to timestep 5, and from there one to clean, where λ is infinite.
+    Beyond a hundred steps or so, neighbouring timesteps are further apart in λ than that, and there are fewer steps.
     """
     if not 1 <= steps <= NUM_STEPS:
         raise UserError(f"--steps {steps}: the denoiser has 1 to {NUM_STEPS}")
@@ -266,23 +267,17 @@ class Config:
     save_every: int = option("output", 500, "steps between checkpoints and sample sheets")
 
 
-DROP_CONDITION = 0.1  # share of clips trained without a condition, for guidance (Ho & Salimans 2022)
-
-
 def preset_defaults(args):
     """The defaults that the stage-1 checkpoint implies; without one, those of the paper's sizes."""
-    try:
-        nano = checkpoints.load(args.ckpt, "vae", "python vae.py")["config"]["preset"] == "nano"
-    except UserError:
-        nano = False
+    if not (Path(args.ckpt).is_file() and checkpoints.load(args.ckpt, "vae", "python vae.py")["config"]["preset"] == "nano"):
+        return {}
     small = dict(width=96, depth=6, heads=3, steps=800, batch_size=256, lr=4e-3, warmup=50)
-    return small | {"extras": ["components=4x64", "muon"]} if nano else {}
+    return small | {"extras": ["components=4x64", "muon"]}
 
 
 def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     config = utils.parse_options(Config, __doc__, preset_defaults, argv)
-    positive = ["steps", "batch_size", "width", "depth", "heads", "save_every"] + ["num_latents"] * (config.num_latents != 0)
-    utils.check_positive(config, *positive)
+    utils.check_positive(config, "steps", "batch_size", "width", "depth", "heads", "save_every")
     device, rank, world = utils.start_processes()
     rows = utils.rows_per_process(config.batch_size, 1, world)
     mine = slice(rank * rows, (rank + 1) * rows)  # this process's clips in a batch
@@ -292,16 +287,13 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     vae_ckpt.pop("training", None)  # stage 1 is used, and not trained
     vae, classes, stage1_hash = load_vae(vae_ckpt).to(device), vae_ckpt["classes"], utils.fingerprint(vae_ckpt["ema"])
     c, cond_frames, nano = vae.nerv_config, config.cond_frames, vae_ckpt["config"]["preset"] == "nano"
-    if not 0 <= cond_frames < c.num_frames:
-        raise UserError(f"--cond-frames {cond_frames}: stage 1 has clips of {c.num_frames} frames")
-    if config.width % config.heads:
-        raise UserError(f"--heads {config.heads} must divide --width {config.width}")
+    if config.width % config.heads or not 0 <= cond_frames < c.num_frames:
+        raise UserError(f"--heads must divide --width, and --cond-frames leave some of the {c.num_frames} frames to predict")
 
     # All clips are encoded once. Up to 16,384 of them, spread over the set, give the map that brings tokens to unit deviation.
     source = stage1.clips_of(vae_ckpt, data_dir=config.data_dir)
-    train_set = data.open_dataset(source, "train", classes)
-    videos = len(train_set)
-    count = config.num_latents or (min(max(512, 10 * videos), 4096) if nano else max(videos, min(10 * videos, 200_000)))
+    videos = len(train_set := data.open_dataset(source, "train", classes))
+    count = config.num_latents if config.num_latents > 0 else min(max(512, 10 * videos), 4096 if nano else max(videos, 200_000))
 
     def encode(indices):  # fewer clips than videos are spread over all classes
         clips, labels = data.clips(train_set, [i * max(videos, count) // count for i in indices])
@@ -320,10 +312,9 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     dit_config = DiTConfig(*latent_map.shape, len(classes), cond_frames, config.width, config.depth, config.heads)
     model = denoiser(dit_config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    parts = {"model": model, "step": utils.FiniteStep(model, make_optimizer(model, muon="muon" in config.extras))}
-    start = checkpoints.restore(ckpt, parts, ema) if ckpt else 0
-    if ckpt:
-        latent_map.load_state_dict(ckpt["latent_map"])
+    optimizer_step = utils.FiniteStep(model, make_optimizer(model, muon="muon" in config.extras))
+    trained = {"model": model, "optimizer_step": optimizer_step, "latent_map": latent_map}
+    start = checkpoints.restore(ckpt, trained, ema) if ckpt else 0
     stream = data.Stream(count, config.batch_size, config.seed)
     log = utils.RunLog(config.out, config.steps, start, rank)
     log.print(f"{utils.millions(model):.2f} M parameters, {count} clips of {len(classes)} classes, from step {start} on")
@@ -341,7 +332,7 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
             config.out, stage="dit", step=step, config=dataclasses.asdict(config), classes=classes, vae=vae_ckpt,
             stage1=stage1_hash, dit_config=dataclasses.asdict(dit_config), denoiser=denoiser.__name__,
             latent_map=latent_map.state_dict(), ema=ema.state_dict(),
-            training={name: part.state_dict() for name, part in parts.items()},
+            training={name: part.state_dict() for name, part in trained.items()},
         )  # fmt: skip
         log.write()
         samples = latent_map.inverse(generate(ema, shown, seed=config.seed, given=known))
@@ -371,10 +362,10 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
         loss.backward()
         log.add(loss=loss / 2 if scheduled else loss)  # the mean of both passes
 
-        parts["step"](loss, lr)
+        optimizer_step(loss, lr)
         utils.update_ema(ema, model, 0.99 if nano else 0.9999, step)
         if log.step(step):
-            parts["step"].check(step)
+            optimizer_step.check(step)
     log.close(device)
 
 

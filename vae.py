@@ -276,12 +276,13 @@ def main(argv=None, decoder=nerv.NeRV):
     held_out, _ = data.fixed_clips(data.open_dataset(config, "test", train_set.classes), 64)
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
     T, count = config.num_frames, min(config.decode_frames, config.num_frames)
-    parts = {"model": vae, "step": utils.FiniteStep(vae, make_optimizer(vae, muon="muon" in config.extras))}
+    trained = {"model": vae, "optimizer_step": utils.FiniteStep(vae, make_optimizer(vae, muon="muon" in config.extras))}
     if discriminator:
-        parts |= {"discriminator": discriminator, "disc_step": utils.FiniteStep(discriminator, make_optimizer(discriminator))}
+        disc_step = utils.FiniteStep(discriminator, make_optimizer(discriminator))
+        trained |= {"discriminator": discriminator, "discriminator_step": disc_step}
     start, gan_start = 0, min(20_000, config.steps // 2)
     if ckpt := checkpoints.resume(config, "vae", decoder=decoder.__name__):
-        start, gan_start = checkpoints.restore(ckpt, parts, ema), ckpt["gan_start"]  # whatever --steps is now
+        start, gan_start = checkpoints.restore(ckpt, trained, ema), ckpt["gan_start"]  # whatever --steps is now
     else:
         extras.start(vae, ema, data.endless(train_set, data.Stream(len(train_set), 4, config.seed)), config.seed)
     stream = data.Stream(len(train_set), config.batch_size, config.seed, start, config.accumulate, rank, world)
@@ -298,7 +299,7 @@ def main(argv=None, decoder=nerv.NeRV):
             config.out, stage="vae", step=step, config=dataclasses.asdict(config), classes=list(train_set.classes),
             nerv_config=dataclasses.asdict(vae.nerv_config), encoder_config=dataclasses.asdict(vae.encoder_config),
             decoder=decoder.__name__, gan_start=gan_start, ema=ema.state_dict(),
-            training={name: part.state_dict() for name, part in parts.items()},
+            training={name: part.state_dict() for name, part in trained.items()},
         )  # fmt: skip
         with utils.autocast(device, config.bf16):
             reconstructions = reconstruct(ema, held_out, device)
@@ -345,13 +346,13 @@ def main(argv=None, decoder=nerv.NeRV):
                 (disc_loss / config.accumulate).backward()
                 log.add(disc_loss=disc_loss, disc_margin=margin)
 
-        parts["step"](loss, lr)
+        trained["optimizer_step"](loss, lr)
         utils.update_ema(ema, vae, 0.99 if config.preset == "nano" else 0.9995, step)
         if update:
-            parts["disc_step"](disc_loss, lr * GAN_LR)
+            disc_step(disc_loss, lr * GAN_LR)
         if log.step(step):
-            for name in parts.keys() & {"step", "disc_step"}:
-                parts[name].check(step)
+            for name in trained.keys() & {"optimizer_step", "discriminator_step"}:
+                trained[name].check(step)
     log.close(device)
 
 
