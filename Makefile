@@ -1,4 +1,4 @@
-# make demo: train both stages on the built-in shapes, sample, interpolate and judge; everything lands in out/demo/
+# make demo: train both stages on the built-in shapes, sample, interpolate and evaluate; everything lands in out/demo/
 # make test: run the tests; nothing is downloaded
 # make sample: generate every class from the checkpoint that comes with the repository, before any training
 # make test-page: the page's tests, in Chromium where there is one
@@ -30,8 +30,9 @@ test-weights: weights
 	$(BIN)/python -m pytest -q -m weights tests
 
 lint: $(VENV)/.installed
-	$(BIN)/python -m pip install -q ruff
+	$(BIN)/python -m pip install -q ruff codespell
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/codespell -L ans,caf $$(git ls-files '*.py' '*.md' '*.js' '*.toml' '*.txt' '*.csv' Makefile)
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
