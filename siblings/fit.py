@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import dit
@@ -144,16 +145,27 @@ class Fit:
         done = self.steps / self.config.steps if self.config.steps else self.seconds / (60 * self.config.minutes)
         return min(1.0, done)
 
-    def step(self):
-        """One step of Adam on the squared error of a frame; each comes once in a pass."""
-        start = time.perf_counter()
-        number = self.stream.batch(self.steps)[0] % len(self.video)
+    def forward(self, number):
+        """All that the network makes of a frame, each [1, 3, H, W], and the squared error of each."""
         clip = self.video.clip(number, self.plan.padded).to(self.device) if self.encoder else None
         neighbours = self.neighbours(number) if self.method.flow else None
         parts = self.network.views(torch.tensor([number], device=self.device), clip, neighbours)
         real = to_clip(self.video.frames[number]).to(self.device)
+        return parts, [(part[0, :, : self.plan.height, : self.plan.width] - real).square().mean() for part in parts]
+
+    def flops(self):
+        """Floating-point operations of a training step, forward and backward: what it would cost on any machine."""
+        with FlopCounterMode(display=False) as counter:
+            sum(self.forward(0)[1]).backward()
+        self.update.optimizer.zero_grad(set_to_none=True)
+        return counter.get_total_flops()
+
+    def step(self):
+        """One step of Adam on the squared error of a frame; each comes once in a pass."""
+        start = time.perf_counter()
+        number = self.stream.batch(self.steps)[0] % len(self.video)
+        parts, errors = self.forward(number)
         # HTD says nothing of the loss; papers have L2 (HNeRV) or L1 and SSIM. FFNeRV weighs own and warped frames by 0.1.
-        errors = [(part[0, :, : self.plan.height, : self.plan.width] - real).square().mean() for part in parts]
         (errors[0] + 0.1 * sum(errors[1:])).backward()
         if self.method.flow:
             self.own[number] = to_frames(parts[1])[0]
@@ -208,7 +220,7 @@ class Fit:
         row |= {"bits per pixel": f"{8 * size / (len(v) * v.height * v.width):.4f}"}
         row |= {"PSNR, dB": f"{np.mean([rd.psnr(error) for error in errors]):.2f}"}
         row |= {"of all frames": f"{rd.psnr(np.mean(errors)):.2f}", "steps": self.steps, "seconds": f"{self.seconds:.1f}"}
-        return row | {"file": str(path)}
+        return row | {"GFLOP a step": f"{self.flops() / 1e9:.1f}", "file": str(path)}
 
     def state_dict(self):
         own = {"own": torch.from_numpy(self.own)} if self.method.flow else {}
