@@ -220,8 +220,8 @@ class Fit:
         row = {"method": self.name, "parameters": file.parameters, "bytes": size}
         row |= {"bits per pixel": f"{8 * size / (len(v) * v.height * v.width):.4f}"}
         row |= {"PSNR, dB": f"{np.mean([rd.psnr(error) for error in errors]):.2f}"}
-        row |= {"of all frames": f"{rd.psnr(np.mean(errors)):.2f}", "steps": self.steps, "seconds": f"{self.seconds:.1f}"}
-        return row | {"GFLOP a step": f"{self.flops() / 1e9:.1f}", "file": str(path)}
+        row |= {"of all frames": f"{rd.psnr(np.mean(errors)):.2f}", "GFLOP a step": f"{self.flops() / 1e9:.1f}"}
+        return row | {"steps": self.steps, "seconds": f"{self.seconds:.1f}", "file": str(path)}
 
     def state_dict(self):
         own = {"own": torch.from_numpy(self.own)} if self.method.flow else {}
