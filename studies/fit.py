@@ -1,10 +1,10 @@
-"""The NeRV family on one video in equal time, seed after seed, and what HTD claims of it: siblings.fit's report of many runs.
+"""The NeRV family on one video in equal time, seed after seed: siblings.fit's report of many runs.
 
 python -m studies.fit --video bunny.mp4 --resize 160x320 --frames 0:132          ten minutes a method, three seeds
 python -m studies.fit --video bunny.mp4 --resize 160x320 --minutes 3 --seeds 1 --methods ffnerv rnerv
 python -m studies.fit parity --peers DIR                                         our methods beside the published code
 
-A seed is one run of siblings.fit, resumed where it stopped and not done again. "HTD" is the paper in siblings/fit.py's head.
+A seed is one run of siblings.fit, resumed where it stopped and not done again.
 """
 
 import csv
@@ -15,24 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common import plot, utils
+from common import utils
 from common.tables import table
 from common.utils import UserError, option
 from siblings.methods import METHODS
 from studies import fit_parity
 
-TIMES = {"1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2, "end": 1.0}  # of the training, at which PSNR is in the table
-# What HTD says -> (method, those it is better than, when); "all" is every other method of the paper. Its times are those of 20
-# epochs of NeRV, 300 of NeRV and 300 of HiNeRV; minutes of a CPU are a part of the first.
-CLAIMS = {
-    "RNeRV is best early": ("rnerv", "all", "1/8"),
-    "RNeRV is best in the middle": ("rnerv", "all", "1/2"),
-    "HiNeRV is best at the end": ("hinerv", "all", "end"),
-    "HiNeRV is behind RNeRV early": ("rnerv", ["hinerv"], "1/8"),
-    "flow costs more than it gives": ("ffnerv-flowless", ["ffnerv"], "end"),
-    "parameters toward later layers help": ("rnerv-text", ["rnerv-steep"], "end"),
-}
-OURS = ("rnerv-text", "rnerv+", "ffnerv-flowless", "rnerv-steep")  # rows that are not a method of the paper
+TIMES = {"1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2}  # of the training, at which PSNR is in the table
 
 
 @dataclass
@@ -42,14 +31,13 @@ class Config:
     frames: str = option("what", "", "first and last of its frames, the last one left out; default: all")
     methods: list = option("what", list(METHODS), "rows of siblings/methods.py", nargs="+", choices=list(METHODS))
     size: str = option("what", "1.5M", "parameters of each")
-    bits: int = option("what", 6, "of a stored parameter, 4 to 8")
     minutes: float = option("training", 10.0, "of each method in each seed")
     seeds: int = option("training", 3, "runs of each method")
-    out_dir: str = option("output", "out/fit", "a directory for each seed, curves.png and the files go here")
+    out_dir: str = option("output", "out/fit", "a directory for each seed, with files, report.csv and curves.png, goes here")
 
 
 def run(config, seed):
-    """Fit all methods with one seed, or take what is there -> ({method: report}, {method: [(seconds, PSNR, steps), …]})."""
+    """Fit all methods with one seed, or take what is there -> ({method: report}, {method: [(seconds, PSNR), …]})."""
     directory = Path(config.out_dir).resolve() / f"seed{seed}"
 
     def rows_of(name):
@@ -62,8 +50,8 @@ def run(config, seed):
         return {row["method"]: row for row in rows if done}
 
     if not reports():
-        options = {name: getattr(config, name) for name in ("size", "bits", "minutes", "resize", "frames")} | {"seed": seed}
-        options |= {"method": ",".join(config.methods), "run-dir": directory, "out": directory / "video.nerv"}
+        options = {name: getattr(config, name) for name in ("size", "minutes", "resize", "frames")} | {"seed": seed}
+        options |= {"method": ",".join(config.methods), "bits": 6, "run-dir": directory, "out": directory / "video.nerv"}
         command = [sys.executable, "-m", "siblings.fit", str(Path(config.video).resolve()), "--resume"]
         command += [f"--{name}={value}" for name, value in options.items()]
         subprocess.run(command, cwd=Path(__file__).parent.parent)
@@ -73,21 +61,13 @@ def run(config, seed):
         raise UserError(f"{directory} is of other methods, without {missing[0]}: use another --out-dir")
     curves = {name: [] for name in found}
     for row in rows_of("curves"):
-        curves[row["method"]].append((float(row["seconds"]), float(row["PSNR"]), int(row["steps"])))
+        curves[row["method"]].append((float(row["seconds"]), float(row["PSNR"])))
     return found, curves
 
 
 def at(curve, seconds):
-    """The last PSNR of a curve [(seconds, PSNR, …), …] up to that time and 2 % more, for a point comes a step late; or NaN."""
-    return ([np.nan] + [quality for when, quality, *_ in curve if when <= 1.02 * seconds])[-1]
-
-
-def verdict(ours, others):
-    """Is a method better, by PSNR of each seed, ours [S], {other: [S]}? (margin in dB to the best other by its mean, its range
-    over seeds, "yes | no | not separated"); one seed separates nothing."""
-    gap = np.subtract(ours, max(others.values(), key=np.mean))
-    margin, spread = gap.mean(), np.ptp(gap) if len(gap) > 1 else np.inf
-    return margin, spread, "not separated" if abs(margin) <= spread else "yes" if margin > 0 else "no"
+    """The last PSNR of a curve [(seconds, PSNR), …] up to that time and 2 % more, for a point comes a step late; or NaN."""
+    return ([np.nan] + [quality for when, quality in curve if when <= 1.02 * seconds])[-1]
 
 
 def main():
@@ -97,27 +77,16 @@ def main():
     if not config.video:
         raise UserError("name a video with --video")
     utils.check_positive(config, "seeds", "minutes")
-    runs, whole = [run(config, seed) for seed in range(config.seeds)], 60 * config.minutes
-    rows, found = [], {}
+    seeds, rows = [run(config, seed) for seed in range(config.seeds)], []
     for name in config.methods:
-        found[name] = {when: [at(curves[name], share * whole) for _, curves in runs] for when, share in TIMES.items()}
-        found[name]["end"] = [float(reports[name]["PSNR, dB"]) for reports, _ in runs]
-        size, steps = (np.mean([int(reports[name][what]) for reports, _ in runs]) for what in ("bytes", "steps"))
-        shown = [f"{np.mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in found[name].values()]
-        rows.append([name, runs[0][0][name]["parameters"], f"{size:,.0f}", f"{steps:,.0f}", *shown])
+        seconds = {when: share * 60 * config.minutes for when, share in TIMES.items()}
+        found = {when: [at(curves[name], limit) for _, curves in seeds] for when, limit in seconds.items()}
+        found["end"] = [float(reports[name]["PSNR, dB"]) for reports, _ in seeds]
+        size, steps = (np.mean([int(reports[name][what]) for reports, _ in seeds]) for what in ("bytes", "steps"))
+        shown = [f"{np.mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in found.values()]
+        rows.append([name, seeds[0][0][name]["parameters"], f"{size:,.0f}", f"{steps:,.0f}", *shown])
     print(f"PSNR in dB, mean of {config.seeds} seeds (least to most); at the end, of the files\n")
-    table(["method", "parameters", "bytes", "steps", *TIMES], rows)
-    rows = []
-    for claim, (name, others, when) in CLAIMS.items():
-        others = [m for m in config.methods if m not in (name, *OURS)] if others == "all" else others
-        if name in config.methods and others and set(others) <= set(config.methods):
-            margin, wide, said = verdict(found[name][when], {m: found[m][when] for m in others})
-            rows.append([claim, when, f"{margin:+.2f}", f"{wide:.2f}", said])
-    print()
-    table(["claim", "at", "margin in dB", "spread", "verdict"], rows)
-    lines = ({name: [(p[k], p[1]) for p in runs[0][1][name]] for name in config.methods} for k in (0, 2))
-    panels = [(what, "PSNR after quantization, dB, seed 0", x) for what, x in zip(("seconds of training", "steps"), lines)]
-    plot.families(f"{config.out_dir}/curves.png", panels)
+    table(["method", "parameters", "bytes", "steps", *TIMES, "end"], rows)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ Rows with an interface, and full attention, go on for --seconds from a denoiser 
 once. A row's steps are those that fit, by the time of a few steps of its own. A row that is done is a line of runs.csv.
 """
 
+import functools
 import math
 import shlex
-import time
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -26,17 +26,18 @@ import nerv
 import vae
 from common import checkpoints, utils, video
 from common.drawn import MOTIONS
-from common.tables import add_row, read_rows, table
-from common.utils import UserError, option
+from common.tables import table
+from common.utils import option
 from evaluate import classify, train_classifier
 from siblings import vin
+from studies import runs
 
-# Row -> (which training, its options beside those of all).
+# Row -> (the denoiser of siblings.vin, or the first stage of dit.py's; options beside those of all).
 ROWS = {
     "real": ("", ""),
     "reconstructed": ("", ""),
-    "by themselves": ("dit", ""),
-    "one after the other": ("dit", "--cond-frames 4"),
+    "by themselves": ("vae", ""),
+    "one after the other": ("vae", "--cond-frames 4"),
     "one network": ("one", ""),
     "full attention": ("full", ""),
     "interface": ("vin", "--no-neighbours"),
@@ -57,7 +58,7 @@ class Config:
     vin_options: str = option("training", "--num-latents 4096", "further options of siblings.vin, in quotes")
     videos: int = option("judging", 36, "videos of each row")
     features: str = option("judging", "random", "of FVD; i3d takes the published weights", choices=["i3d", "random"])
-    out_dir: str = option("output", "out/long", "runs.csv, checkpoints and sheets go here")
+    out_dir: str = option("output", "out/long", "runs.csv, checkpoints and their sheets go here")
 
 
 class FullAttention(nn.Module):
@@ -118,7 +119,7 @@ class Study:
 
     def __init__(self, config):
         self.config, self.out = config, Path(config.out_dir)
-        ckpt, _ = self.train(vae.main, "vae", f"--dataset shapes-long --preset nano {config.vae_options}")
+        ckpt = self.train(vae.main, "vae", f"--dataset shapes-long --preset nano {config.vae_options}")
         self.train(dit.main, "dit", f"--ckpt {self.out}/vae.pt {config.dit_options}", config.seconds)
         T = ckpt["config"]["num_frames"]
         self.vae, self.T, self.F = vae.load_vae(ckpt), T, config.chunks * T
@@ -129,63 +130,54 @@ class Study:
         self.judge = train_classifier(short, len(short.classes), 4096, torch.device("cpu"))
 
     def train(self, main, name, options, seconds=0.0, **kw):
-        """Train, or go on with it, for so many seconds where it says how many: (checkpoint, [steps, seconds])."""
-        out, stages = self.out / f"{utils.file_name(name)}.pt", ("vae", "dit", "vin")
-        options = [*shlex.split(options), "--out", str(out), "--resume"]
+        """Train, or go on with it, for as many steps as fit into so many seconds where it says how many -> the checkpoint."""
+        out, options, main = self.out / f"{utils.file_name(name)}.pt", shlex.split(options), functools.partial(main, **kw)
         if out.is_file():
-            options += ["--steps", str(checkpoints.load(out, stages, "this study")["config"]["steps"])]
-        elif seconds:  # the steps that fit, by the time of 50, before which latents are encoded
-            main([*options, "--steps", "50"], **kw)
-            *_, last = (utils.log_directory(out) / "losses.csv").read_text().split()  # step, seconds, loss
+            options += ["--steps", checkpoints.load(out, ("vae", "dit", "vin"), "this study")["config"]["steps"]]
+        elif seconds:
+            pace = runs.seconds_per_step(main, options, out, seconds / 100)
             out.unlink()
-            options += ["--steps", str(1 + round(50 * seconds / max(0.1, float(last.split(",")[1]))))]
-        start = time.time()
-        main(options, **kw)
-        ckpt = checkpoints.load(out, stages, "this study")
-        if ckpt["step"] < ckpt["config"]["steps"]:
-            raise UserError("stopped: start again to go on")
-        return ckpt, [ckpt["step"], round(time.time() - start)]
+            options += ["--steps", 1 + round(seconds / pace)]
+        return runs.train(main, [*options, "--resume"], out)
+
+    def model(self, way, row, options):
+        """What a row samples from: (denoiser, VAE, map of latents), its steps, and the frames that chunks share."""
+        c, denoiser = self.config, {"vin": vin.VIN, "full": FullAttention}.get(way)
+        if denoiser:
+            options = f"{options} {c.vin_options} --ckpt {self.out}/dit.pt"
+            ckpt = self.train(vin.train, row, options, c.seconds, denoiser=denoiser)
+            return vin.load_vin(ckpt, denoiser), ckpt["step"], ckpt["vin_config"]["overlap"]
+        if way == "one":
+            self.train(vae.main, way, f"--dataset shapes-long --preset nano {c.vae_options} --num-frames {self.F}")
+        ckpt = self.train(dit.main, row, f"{options} {c.dit_options} --ckpt {self.out}/{way}.pt", 2 * c.seconds)
+        return dit.load_dit(ckpt), ckpt["step"], ckpt["dit_config"]["cond_frames"]
 
     def run(self, row):
-        """A row of runs.csv, and a sheet of its first videos: the frames on both sides of a seam, and two of one chunk."""
-        c, T, (way, options), overlap, spent, gflop = self.config, self.T, ROWS[row], 0, (0, 0), 0.0
-        if not way:
-            clips = video.to_clip(self.real).unflatten(1, (c.chunks, T)).flatten(0, 1)
-            made = clips if row == "real" else vae.reconstruct(self.vae, clips, torch.device("cpu"))
-            clips = made.unflatten(0, (-1, c.chunks)).flatten(1, 2)  # [B, F, 3, H, W]
-        else:
-            if way in ("vin", "full"):
-                denoiser = vin.VIN if way == "vin" else FullAttention
-                options = f"{options} {c.vin_options} --ckpt {self.out}/dit.pt"
-                ckpt, spent = self.train(vin.train, row, options, c.seconds, denoiser=denoiser)
-                model, *parts = vin.load_vin(ckpt, denoiser)
-                overlap = model.config.overlap
-            else:
-                if way == "one":
-                    self.train(vae.main, way, f"--dataset shapes-long --preset nano {c.vae_options} --num-frames {self.F}")
-                options = f"{options} {c.dit_options} --ckpt {self.out}/{'one' if way == 'one' else 'vae'}.pt"
-                ckpt, spent = self.train(dit.main, row, options, 2 * c.seconds)
-                model, *parts = dit.load_dit(ckpt)
-                overlap = model.config.cond_frames
+        """What is in a row of runs.csv."""
+        c, T, (way, options), overlap, found = self.config, self.T, ROWS[row], 0, {"steps": 0, "gflop": 0.0}
+        if way:
+            (model, *parts), found["steps"], overlap = self.model(way, row, options)
             chunks, t = 1 if way == "one" else math.ceil((self.F - overlap) / (T - overlap)), torch.arange(float(self.F))
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 sample(model, *parts, 0, chunks, 0)
-            gflop = sum(counter.get_flop_counts()[type(model).__name__].values()) / 20 / 1e9  # of one of 20 steps
+            found["gflop"] = sum(counter.get_flop_counts()[type(model).__name__].values()) / 20 / 1e9  # of one of 20 steps
             tokens = [sample(model, *parts, label, chunks, seed) for seed, label in enumerate(self.labels)]
             clips = torch.stack([torch.cat(list(vin.play(parts[0], one, t, overlap))) for one in tokens])
+        else:
+            clips = video.to_clip(self.real).unflatten(1, (c.chunks, T)).flatten(0, 1)
+            made = clips if row == "real" else vae.reconstruct(self.vae, clips, torch.device("cpu"))
+            clips = made.unflatten(0, (-1, c.chunks)).flatten(1, 2)  # [B, F, 3, H, W]
         frames, first = video.to_frames(clips), self.F // T // 2  # first chunk of the second half
-        found = dict(zip(("steps", "seconds"), spent)) | {"gflop": gflop, "seam": seam(clips, T, overlap)}
-        found |= dict(zip(("colour", "size"), np.nanmean([subject(x, T) for x in frames], 0)))
+        found["seam"] = seam(clips, T, overlap)
+        found["colour"], found["size"] = map(float, np.nanmean([subject(x, T) for x in frames], 0))
         shapes = classify(self.judge, clips.unflatten(1, (-1, T)).flatten(0, 1)).view(len(clips), -1) // len(MOTIONS)
         found["shape"] = (shapes[:, 1:] == shapes[:, :1]).float().mean().item()
-        found["path"] = np.nanmean([path_error(track(x)[2], data.LONG_PERIOD) for x in frames])
+        found["path"] = float(np.nanmean([path_error(track(x)[2], data.LONG_PERIOD) for x in frames]))
         # Clips of one chunk's length, where chunks without overlap lie: with overlap, "middle" has a fade in it.
         for name, start in {"start": 0, "middle": first * T, "across": max(0, first * T - T // 2)}.items():
             features = (self.detector(x[:, start : start + T]) for x in (self.real, frames))
-            found[f"fvd_{name}"] = fvd.frechet_distance_of(*features)
-        shown = clips[:6, first * (T - overlap) + torch.tensor([-1, 0, T // 2, T // 2 + 1])]
-        video.write_sheet(self.out / f"{utils.file_name(row)}.png", shown, ["seam | within"] * len(shown))
-        return {name: f"{value:.4g}" for name, value in found.items()}
+            found[f"fvd_{name}"] = float(fvd.frechet_distance_of(*features))
+        return found
 
 
 def sample(model, network, latent_map, label, chunks, seed):
@@ -205,15 +197,12 @@ def sample(model, network, latent_map, label, chunks, seed):
 def main(argv=None):
     config = utils.parse_options(Config, __doc__, argv=argv)
     utils.check_positive(config, "chunks", "seconds", "videos")
-    path, settings = Path(config.out_dir) / "runs.csv", " | ".join(map(str, astuple(config)[1:-1]))
-    utils.make_parent(path)
-    rows, study = [row for row in read_rows(path, COLUMNS) if row["settings"] == settings], None
+    settings, study = " | ".join(map(str, astuple(config)[1:-1])), functools.cache(lambda: Study(config))
+    rows = []
     for row in config.only or ROWS:
-        if row not in {done["row"] for done in rows}:
-            study = study or Study(config)
-            rows.append({"row": row, "settings": settings, "revision": utils.git_revision()} | study.run(row))
-            add_row(path, COLUMNS, rows[-1])
-    table(COLUMNS[:1] + COLUMNS[3:], [[row[name] for name in COLUMNS[:1] + COLUMNS[3:]] for row in rows])
+        rows.append(runs.once(f"{config.out_dir}/runs.csv", COLUMNS, (row, settings), lambda row=row: study().run(row)))
+    shown = [name for name in COLUMNS if name not in ("settings", "revision")]
+    table(shown, [[row[name] for name in shown] for row in rows])
 
 
 if __name__ == "__main__":

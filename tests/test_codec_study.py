@@ -27,16 +27,7 @@ def test_points_of_two_models_are_one_curve(tmp_path, capsys):
     study.curves(config)
     share = rd.bd_rate([(0.1, 30), (0.05, 25)], [(0.04, 26), (0.08, 31)])[0]
     assert f"{100 * share:+.1f} %" in capsys.readouterr().out and (tmp_path / "curves.png").is_file()
-    fits = []
-    for name, quality, size in (("fit a", 30.0, 100), ("fit b", 20.0, 300)):
-        (tmp_path / f"{name}.csv").write_text(f"method,of all frames,seconds,bytes\nrnerv,{quality},60,{size}\n")
-        fits.append(str(tmp_path / f"{name}.csv"))
-    study.dial(study.Config(points=[second], fits=fits, out_dir=str(tmp_path)))
-    said = capsys.readouterr().out
-    assert all(
-        word in said for word in ("ours, a", "1.50", "fit, rnerv", "60.00", "22.60", "200")
-    )  # a mean of errors, not of dB
     with pytest.raises(UserError, match="cannot read"):
-        study.fitted([str(tmp_path / "none.csv")])
+        study.read_points([str(tmp_path / "none.csv")])
     with pytest.raises(UserError, match="same videos"):
-        study.curves(study.Config(points=[first, points(tmp_path / "d.csv", "x265", x264, videos=3)], out_dir=str(tmp_path)))
+        study.read_points([first, points(tmp_path / "d.csv", "x265", x264, videos=3)])

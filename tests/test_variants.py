@@ -95,18 +95,22 @@ def test_no_reuse_and_multiplication_do_not_go_together():
 
 def test_a_variant_is_trained_sampled_and_measured(tmp_path, monkeypatch, capsys):
     """Neither side connections nor position codes have parameters here: only the name tells the decoders apart."""
+
+    def detector(frames):
+        return frames.reshape(len(frames), -1)[:, :2] / 255.0
+
+    detector.meta = {"features": "random"}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("fvd.load_detector", lambda *args, **kw: detector)
-    tiny, name = "--num-frames 4 --steps 1 --batch-size 2 --decode-frames 1 --bf16 off".split(), "NeRV pos_size=4 side=none"
-    variants.main(["vae", "--side", "none", "--pos-size", "4", *tiny])
+    name, tiny = "NeRV pos_size=4 side=none", "--steps 1 --batch-size 2 --bf16 off"
+    variants.main(f"vae --side none --pos-size 4 --num-frames 4 --decode-frames 1 {tiny}".split())
     ckpt = torch.load("vae.pt", weights_only=True)
     network = variants.load_vae(ckpt).nerv
     assert ckpt["decoder"] == type(network).__name__ == name and network.config.pos_size == 4
     for load in (lambda: vae.load_vae(ckpt), lambda: dit.main(["--steps", "1"])):
         with pytest.raises(UserError, match=f"its decoder is '{name}', not 'NeRV'"):
             load()
-    options = "--steps 1 --batch-size 2 --num-latents 4 --width 24 --depth 2 --bf16 off --extras".split()
-    variants.main(["dit", "--denoiser", "latte", *options])
+    variants.main(f"dit --denoiser latte --num-latents 4 --width 24 --depth 2 --extras {tiny}".split())
     ckpt = torch.load("dit.pt", weights_only=True)
     model, autoencoder, _ = variants.load_dit(ckpt)
     assert type(model) is variants.Latte and type(autoencoder.nerv).__name__ == name
@@ -119,37 +123,35 @@ def test_a_variant_is_trained_sampled_and_measured(tmp_path, monkeypatch, capsys
     assert "classifier accuracy" in capsys.readouterr().out
 
 
-def detector(frames):
-    """Features of clips, uint8 [B, T, H, W, 3] -> [B, 2]."""
-    return frames.reshape(len(frames), -1)[:, :2] / 255.0
+def maps():
+    """The input of a block for three videos, and two frames."""
+    return torch.randn(2, 3 * 8, 4, 4, dtype=torch.float64)
 
 
-detector.meta = {"features": "random"}
+def one_by_one(x, kernels):
+    """A 3×3 convolution for each video by itself."""
+    return torch.cat([F.conv2d(part, W, padding=1) for part, W in zip(x.chunk(len(kernels), 1), kernels)], 1)
 
 
 def test_pixel_shuffle_has_four_times_the_kernel():
-    plain, shuffled = tiny()[0], tiny(upsampling="pixelshuffle")[0]
-    up, ups = plain.blocks[0].up, shuffled.blocks[0].up
-    assert up.kernel_shape == (8, 8, 4, 4) and ups.kernel_shape == (32, 8, 3, 3) and ups.block_shape == (16, 4, 3, 3)
-    _, tokens = tiny()
-    x = torch.randn(2, 3 * 8, 4, 4, dtype=torch.float64)
-    y = torch.cat([F.conv2d(part, W, padding=1) for part, W in zip(x.chunk(3, 1), ups.kernel(tokens))], 1)
-    y = y.unflatten(1, (-1, 2, 2)).permute(0, 1, 4, 2, 5, 3).flatten(4).flatten(2, 3)
-    torch.testing.assert_close(ups(x, tokens), y)
+    model, tokens = tiny(upsampling="pixelshuffle")
+    up, x = model.blocks[0].up, maps()
+    assert tiny()[0].blocks[0].up.kernel_shape == (8, 8, 4, 4)
+    assert up.kernel_shape == (32, 8, 3, 3) and up.block_shape == (16, 4, 3, 3)
+    y = one_by_one(x, up.kernel(tokens)).unflatten(1, (-1, 2, 2)).permute(0, 1, 4, 2, 5, 3).flatten(4).flatten(2, 3)
+    torch.testing.assert_close(up(x, tokens), y)
 
 
 def test_bilinear_convolves_after_interpolation():
     model, tokens = tiny(upsampling="bilinear")
-    up = model.blocks[0].up
-    x = torch.randn(2, 3 * 8, 4, 4, dtype=torch.float64)
+    up, x = model.blocks[0].up, maps()
     big = F.interpolate(x, scale_factor=2, mode="bilinear")
-    y = torch.cat([F.conv2d(part, W, padding=1) for part, W in zip(big.chunk(3, 1), up.kernel(tokens))], 1)
-    torch.testing.assert_close(up(x, tokens), y)
+    torch.testing.assert_close(up(x, tokens), one_by_one(big, up.kernel(tokens)))
 
 
 def test_skips_sum_the_images_of_all_levels():
     model, tokens = tiny(side="skip")
-    x = torch.randn(1, 3 * 8, 4, 4, dtype=torch.float64)
+    x = maps()
     first = model.blocks[0](x, tokens)
     second = model.blocks[1](first, tokens)
     expected = model.to_rgb(second, tokens) + F.interpolate(model.skips[0](first, tokens), scale_factor=2, mode="bilinear")
@@ -158,7 +160,7 @@ def test_skips_sum_the_images_of_all_levels():
 
 def test_plain_blocks_are_the_main_path_alone():
     model, tokens = tiny(side="none")
-    block, x = model.blocks[0], torch.randn(1, 3 * 8, 4, 4, dtype=torch.float64)
+    block, x = model.blocks[0], maps()
     h = x
     for layer in [block.up, *block.convs]:
         h = F.gelu(layer(h, tokens))
@@ -166,9 +168,9 @@ def test_plain_blocks_are_the_main_path_alone():
     assert block.side is None
 
 
-def denoiser(name, num_tokens=6):
+def denoiser(name):
     torch.manual_seed(0)
-    model = variants.DENOISERS[name](dit.DiTConfig(num_tokens, 8, 3, width=16, depth=2, heads=2))
+    model = variants.DENOISERS[name](dit.DiTConfig(6, 8, 3, width=16, depth=2, heads=2))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)  # gates and the last layer start at zero
     return model
@@ -176,15 +178,11 @@ def denoiser(name, num_tokens=6):
 
 @pytest.mark.parametrize("name", ["dit", "gpt", "latte"])
 def test_denoisers_depend_on_timestep_class_and_tokens(name):
-    model, tokens = denoiser(name), torch.randn(2, 6, 8)
-    timestep, label = torch.tensor([5, 700]), torch.tensor([0, 2])
+    model, tokens, timestep, label = denoiser(name), torch.randn(2, 6, 8), torch.tensor([5, 700]), torch.tensor([0, 2])
     eps = model(tokens, timestep, label)
-    others = (
-        model(tokens, timestep + 1, label),
-        model(tokens, timestep, label.flip(0)),
-        model(tokens.flip(1), timestep, label),
-    )
-    assert eps.shape == tokens.shape and all((other - eps).abs().max() > 1e-4 for other in others)
+    assert eps.shape == tokens.shape
+    for changed in ((tokens, timestep + 1, label), (tokens, timestep, label.flip(0)), (tokens.flip(1), timestep, label)):
+        assert (model(*changed) - eps).abs().max() > 1e-4
     eps.square().mean().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in model.parameters())
 

@@ -1,0 +1,50 @@
+"""What the studies of many trainings share: a run is a row of a CSV file, and is not done again."""
+
+import csv
+import time
+
+from common import checkpoints, utils
+from common.tables import add_row, read_rows
+from common.utils import UserError
+
+
+def once(path, columns, key, run):
+    """The row {column: string} of a CSV file whose first columns are `key`. Where there is none, run() -> {column: value}."""
+    utils.make_parent(path)
+
+    def found():
+        wanted = dict(zip(columns, map(str, key)))
+        return next((row for row in read_rows(path, columns) if wanted.items() <= row.items()), None)
+
+    if not (row := found()):
+        row, start = dict(zip(columns, key)) | {"revision": utils.git_revision()}, time.time()
+        values = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in run().items()}
+        add_row(path, columns, row | {"seconds": round(time.time() - start)} | values)
+        row = found()
+    return row
+
+
+def train(main, argv, out, **kw):
+    """Run a training main(argv) to its end -> its checkpoint, which is the file `out`. UserError where it was stopped."""
+    main([*map(str, argv), "--out", str(out)], **kw)
+    ckpt = checkpoints.load(out, ("vae", "dit", "vin"), "this study")
+    if ckpt["step"] < ckpt["config"]["steps"]:
+        raise UserError("stopped: start again to go on with the runs that are not done")
+    return ckpt
+
+
+def seconds_per_step(main, argv, out, least, **kw):
+    """Of a training, by the second half of a trial, after what is prepared and compiled; trials grow until they take `least`.
+
+    On a GPU thirty steps are a moment, in which kernels are chosen.
+    """
+    steps = 30
+    utils.RunLog.EVERY = 10  # steps between rows of losses.csv
+    while True:
+        train(main, [*argv, "--steps", steps], out, **kw)
+        with open(utils.log_directory(out) / "losses.csv", newline="") as file:
+            rows = [(int(row["step"]), float(row["seconds"])) for row in csv.DictReader(file)]
+        (first, start), (last, end) = rows[len(rows) // 2 - 1], rows[-1]
+        if end > least and end > start:  # losses.csv has tenths of a second
+            return (end - start) / (last - first)
+        steps *= 10
