@@ -3,6 +3,7 @@
 python -m studies.ablate                                                    the built-in shapes, hours on two CPU cores
 python -m studies.ablate --dataset folder --data-dir PATH --vae-options "--preset nano --resolution 64"
 python -m studies.ablate --only 2a 3b --seeds 1                             some tables, one seed
+python -m studies.ablate --only 2-cumulative                                Table 2 as the paper has it, idea upon idea
 
 Every row is the paper's choice in all but one thing, trained on the same data with the same seeds, steps and settings. Rows of
 stage 1 are compared by the PSNR of held-out reconstructions, those of stage 2 by classifier accuracy and by Fréchet distances
@@ -31,6 +32,7 @@ from common.utils import option
 from common.video import to_frames
 from studies import runs, variants
 
+FEW = "--token-dim 64 --num-tokens 8"
 # Table -> (what it compares, {row: (the paper's gFVD, options of vae.py, or in table 3 of dit.py)}), best of the paper last;
 # without options a row is the base, which all tables share. At one width, smaller codes have more kernel entries (2c-size).
 TABLES = {
@@ -61,8 +63,18 @@ TABLES = {
         "plain": (295, "--min-snr-gamma 0 --scheduled-sampling 0"), "scheduled sampling": (261, "--min-snr-gamma 0"),
         "Min-SNR": (238, "--scheduled-sampling 0"), "both": (184, ""),
     }),
+    # Each row adds an idea to those above. The paper has a quarter of the tokens until 2f; they are wide here, since without
+    # reuse the layers share their numbers out.
+    "2-cumulative": ("ideas added one after another", {
+        "channel-wise kernels": (570, f"{FEW} --side none --upsampling pixelshuffle --pos-size 1 --reuse none"),
+        "direct reuse": (562, f"{FEW} --side none --upsampling pixelshuffle --pos-size 1 --reuse direct"),
+        "multi-head affines": (283, f"{FEW} --side none --upsampling pixelshuffle --pos-size 1"),
+        "position code of 8 x 8": (254, f"{FEW} --side none --upsampling pixelshuffle"),
+        "transposed convolutions": (248, f"{FEW} --side none"), "skips": (235, f"{FEW} --side skip"),
+        "residuals for skips": (219, FEW), "all tokens": (184, "--token-dim 64"),
+    }),
 }  # fmt: skip
-STAGE2 = ("2f", "3a", "3b")  # tables that need it: what more tokens cost is seen there
+STAGE2 = ("2f", "3a", "3b", "2-cumulative")  # tables that need it: what more tokens cost is seen there
 DIT = "--width 192 --heads 6 --num-latents 2048 --extras --lr 1e-3 --batch-size 32 --steps 500"
 COLUMNS = ["stage", "vae", "dit", "seed", "settings", "revision", "seconds", "psnr", "to_real", "to_reconstructed", "agreement"]
 

@@ -51,6 +51,14 @@ def test_every_row_is_a_training(monkeypatch):
     assert {network.config.pos_size for network in built[::2]} == {1, 4, 8, 16}
 
 
+def test_the_cumulative_table_has_the_papers_figures_and_changes_one_thing_at_a_time():
+    _, rows = ablate.TABLES["2-cumulative"]
+    assert [paper for paper, _ in rows.values()] == [570, 562, 283, 254, 248, 235, 219, 184]
+    options = [dict(zip(own.split()[::2], own.split()[1::2])).items() for _, own in rows.values()]
+    for before, after in zip(options, options[1:]):
+        assert len({name for name, _ in before ^ after}) == 1
+
+
 def test_what_is_done_is_not_done_again(quick, monkeypatch, tmp_path, capsys):
     def run(*options):
         quick.clear()
