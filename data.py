@@ -130,7 +130,7 @@ def open_dataset(config, role, classes=None):
     """
     c = config
     if c.dataset in SHAPES:
-        return Shapes(role, c.resolution, c.num_frames, period=SHAPES[c.dataset])
+        return Shapes(role, c.resolution, c.num_frames, period=SHAPES[c.dataset], stride=c.stride)
     if c.dataset == "sprites":
         if c.flip:
             raise UserError("sprites are not mirrored, left would be right: leave out --flip")

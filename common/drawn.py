@@ -44,14 +44,15 @@ class Shapes(Drawn):
 
     Random numbers are seeded by role (train or test) and i. Classes take turns. A clip is one turn of the path. With a period,
     in frames, a turn takes that long whatever the length of the clip, and begins anywhere on the path; clip i is then the
-    beginning of any longer clip i.
+    beginning of any longer clip i. stride: frames of the video per frame of the clip.
     """
 
     classes = tuple(f"{shape}_{motion}" for shape in SHAPES for motion in MOTIONS)
 
-    def __init__(self, role="train", resolution=32, num_frames=16, length=None, period=0):
+    def __init__(self, role="train", resolution=32, num_frames=16, length=None, period=0, stride=1):
         super().__init__()
-        self.role, self.resolution, self.num_frames, self.period = role, resolution, num_frames, period
+        self.role, self.resolution, self.num_frames, self.stride = role, resolution, num_frames, stride
+        self.period = period
         self.length = length or {"train": 8192, "test": 512}[role]
 
     def __len__(self):
@@ -67,14 +68,14 @@ class Shapes(Drawn):
         return f"shapes {self.resolution} {self.num_frames} {self.length} {self.period}"
 
     def draw(self, i, t=None):
-        """Clip i as uint8 frames [T, H, W, 3], at the frame positions t [T], real-valued (default: all of the clip)."""
-        t = np.arange(self.num_frames) if t is None else np.asarray(t)
+        """Clip i as uint8 frames [T, H, W, 3], at frames t [T] of the video, real-valued (default: those of the clip)."""
+        t = np.arange(self.num_frames) * self.stride if t is None else np.asarray(t)
         shape, motion = self.classes[self.label(i)].split("_")
         rng = np.random.default_rng([0, self.role == "test", i])
         # Paths are sines and circles around a centre; lengths are in half frame widths.
         phase, radius, reach = rng.uniform(-math.pi / 4, math.pi / 4), rng.uniform(0.42, 0.52), rng.uniform(0.25, 0.4)
         centre = rng.uniform(-0.08, 0.08, 2)
-        angle = 2 * math.pi * t / (self.period or self.num_frames) + phase * (4 if self.period else 1)
+        angle = 2 * math.pi * t / (self.period or self.num_frames * self.stride) + phase * (4 if self.period else 1)
         path_x = centre[0] + reach * np.cos(angle) * (motion != "updown")
         path_y = centre[1] + reach * np.sin(angle) * (motion != "sideways")
 

@@ -76,12 +76,15 @@ def test_long_shapes_take_several_clips_for_a_turn():
         assert turn.max() <= 1 and moved.max() > 5
     steps = [abs(np.diff(s[2][0].astype(int), axis=0)).mean() for s in (clips, Shapes())]
     assert steps[0] < 0.5 * steps[1]  # and slower
+    spaced = data.open_dataset(replace(settings, num_frames=16, stride=8), "train")  # every eighth frame of the same videos
+    assert all(np.array_equal(spaced[i][0], longer[i][0][::8]) for i in (0, 2, 4))
     start = [int(clips[i][0][0].sum((0, 2), int).argmax()) for i in range(0, 90, 9)]  # the brightest column at the beginning
     assert min(start) < 12 and max(start) > 19  # left or right
 
 
 def test_shapes_can_be_drawn_between_their_frames():
     shapes = Shapes()
+    assert np.array_equal(Shapes(stride=8)[3][0], shapes[3][0])  # a clip is one turn, whatever its frames are called
     assert np.array_equal(shapes.draw(3, [2, 5.0]), shapes.draw(3)[[2, 5]])
     left, between, right = (shapes.draw(0, [t]).astype(float) for t in (3, 3.5, 4))  # class 0 moves sideways, fast at t = 4
     assert min(abs(between - left).mean(), abs(between - right).mean()) > 0.3 * abs(left - right).mean() > 0
