@@ -127,18 +127,19 @@ class Sampler:
         """Tokens [B, N, d] -> clips [B, len(t), 3, H, W] on the CPU, at the positions that were asked for."""
         return stage1.decode(self.vae, tokens, self.t)
 
-    def write(self, name, clips, titles):
-        """Each clip as a video of its own, all of them as one sheet and as one tiled video."""
+    def write(self, name, clips, titles, given=0):
+        """Each clip as a video of its own, all of them as one tiled video and as one sheet, where given frames have an edge."""
         folder = Path(self.config.out_dir) / name
         for i, (clip, title) in enumerate(zip(clips, titles)):
             video.write_video(folder / f"{i:02d}_{utils.file_name(title)}", clip, self.config.fps)
-        video.write_sheet(f"{folder}.png", clips, titles)
+        marked = [torch.cat([video.mark(clip[:given]), clip[given:]]) for clip in clips]
+        video.write_sheet(f"{folder}.png", marked, titles)
         video.write_video(folder, video.tile(clips), self.config.fps)
         print(f"wrote {folder}.png, {folder}.mp4, {folder}.gif and each video in {folder}/")
 
 
 def predict(sampler, config):
-    """Go on from the first frames of real videos; given frames have an orange edge, the real clip is above."""
+    """Go on from the first frames of real videos; the real clip is above."""
     cond_frames = sampler.dit.config.cond_frames if sampler.dit else 1
     real, lengths = sampler.read(config.predict, needed=max(1, cond_frames))
     labels = [k for k in sampler.labels_of_files() for _ in range(config.count)]
@@ -149,17 +150,16 @@ def predict(sampler, config):
     decoded = sampler.decode(tokens).unflatten(0, (len(real), config.count))
     rows, titles, scores = [], [], []
     for clip, length, samples in zip(real, lengths, decoded):
-        marked = video.mark(clip[:cond_frames])
         if length == len(clip):  # the file has the frames that are predicted, too
-            rows.append(torch.cat([marked, clip[sampler.t.round().long().clamp(max=length - 1)]]))
+            rows.append(torch.cat([clip[:cond_frames], clip[sampler.t.round().long().clamp(max=length - 1)]]))
             titles.append("real")
             if config.time_scale == 1 and not config.extrapolate:
                 after, still = clip[None, cond_frames:], clip[None, cond_frames - 1 : cond_frames]
                 predicted = [stage1.psnr(after, sample[None]) for sample in samples]
                 scores.append([sum(predicted) / len(samples), stage1.psnr(after, still.expand_as(after))])
-        rows += [torch.cat([marked, sample]) for sample in samples]
+        rows += [torch.cat([clip[:cond_frames], sample]) for sample in samples]
         titles += ["predicted"] * len(samples)
-    sampler.write("predict", rows, titles)
+    sampler.write("predict", rows, titles, given=cond_frames)
     if scores:
         predicted, copied = torch.tensor(scores).mean(0).tolist()
         print(f"PSNR of the predicted frames {predicted:.2f} dB, of copies of the last given frame {copied:.2f} dB")

@@ -95,3 +95,12 @@ def trained(tmp_path_factory):
     vae.main([*tiny, "--out", f"{cwd}/vae.pt"])
     dit.main([*tiny, "--num-latents", "80", *SMALL_DIT, "--ckpt", f"{cwd}/vae.pt", "--out", f"{cwd}/dit.pt"])
     return cwd
+
+
+@pytest.fixture(scope="session")
+def predictor(trained, tmp_path_factory):
+    """A dit.pt of two steps that goes on from 5 frames."""
+    out = tmp_path_factory.mktemp("predictor") / "dit.pt"
+    options = f"--ckpt {trained}/vae.pt --cond-frames 5 --steps 2 --batch-size 4 --num-latents 80 {' '.join(SMALL_DIT)}"
+    dit.main([*options.split(), "--out", str(out)])
+    return out
