@@ -1,21 +1,16 @@
 """How good is a checkpoint on its own data set?
 
-python evaluate.py --ckpt vae.pt
-python evaluate.py --ckpt dit.pt
+python evaluate.py --ckpt vae.pt       held-out clips through stage 1 and back: rFVD, PSNR, SSIM, LPIPS
+python evaluate.py --ckpt dit.pt       and as many clips generated as there are real ones: gFVD, classifier accuracy, diversity
+python evaluate.py --ckpt predict.pt   or held-out clips predicted from their first frames (dit.py --cond-frames 5): gFVD, PSNR
 
-Stage 1: clips of the held-out set go through the autoencoder and back:    rFVD, PSNR, SSIM, LPIPS
-Stage 2: as many clips are generated as are taken of the training set:     gFVD, classifier accuracy, blurred frames, diversity
-
-Beside gFVD stand two distances of held-out clips in the place of generated ones: of their reconstructions, as a perfect stage 2
-would have, and of the clips themselves, as a perfect model would; both are too high where few clips are held out. Where none
-are (all of UCF-101), rFVD is of training videos, and both are left out. Several processes (torchrun) share the work.
+gFVD of reconstructions and of real held-out clips is what a perfect stage 2 and a perfect model would have: too high where few
+are held out. Where none are (all of UCF-101), rFVD is of training videos. Several processes (torchrun) share the work.
 """
 
 import base64
-import functools
 import html
 import json
-import os
 import shlex
 import sys
 import tempfile
@@ -35,7 +30,7 @@ from scipy.stats import binomtest
 import data
 import dit
 import fvd
-from common import checkpoints, plot, utils, video
+from common import checkpoints, utils, video
 from common.layouts import same_file
 from common.utils import UserError, option
 from losses import LPIPS
@@ -56,7 +51,7 @@ class Config:
     steps: int = option("sampling", 20, "evaluations of the denoiser, 1 to 1000")
     sampler: str = option("sampling", "dpm", "DPM-Solver++, DDIM, or ancestral", choices=["dpm", "ddim", "ddpm"])
     guidance: float = option("sampling", 2.0, "scale of classifier-free guidance; 1 is none")
-    judge_clips: int = option("result", 8192, "real clips that train the classifier")
+    classifier_clips: int = option("result", 8192, "real clips that train the classifier")
     bootstrap: int = option("result", 100, "resamples for the intervals; 0 leaves them out")
     out_dir: str = option("output", "out/eval", "where results.json and report.html go")
     device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
@@ -84,7 +79,7 @@ def train_classifier(train_set, num_classes, clips, device, batch_size=32, seed=
     steps = max(1, clips // batch_size)
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
     batches = data.endless(train_set, data.Stream(len(train_set), batch_size, seed))
-    for step in utils.bar(range(steps), "classifier", unit="step"):
+    for step in utils.bar(range(steps), "classifier", unit="step", disable=utils.rank() > 0):
         optimizer.param_groups[0]["lr"] = utils.learning_rate(step, steps, 3e-3, 20)
         frames, label = (x.to(device) for x in next(batches))
         optimizer.zero_grad()
@@ -109,60 +104,84 @@ def frame_psnr(x, y):
     return -10 * (x - y).square().mean((-3, -2, -1)).clamp_min(1e-10).log10()
 
 
-def fine_power(frames):
-    """Power above a quarter cycle per pixel, which blur removes: the mean of each frame, [..., 3, H, W] -> [...]."""
-    power = torch.fft.fft2(frames, norm="ortho").abs().square()
-    frequency = torch.fft.fftfreq(frames.shape[-1], device=frames.device)
-    return power[..., torch.hypot(frequency[:, None], frequency[None, :]) > 0.25].mean((-2, -1))
-
-
 def worst_frame(clips):
-    """The least fine_power of a frame, as a share of its clip's median: [B, T, 3, H, W] -> [B]. It finds shapes that
-    are blurred for a few frames, which does not change the class of the whole clip."""
-    power = fine_power(clips)
+    """Power above a quarter cycle per pixel, which blur removes: the least of a frame, as a share of that of the clip's median
+    frame, [B, T, 3, H, W] -> [B]. It finds clips that are blurred for a few frames, whose class is still seen."""
+    power = torch.fft.fft2(clips, norm="ortho").abs().square()
+    frequency = torch.fft.fftfreq(clips.shape[-1], device=clips.device)
+    power = power[..., torch.hypot(frequency[:, None], frequency[None, :]) > 0.25].mean((-2, -1))  # [B, T]
     return power.amin(1) / power.median(1).values.clamp_min(1e-12)
 
 
-def over_processes(kind, indices, measure):
-    """{name: array} of all clips: measure(indices, start) -> {name: array} of each batch, every world-th in this process."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    starts, parts = range(0, len(indices), BATCH), [None] * world
-    mine = utils.bar(starts[utils.rank() :: world], kind, unit="batch", disable=utils.rank() > 0)
-    parts[0] = {start: measure(indices[start : start + BATCH], start) for start in mine}
+def over_processes(dataset, indices, measure, detector):
+    """measure(clips, labels, start) -> ({name: values}, {title: uint8 frames}) of all clips, in batches that processes share.
+
+    Returns {name: values, title: features of frames} of all clips, and {title: frames} of the first batch, to be shown.
+    """
+    world, mine, shown = dist.get_world_size() if dist.is_initialized() else 1, {}, {}
+    starts = range(0, len(indices), BATCH)
+    for start in utils.bar(starts[utils.rank() :: world], measure.__name__, unit="batch", disable=utils.rank() > 0):
+        values, frames = measure(*data.clips(dataset, indices[start : start + BATCH]), start)
+        mine[start], shown = values | {title: detector(clips) for title, clips in frames.items()}, shown or frames
+    parts = [mine] * world
     if world > 1:
-        dist.all_gather_object(parts, parts[0])
+        dist.all_gather_object(parts, mine)
     found = {start: batch for part in parts for start, batch in part.items()}
-    return {name: np.concatenate([found[start][name] for start in starts]) for name in found[0]}
+    return {name: np.concatenate([found[start][name] for start in starts]) for name in found[0]}, shown
 
 
-@torch.no_grad()
-def reconstructed(vae, dataset, detector, lpips, device, indices, start):
-    """Real clips and what stage 1 makes of them, measured on frames as files hold them."""
-    clips, _ = data.clips(dataset, indices)
-    real, made = video.to_frames(clips), video.to_frames(reconstruct(vae, clips, device))
-    x, y = (torch.as_tensor(frames).movedim(-1, -3).to(device) / 255 for frames in (real, made))
-    still = x.mean(1, keepdim=True).expand_as(x)  # a video that does not move: each clip's own time average
-    similarity = ssim(x.flatten(0, 1).double(), y.flatten(0, 1).double(), data_range=1, size_average=False)
-    found = {"psnr": frame_psnr(x, y), "still": frame_psnr(x, still), "ssim": similarity.unflatten(0, x.shape[:2])}  # [B, T]
-    if lpips:
-        found["lpips"] = torch.stack([lpips(2 * b[None] - 1, 2 * a[None] - 1) for a, b in zip(x, y)])
-    shown = {"shown_real": real[: 0 if start else BATCH], "shown": made[: 0 if start else BATCH]}
-    return shown | {name: x.cpu().numpy() for name, x in found.items()} | {"real": detector(real), "features": detector(made)}
+class Networks:
+    """The networks of a checkpoint, and measures for over_processes, which are of frames as files hold them."""
 
+    def __init__(self, config, ckpt, device, load_dit, load_vae):
+        self.config, self.device, self.model, self.classifier = config, device, None, None
+        if ckpt["stage"] == "dit":
+            self.model, self.vae, self.latent_map = (part.to(device) for part in load_dit(ckpt))
+        else:
+            self.vae = load_vae(ckpt).to(device)
+        self.cond_frames = self.model.config.cond_frames if self.model else 0
+        self.lpips = None if config.lpips == "none" else LPIPS(config.lpips).to(device)
 
-@torch.no_grad()
-def generated(model, vae, latent_map, dataset, detector, classifier, config, device, indices, start):
-    """Training clips, and as many that are generated of the same classes."""
-    clips, labels = data.clips(dataset, indices)
-    latents = dit.generate(model, labels.to(device), config.steps, config.guidance, config.sampler, config.seed + start)
-    made = video.to_frames(decode(vae, latent_map.inverse(latents), torch.arange(clips.shape[1])))
-    found = {"labels": labels.numpy(), "shown_real": video.to_frames(clips)[: 0 if start else BATCH]}
-    found |= {"shown": made[: 0 if start else BATCH], "real": detector(video.to_frames(clips)), "features": detector(made)}
-    for name, x in (("_real", clips), ("", video.to_clip(made))):  # both as files hold them
-        found["worst" + name] = worst_frame(x).numpy()
-        if classifier:
-            found["seen" + name] = classify(classifier, x).numpy()
-    return found
+    def sample(self, labels, frames, start, given=None):
+        """Clips that are generated, or go on from the latents of given frames: uint8 [B, frames, H, W, 3]."""
+        c = self.config
+        latents = dit.generate(self.model, labels.to(self.device), c.steps, c.guidance, c.sampler, c.seed + start, given)
+        return video.to_frames(decode(self.vae, self.latent_map.inverse(latents), torch.arange(frames)))
+
+    @torch.no_grad()
+    def reconstructed(self, clips, labels, start):
+        """Real clips and what stage 1 makes of them; in prediction, how they go on from their first frames, too."""
+        real, made = video.to_frames(clips), video.to_frames(reconstruct(self.vae, clips, self.device))
+        x, y = (torch.as_tensor(frames).movedim(-1, -3).to(self.device) / 255 for frames in (real, made))
+        still = x.mean(1, keepdim=True).expand_as(x)  # a video that does not move: each clip's own time average
+        similarity = ssim(x.flatten(0, 1).double(), y.flatten(0, 1).double(), data_range=1, size_average=False)
+        values = {"PSNR": frame_psnr(x, y), "PSNR of each clip's own time average": frame_psnr(x, still)}  # [B, T]
+        values["SSIM"] = similarity.unflatten(0, x.shape[:2])
+        if self.lpips:
+            lpips = torch.stack([self.lpips(2 * b[None] - 1, 2 * a[None] - 1) for a, b in zip(x, y)])
+            values[f"LPIPS ({self.config.lpips})"] = lpips
+        frames = {"real": real, "reconstructed": made}
+        K = self.cond_frames
+        if K:
+            given = self.latent_map(dit.encode_given(self.vae, clips.to(self.device), K))
+            no_class = torch.full_like(labels, self.model.config.num_classes)
+            frames["predictions, given frames decoded"] = decoded = self.sample(no_class, clips.shape[1], start, given)
+            frames["predictions"] = np.concatenate([real[:, :K], decoded[:, K:]], 1)
+            y = torch.as_tensor(decoded).movedim(-1, -3).to(self.device) / 255
+            values["PSNR of predicted frames"] = frame_psnr(x, y)[:, K:]
+            values["PSNR of copies of the last given frame"] = frame_psnr(x[:, K:], x[:, K - 1 : K])
+        return {name: x.cpu().numpy() for name, x in values.items()}, frames
+
+    @torch.no_grad()
+    def generated(self, clips, labels, start):
+        """Training clips, and as many that are generated of the same classes."""
+        frames = {"training clips": video.to_frames(clips), "generated": self.sample(labels, clips.shape[1], start)}
+        values = {"labels": labels.numpy()}
+        for title, made in frames.items():
+            values[f"{title}, worst"] = worst_frame(video.to_clip(made)).numpy()
+            if self.classifier:
+                values[f"{title}, class"] = classify(self.classifier, video.to_clip(made)).numpy()
+        return values, frames
 
 
 def result(statistic, clips, config, unit=""):
@@ -174,7 +193,8 @@ def result(statistic, clips, config, unit=""):
 
 
 def mean_result(values, config, unit=""):
-    """The mean over clips of values [B, …]."""
+    """The mean over clips of the mean of each one's values [B, …]."""
+    values = values.reshape(len(values), -1).mean(1)
     return result(lambda i: values[i].mean(), len(values), config, unit)
 
 
@@ -184,146 +204,126 @@ def share_result(hits):
     return {"value": 100 * float(hits.mean()), "low": 100 * low, "high": 100 * high, "clips": len(hits), "unit": "%"}
 
 
-def distance_result(real, made, ddof, config, paired=False):
+def distance_result(real, made, config, paired=False):
     """The Fréchet distance of features [B, 400], with its bootstrap interval."""
+    ddof = fvd.PROTOCOLS[config.protocol].ddof
     result = {"value": fvd.frechet_distance_of(real, made, ddof), "clips": min(len(real), len(made)), "unit": ""}
     ends = fvd.bootstrap(real, made, ddof, config.bootstrap, config.seed, paired) if config.bootstrap > 0 else ()
     return result | dict(zip(("low", "high"), ends))
 
 
-def diversity_result(made, config):
+def diversity_result(real, made, labels, config):
     """Mean distance of features of two different generated clips of a class, as a share of that of real ones."""
-    labels = made["labels"]
-
-    def mean_distance(features, weights):
-        total = pairs = 0.0
-        for label in np.unique(labels):
-            x, w = features[labels == label], weights[labels == label]
-            pair = np.outer(w, w) * (1 - np.eye(len(w)))  # a clip that is drawn twice has no distance to itself
-            total, pairs = total + (pair * cdist(x, x)).sum(), pairs + pair.sum()
-        return total / pairs if pairs else np.nan
 
     def share(drawn):
-        weights = np.bincount(drawn, minlength=len(labels))
-        return 100 * mean_distance(made["features"], weights) / (mean_distance(made["real"], weights) or np.nan)
+        weights, totals, pairs = np.bincount(drawn, minlength=len(labels)), np.zeros(2), 0.0
+        for label in np.unique(labels):
+            of_class = labels == label
+            pair = np.outer(weights[of_class], weights[of_class])
+            pair = pair * (1 - np.eye(len(pair)))  # a clip that is drawn twice has no distance to itself
+            totals += [(pair * cdist(x[of_class], x[of_class])).sum() for x in (made, real)]
+            pairs += pair.sum()
+        of_made, of_real = totals / (pairs or np.nan)
+        return 100 * of_made / (of_real or np.nan)
 
     return result(share, len(labels), config, "%")
 
 
 def main(config=None, load_dit=dit.load_dit, load_vae=load_vae):
     config, began = config or utils.parse_options(Config, __doc__), time.time()
-    utils.check_positive(config, "videos", "judge_clips")
+    utils.check_positive(config, "videos", "classifier_clips")
     dit.sampling_times(config.sampler, config.steps, *dit.noise_schedule())  # UserError for wrong --steps before the work
     ckpt, out = checkpoints.load(config.ckpt, ("vae", "dit"), "python vae.py"), Path(config.out_dir)
     utils.make_parent(out / "results.json"), utils.make_parent(out / "report.html")
     device, rank, _ = utils.start_processes(config.device)
-    if ckpt["stage"] == "dit":
-        model, vae, latent_map = (part.to(device) for part in load_dit(ckpt))
-        if model.config.cond_frames:
-            raise UserError(f"{config.ckpt} predicts frames: `python sample.py --predict` scores it, and this one generates")
-    else:
-        model, vae = None, load_vae(ckpt).to(device)
     settings, classes = clips_of(ckpt.get("vae", ckpt), data_dir=config.data_dir), ckpt["classes"]
     held_out, train_set = (data.open_dataset(settings, role, classes) for role in ("test", "train"))
     files = [set(map(same_file, getattr(each, "items", ()))) for each in (held_out, train_set)]
-    shared, ddof = files[0] & files[1], fvd.PROTOCOLS[config.protocol].ddof
-    detector = fvd.load_detector(config.features, config.protocol, config.seed, device)
-    lpips = None if config.lpips == "none" else LPIPS(config.lpips).to(device)
-    name, indices = fvd.label(detector.meta), data.spread(held_out, config.videos)
+    shared, indices = files[0] & files[1], data.spread(held_out, config.videos)
     if len(indices) < 2:
         raise UserError("a distance takes two held-out clips or more")
-    first = over_processes("reconstructed", indices, functools.partial(reconstructed, vae, held_out, detector, lpips, device))
-    results = {
-        f"r{name}": distance_result(first["real"], first["features"], ddof, config, paired=True),
-        "PSNR": mean_result(first["psnr"].mean(1), config, "dB"),
-        "PSNR of each clip's own time average": mean_result(first["still"].mean(1), config, "dB"),
-        "SSIM": mean_result(first["ssim"].mean(1), config),
-    }
-    if lpips:
-        results[f"LPIPS ({config.lpips})"] = mean_result(first["lpips"], config)
-    shown = {"real": first["shown_real"], "reconstructed": first["shown"]}
-    if model:
-        classifier = Classifier(len(classes)).to(device).eval() if len(classes) > 1 else None
-        if classifier:
-            classifier = classifier if rank else train_classifier(train_set, len(classes), config.judge_clips, device)
-            utils.from_first_rank(classifier)
-        indices = data.spread(train_set, config.videos)
-        measure = functools.partial(generated, model, vae, latent_map, train_set, detector, classifier, config, device)
-        made = over_processes("generated", indices, measure)
-        results[f"g{name}"] = distance_result(made["real"], made["features"], ddof, config)
+    networks = Networks(config, ckpt, device, load_dit, load_vae)
+    detector = fvd.load_detector(config.features, config.protocol, config.seed, device)
+    name = fvd.label(detector.meta)
+    first, shown = over_processes(held_out, indices, networks.reconstructed, detector)
+    results = {f"r{name}": distance_result(first["real"], first["reconstructed"], config, paired=True)}
+    for title in first:
+        if title.startswith(("PSNR", "SSIM", "LPIPS")):
+            results[title] = mean_result(first[title], config, "dB" if "PSNR" in title else "")
+    if networks.cond_frames:
+        for title in ("predictions", "predictions, given frames decoded"):
+            results[f"g{name} of {title}"] = distance_result(first["real"], first[title], config, paired=True)
+    elif networks.model:
+        if len(classes) > 1:  # other processes train it for one step, and get that of the first
+            networks.classifier = train_classifier(train_set, len(classes), 1 if rank else config.classifier_clips, device)
+            utils.from_first_rank(networks.classifier)
+        second, more = over_processes(train_set, data.spread(train_set, config.videos), networks.generated, detector)
+        real, made, labels = second["training clips"], second["generated"], second["labels"]
+        results[f"g{name}"] = distance_result(real, made, config)
         if not shared:
-            results[f"g{name} of reconstructions"] = distance_result(made["real"], first["features"], ddof, config)
-            results[f"g{name} of real clips"] = distance_result(made["real"], first["real"], ddof, config)
-        if classifier:
-            results["classifier accuracy"] = share_result(made["seen"] == made["labels"])
-            results["classifier accuracy of the real clips"] = own = share_result(made["seen_real"] == made["labels"])
+            results[f"g{name} of reconstructions"] = distance_result(real, first["reconstructed"], config)
+            results[f"g{name} of real clips"] = distance_result(real, first["real"], config)
+        if networks.classifier:
+            results["classifier accuracy"] = share_result(second["generated, class"] == labels)
+            results["classifier accuracy of the real clips"] = own = share_result(second["training clips, class"] == labels)
             if own["low"] < 100 / len(classes):
-                print("the classifier tells real clips no better than chance: its accuracy says nothing; more --judge-clips")
-        results["clips with a blurred frame"] = share_result(made["worst"] < np.quantile(made["worst_real"], 0.01))
-        if np.bincount(made["labels"]).max() > 1:  # there are two of a class
-            results["diversity, of that of real clips"] = diversity_result(made, config)
-        shown |= {"training clips": made["shown_real"], "generated, of their classes": made["shown"]}
+                print("the classifier is no better than chance on real clips and says nothing: more --classifier-clips")
+        blurred = second["generated, worst"] < np.quantile(second["training clips, worst"], 0.01)
+        results["clips with a blurred frame"] = share_result(blurred)
+        if np.bincount(labels).max() > 1:  # there are two of a class
+            results["diversity, of that of real clips"] = diversity_result(real, made, labels, config)
+        shown |= more
     if rank:
         return
     about = {
-        "checkpoint": f"{config.ckpt}, {ckpt['step']} steps of stage {2 if model else 1}, revision {ckpt['revision']}",
+        "checkpoint": f"{config.ckpt}, {ckpt['step']} steps of stage {2 if networks.model else 1}, revision {ckpt['revision']}",
         "evaluated": f"revision {utils.git_revision()}, {time.strftime('%Y-%m-%d')}, {time.time() - began:.0f} s",
         "command": "python evaluate.py " + shlex.join(sys.argv[1:]),
         "data": f"{settings.dataset} {settings.data_dir}: {len(train_set)} videos, {0 if shared else len(held_out)} held out",
         "clips": f"{settings.num_frames} frames of {settings.resolution} x {settings.resolution}, stride {settings.stride}",
         "features": f"{detector.meta['features']}, protocol {config.protocol}",
     }
-    if model:
+    if networks.model:
         about["sampling"] = f"{config.sampler}, {config.steps} steps, guidance {config.guidance}, seed {config.seed}"
     skipped = getattr(held_out, "skipped", {}) | getattr(train_set, "skipped", {})
     skipped = {video.printable(path): reason for path, reason in skipped.items()}
+    rows = []
+    for title, r in results.items():
+        interval = f"{r['low']:.4g} to {r['high']:.4g}" if "low" in r else ""
+        rows.append((title, f"{r['value']:.4g} {r['unit']}".strip(), interval, r["clips"]))
+        print("{:<45} {:<14} {:<24} {} clips".format(*rows[-1]))
     with utils.whole_file(out / "results.json") as file:
         file.write(json.dumps({"results": results, "about": about, "skipped": skipped}, indent=1).encode())
+    about |= {"videos skipped": len(skipped)} | skipped
     with utils.whole_file(out / "report.html") as file:
-        link = os.path.relpath(page, out) if (page := Path(config.ckpt).with_name("page.html")).is_file() else ""
-        file.write(report(results, about, skipped, first["psnr"].mean(0), shown, link).encode(errors="replace"))
-    for cells in map(cells_of, results.items()):
-        print("{:<45} {:<14} {:<24} {} clips".format(*cells))
+        file.write(report(rows, about, shown).encode(errors="replace"))
     print(f"{len(skipped)} videos skipped; wrote {out / 'results.json'} and {out / 'report.html'}")
-
-
-def cells_of(item):
-    """A (title, result) as the four texts of a row."""
-    title, r = item
-    interval = f"{r['low']:.4g} to {r['high']:.4g}" if "low" in r else ""
-    return title, f"{r['value']:.4g} {r['unit']}".strip(), interval, r["clips"]
 
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Evaluation</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 900px; margin: 2em auto; overflow-wrap: anywhere }}
-td, th {{ padding: .25em .9em .25em 0; text-align: left; vertical-align: top }} video {{ width: 100px }}</style></head><body>
+td, th {{ padding: .25em .9em .25em 0; text-align: left; vertical-align: top }}
+video {{ width: 400px; image-rendering: pixelated }}</style></head><body>
 <table><tr><th>metric</th><th>value</th><th>95 % interval (bootstrap over clips; Wilson for shares)</th><th>clips</th></tr>
 {results}</table>
-<p><img alt="PSNR of each frame" src="data:image/png;base64,{curve}"></p>
-{videos}<table>{about}</table>
-<p>{page}{count} videos skipped</p><table>{skipped}</table></body></html>
+{videos}<table>{about}</table></body></html>
 """
 
 
-def report(results, about, skipped, psnr, shown, page=""):
-    """One HTML page with everything in it: table, curve, and videos that play, {title: uint8 frames [B, T, H, W, 3]}."""
+def report(rows, about, shown):
+    """One HTML page with everything in it: tables, and videos that play, {title: uint8 frames [B, T, H, W, 3]}."""
 
     def table(rows):
         return "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>\n" for row in rows)
 
+    videos = ""
     with tempfile.TemporaryDirectory() as directory:
-        plot.curves(f"{directory}/curve.png", [("frame of the clip", "PSNR, dB", list(enumerate(psnr.tolist())))])
-        curve, videos = base64.b64encode(Path(directory, "curve.png").read_bytes()).decode(), ""
         for title, clips in shown.items():
-            videos += f"<p>{html.escape(title)}</p>\n"
-            for clip in clips:
-                video.write_mp4(f"{directory}/clip", [video.to_clip(clip)], fps=8)
-                content = base64.b64encode(Path(directory, "clip.mp4").read_bytes()).decode()
-                videos += f'<video autoplay loop muted playsinline src="data:video/mp4;base64,{content}"></video>\n'
-    rows = {"results": table(map(cells_of, results.items())), "about": table(about.items()), "skipped": table(skipped.items())}
-    rows["page"] = f'<a href="{html.escape(page)}">Generate in the browser</a>. ' if page else ""
-    return PAGE.format(**rows, curve=curve, videos=videos, count=len(skipped))
+            video.write_mp4(f"{directory}/clips", [video.tile(video.to_clip(clips))], fps=8)
+            content = base64.b64encode(Path(directory, "clips.mp4").read_bytes()).decode()
+            videos += f'<p>{html.escape(title)}</p><video autoplay loop muted src="data:video/mp4;base64,{content}"></video>\n'
+    return PAGE.format(results=table(rows), about=table(about.items()), videos=videos)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ def detector(monkeypatch):
 
 
 def settings(trained, name, tmp_path, **kw):
-    options = dict(out_dir=str(tmp_path / "eval"), videos=10, bootstrap=20, judge_clips=64, steps=2, lpips="none", device="cpu")
-    return evaluate.Config(ckpt=str(trained / name), **options | kw)
+    options = dict(videos=10, bootstrap=20, classifier_clips=64, steps=2, lpips="none", device="cpu")
+    return evaluate.Config(ckpt=str(trained / name), out_dir=str(tmp_path / "eval"), **options | kw)
 
 
 def run(config):
@@ -79,7 +79,7 @@ def test_stage_2_and_its_report(trained, tmp_path, detector, capsys):
     assert results["diversity, of that of real clips"]["value"] > 0
     assert "FVD" not in [name.strip("rg") for name in results]  # random features are never called FVD
     page = (tmp_path / "eval" / "report.html").read_text()
-    assert page.count("data:video/mp4;base64,") == 4 * 4 and "data:image/png;base64," in page
+    assert page.count("data:video/mp4;base64,") == 4
     assert not re.search(r'(src|href)="(?!data:)', page)  # it needs no other file
     out = capsys.readouterr().out
     assert all(name in out and name in page.replace("&#x27;", "'") for name in results)
@@ -99,12 +99,39 @@ def test_stage_2_and_its_report(trained, tmp_path, detector, capsys):
         assert results[f"gFVD on random I3D features{title}"]["value"] == pytest.approx(value, rel=1e-3)
 
 
+def test_predictions(predictor, tmp_path, detector, monkeypatch):
+    """The distance is of five real frames and eleven predicted ones, PSNR of those eleven; later frames are not looked at."""
+    calls = []
+
+    def given_latents(model, labels, steps, guidance, sampler, seed, given):
+        calls.append((labels.tolist(), seed))
+        return given
+
+    monkeypatch.setattr(dit, "generate", given_latents)
+    config = settings(predictor.parent, "dit.pt", tmp_path, seed=7)
+    results = run(config)["results"]
+    real = spread(data.Shapes("test", 32, 16))
+    _, vae, latent_map = dit.load_dit(checkpoints.load(predictor, "dit", ""))
+    with torch.no_grad():
+        known = video.to_clip(real) * (torch.arange(16) < 5).view(16, 1, 1, 1)
+        tokens = latent_map.inverse(latent_map(vae.encode(known)[0]))
+        decoded = video.to_frames(vae.decode(tokens, torch.arange(16)))
+    for title, clips in (("predicted frames", decoded), ("copies of the last given frame", real[:, 4:5].repeat(16, 1))):
+        error = np.square(real[:, 5:] / 255 - clips[:, 5:] / 255).mean((2, 3, 4))
+        assert results[f"PSNR of {title}"]["value"] == pytest.approx(-10 * np.log10(error).mean(), abs=1e-3)
+    made = np.concatenate([real[:, :5], decoded[:, 5:]], 1)
+    for title, clips in (("predictions", made), ("predictions, given frames decoded", decoded)):
+        value = fvd.frechet_distance_of(detector(real), detector(clips))
+        assert results[f"gFVD on random I3D features of {title}"]["value"] == pytest.approx(value, rel=1e-3)
+    assert calls == [([9] * 4, 7), ([9] * 4, 11), ([9] * 2, 15)]  # class 9 is none
+    assert "rFVD on random I3D features" in results and not any("classifier" in name for name in results)
+    assert "predictions" in (tmp_path / "eval" / "report.html").read_text()
+
+
 def test_the_report_escapes_what_it_shows(tmp_path, monkeypatch):
     monkeypatch.setattr(video, "write_mp4", lambda path, clips, fps: Path(f"{path}.mp4").write_bytes(b"video"))
-    result = {"value": 1.0, "unit": "<b>", "clips": 3}
-    page = evaluate.report(
-        {"<i>title": result}, {"<u>": "<a href='x'>"}, {"<s>": "{it}"}, torch.ones(3), {"<p>x": [np.zeros((2, 4, 4, 3))]}
-    )
+    rows, about = [("<i>title", "1 <b>", "", 3)], {"<u>": "<a href='x'>", "<s>": "{it}"}
+    page = evaluate.report(rows, about, {"<p>x": np.zeros((1, 2, 4, 4, 3), np.uint8)})
     assert not re.search("<i>|<b>|<u>|<a |<s>|<p>x", page) and "&lt;i&gt;title" in page and "{it}" in page
 
 
@@ -136,16 +163,16 @@ def test_the_worst_frame_finds_the_clip_with_a_blurred_frame():
 
 
 @pytest.mark.parametrize("clips", [1, 31, 33])
-def test_a_judge_learns_from_few_clips_too(clips, monkeypatch):
-    """It was a judge of no step, in silence, where fewer clips than a batch were asked for."""
+def test_a_classifier_learns_from_few_clips_too(clips, monkeypatch):
+    """It was a classifier of no step, in silence, where fewer clips than a batch were asked for."""
     train_set = data.Shapes(length=36)
     torch.manual_seed(0)
     before = evaluate.Classifier(9).head.weight.detach()
-    judge = evaluate.train_classifier(train_set, 9, clips, "cpu")
-    assert not torch.equal(before, judge.head.weight) and not judge.training
+    classifier = evaluate.train_classifier(train_set, 9, clips, "cpu")
+    assert not torch.equal(before, classifier.head.weight) and not classifier.training
 
 
-def test_a_judge_learns():
+def test_a_classifier_learns():
     train_set = data.Shapes(length=72)
     clips, labels = data.fixed_clips(train_set, 36)
     assert evaluate.accuracy(evaluate.train_classifier(train_set, 9, 640, "cpu"), clips, labels) > 0.5
@@ -189,7 +216,7 @@ import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import evaluate, fvd, test_evaluate
 evaluate.BATCH, fvd.load_detector = 4, lambda *args: test_evaluate.Colours()
-evaluate.main(evaluate.Config({ckpt!r}, videos=10, bootstrap=0, judge_clips=64, steps=2, lpips="none", device="cpu"))
+evaluate.main(evaluate.Config({ckpt!r}, videos=10, bootstrap=0, classifier_clips=64, steps=2, lpips="none", device="cpu"))
 """
 
 
@@ -213,15 +240,14 @@ def test_diversity():
         pairs = [(i, j) for i in rows for j in rows if i != j and labels[i] == labels[j]]
         return np.mean([np.linalg.norm(x[i] - x[j]) for i, j in pairs])
 
-    result = evaluate.diversity_result({"real": x, "features": y, "labels": labels}, evaluate.Config(bootstrap=3))
+    result = evaluate.diversity_result(x, y, labels, evaluate.Config(bootstrap=3))
     draws, rng = [], np.random.default_rng(0)
     for _ in range(3):
         rows = rng.integers(12, size=12)  # a clip that is drawn twice has no distance to itself
         draws.append(100 * mean_distance(y, rows) / mean_distance(x, rows))
     assert result["value"] == pytest.approx(100 * mean_distance(y, range(12)) / mean_distance(x, range(12)))
     assert [result["low"], result["high"]] == pytest.approx(np.quantile(draws, [0.025, 0.975]))
-    same = {"real": np.ones((12, 5)), "features": y, "labels": labels}
-    assert np.isnan(evaluate.diversity_result(same, evaluate.Config(bootstrap=0))["value"])
+    assert np.isnan(evaluate.diversity_result(np.ones((12, 5)), y, labels, evaluate.Config(bootstrap=0))["value"])
 
 
 def test_intervals():
@@ -241,7 +267,7 @@ def test_what_is_wrong_is_said_before_the_work(trained, tmp_path, monkeypatch):
     for options, words in (
         ({"ckpt": str(tmp_path / "none.pt")}, "no checkpoint"),
         ({"videos": 0}, "--videos"),
-        ({"judge_clips": 0}, "--judge-clips"),
+        ({"classifier_clips": 0}, "--classifier-clips"),
         ({"steps": 1001}, "--steps 1001"),
         ({"videos": 1}, "two held-out clips"),
         ({"out_dir": str(tmp_path / "file")}, "cannot write"),

@@ -119,7 +119,7 @@ def test_a_variant_is_trained_sampled_and_measured(tmp_path, monkeypatch, capsys
     variants.main("sample --classes 0 --steps 2".split())
     assert (tmp_path / "out/samples/samples.png").is_file()
     for file in ("vae.pt", "dit.pt"):
-        variants.main(f"evaluate --ckpt {file} --lpips none --videos 4 --judge-clips 4 --bootstrap 0 --steps 2".split())
+        variants.main(f"evaluate --ckpt {file} --lpips none --videos 4 --classifier-clips 4 --bootstrap 0 --steps 2".split())
     assert "classifier accuracy" in capsys.readouterr().out
 
 
