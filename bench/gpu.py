@@ -72,8 +72,8 @@ def programs(config, gpu):
     yield "train", "dit.py", f"{second} --ckpt long1.pt --num-latents 512 {long} long2.pt", TRAINING
     yield "train", "sample.py", "sample.py --ckpt long2.pt --out-dir samples", "wrote .*"
     yield "train", "bench.speed sample", "-m bench.speed sample --ckpt long2.pt", "matrix product .*"
-    judge = "evaluate.py --ckpt long2.pt --features random --lpips none --videos 64 --out-dir evaluation"
-    yield "train", "evaluate.py", judge, r"\wFVD on random I3D features +[\d.]+|classifier accuracy +[\d.]+ %"
+    evaluation = "evaluate.py --ckpt long2.pt --features random --lpips none --videos 64 --out-dir evaluation"
+    yield "train", "evaluate.py", evaluation, r"\wFVD on random I3D features +[\d.]+|classifier accuracy +[\d.]+ %"
 
 
 def run(command, log, seconds, stop):
