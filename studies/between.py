@@ -38,7 +38,7 @@ def main(argv=None):
     before, weight = np.floor(t).astype(int) * scale, torch.as_tensor(t % 1, dtype=torch.float32)[:, None, None, None]
     blend = torch.lerp(real[:, before], real[:, np.minimum(before + scale, len(t) - 1)], weight)
     offset = np.arange(len(t)) % scale
-    for title, frames in (("shown", offset == 0), ("between", offset > 0), ("halfway", offset * 2 == scale)):
+    for title, frames in (("shown", offset == 0), ("between", offset > 0)):
         if frames.any():
             psnr = [frame_psnr(x[:, frames] / 2, real[:, frames] / 2).mean().item() for x in (made, blend)]
             print(f"{title:8} {frames.sum():4} frames of a clip   PSNR {psnr[0]:.2f} dB, of the blend {psnr[1]:.2f} dB")

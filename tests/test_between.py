@@ -18,7 +18,7 @@ def test_frames_are_compared_at_their_own_times(trained, monkeypatch, capsys):
 
     monkeypatch.setattr(vae, "reconstruct", perfect)
     between.main(f"--ckpt {trained}/vae.pt --clips 2 --scale 2".split())
-    shown, other, halfway = capsys.readouterr().out.splitlines()
+    shown, other = capsys.readouterr().out.splitlines()
     assert shown.split()[:2] == ["shown", "16"] and other.split()[:2] == ["between", "15"]
     assert "PSNR 100.00 dB, of the blend 100.00 dB" in shown
-    assert "PSNR 100.00 dB" in other and float(other.split()[-2]) < 40 and other.split()[1:] == halfway.split()[1:]
+    assert "PSNR 100.00 dB" in other and float(other.split()[-2]) < 40
