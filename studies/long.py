@@ -115,7 +115,7 @@ def subject(frames, chunk):
 
 
 class Study:
-    """Stage 1, the denoiser that rows start from, real videos, and judges."""
+    """Stage 1, the denoiser that rows start from, real videos, and a classifier."""
 
     def __init__(self, config):
         self.config, self.out = config, Path(config.out_dir)
@@ -127,7 +127,7 @@ class Study:
         frames, self.labels = zip(*(real[i] for i in range(config.videos)))
         self.real, self.detector = np.stack(frames), fvd.load_detector(config.features)
         short = data.open_dataset(vae.clips_of(ckpt), "train")
-        self.judge = train_classifier(short, len(short.classes), 4096, torch.device("cpu"))
+        self.classifier = train_classifier(short, len(short.classes), 4096, torch.device("cpu"))
 
     def train(self, main, name, options, seconds=0.0, **kw):
         """Train, or go on with it, for as many steps as fit into so many seconds where it says how many -> the checkpoint."""
@@ -170,7 +170,7 @@ class Study:
         frames, first = video.to_frames(clips), self.F // T // 2  # first chunk of the second half
         found["seam"] = seam(clips, T, overlap)
         found["colour"], found["size"] = map(float, np.nanmean([subject(x, T) for x in frames], 0))
-        shapes = classify(self.judge, clips.unflatten(1, (-1, T)).flatten(0, 1)).view(len(clips), -1) // len(MOTIONS)
+        shapes = classify(self.classifier, clips.unflatten(1, (-1, T)).flatten(0, 1)).view(len(clips), -1) // len(MOTIONS)
         found["shape"] = (shapes[:, 1:] == shapes[:, :1]).float().mean().item()
         found["path"] = float(np.nanmean([path_error(track(x)[2], data.LONG_PERIOD) for x in frames]))
         # Clips of one chunk's length, where chunks without overlap lie: with overlap, "middle" has a fade in it.

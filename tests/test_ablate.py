@@ -21,11 +21,11 @@ TRAINING += ["--dit-options", "--steps 2 --batch-size 2 --num-latents 4 --width 
 
 @pytest.fixture
 def quick(monkeypatch, few_held_out):
-    """Features and a judge that take no time; the list of trainings that are started."""
+    """Features and a classifier that take no time; the list of trainings that are started."""
     started, main, generate = [], variants.main, dit.generate
     monkeypatch.setattr("fvd.load_detector", lambda *args, **kw: lambda x: x.reshape(len(x), -1)[:, ::997] / 255.0)
     monkeypatch.setattr(evaluate, "train_classifier", lambda *args: None)
-    monkeypatch.setattr(evaluate, "accuracy", lambda judge, clips, labels: clips.abs().mean().item())
+    monkeypatch.setattr(evaluate, "accuracy", lambda classifier, clips, labels: clips.abs().mean().item())
     monkeypatch.setattr(dit, "generate", lambda *args, **kw: generate(*args, **kw | {"steps": 1}))
     monkeypatch.setattr(variants, "main", lambda argv: started.append(" ".join(argv)) or main(argv))
     return started

@@ -87,7 +87,7 @@ def test_a_method_is_trained_judged_and_not_trained_again(method, tmp_path, monk
     monkeypatch.setattr(utils.RunLog, "EVERY", 10)  # the study sets it, and it is put back here
     monkeypatch.setattr("demo.nearest_clips", lambda clips, train_set: clips)
     monkeypatch.setattr("evaluate.train_classifier", lambda *args: dit.nn.Module())
-    monkeypatch.setattr("evaluate.classify", lambda judge, clips: torch.zeros(len(clips)))
+    monkeypatch.setattr("evaluate.classify", lambda classifier, clips: torch.zeros(len(clips)))
     monkeypatch.setattr("fvd.load_detector", lambda *args: coarse)  # I3D would take most of the time
     compare.main(argv)
     with open(tmp_path / "runs.csv", newline="") as file:

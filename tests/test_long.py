@@ -51,7 +51,7 @@ def test_full_attention_mixes_the_chunks_of_a_video_alone():
 def test_rows_train_sample_and_are_not_done_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dit, "generate", lambda *args, generate=dit.generate, **kw: generate(*args[:2], 1, **kw))
     monkeypatch.setattr(long, "train_classifier", lambda *args: None)
-    monkeypatch.setattr(long, "classify", lambda judge, clips: torch.arange(len(clips)) % 9)
+    monkeypatch.setattr(long, "classify", lambda classifier, clips: torch.arange(len(clips)) % 9)
     monkeypatch.setattr(fvd, "load_detector", lambda *args: lambda clips: clips.reshape(len(clips), -1)[:, ::999])
     rows = ["reconstructed", "one after the other", "one network", "full attention", "interface, neighbours, overlap 2"]
     small = "--resolution 16 --num-frames 12 --num-tokens 8 --token-dim 8 --width 8 --batch-size 2 --steps 1"
