@@ -39,7 +39,7 @@ from extras.refine import refine
 from extras.renorm import BatchRenorm
 from siblings import container, rd, rivals
 from siblings.degrade import KINDS, degrade
-from siblings.frames import cut, frame_range, join, read_video
+from siblings.frames import check_target, cut, frame_range, join, read_video
 from siblings.videofile import VideoFile, coding_order, decode_frames, model_name, packed
 
 # ------------------------------------------------------------------------------------------------------------------- model
@@ -447,7 +447,7 @@ def write_video(frames, fps, target, codec, ckpt, bits, keep, refine, quiet=True
 def encode(source, target, config):
     """Encode the video file `source` as the file `target`."""
     codec, ckpt = open_codec(config.ckpt)
-    utils.make_parent(target)
+    check_target(target, source, config.ckpt)
     frames, fps = read_video(source)
     settings = config.bits, config.keep, config.refine
     size, _, seconds, made = write_video(frames, fps, target, codec, ckpt, *settings, quiet=False)
@@ -461,7 +461,7 @@ def encode(source, target, config):
 def decode(source, target, config):
     """Decode the file `source` into the video `target`."""
     utils.check_positive(config, "time_scale")
-    utils.make_parent(target)
+    check_target(target, source, config.ckpt)
     codec, _ = open_codec(config.ckpt)
     file = VideoFile(source, codec, config.ckpt)
     first, last = frame_range(config.frames, file.frames)

@@ -39,7 +39,7 @@ from common.video import printable, to_clip, to_frames, write_frames
 from siblings import container, methods, rd, xinc
 from siblings.components import Flow
 from siblings.fitted import MOST, FittedVideo, decoded, packed, unpack
-from siblings.frames import frame_range, read_video
+from siblings.frames import check_target, frame_range, read_video
 from siblings.methods import METHODS, Network
 
 
@@ -107,7 +107,7 @@ def decode(config):
     """Write a .nerv file as a video."""
     if not config.out or config.fps < 0:
         raise UserError("--decode takes --out, the video to write, .mp4 or .mkv, and an --fps that is not negative")
-    utils.make_parent(config.out)
+    check_target(config.out, config.decode)
     file = FittedVideo(config.decode, utils.pick_device(config.device))
     first, last = frame_range(config.frames, file.frames)
     ratio = (config.fps or file.rate) / file.rate
@@ -251,7 +251,7 @@ def fit(source, config):
     stem, run = Path(config.out or Path(source).name).with_suffix(""), Path(config.run_dir)
     outs = [Path(config.out or f"{stem}.nerv")] if len(names) == 1 else [Path(f"{stem}.{name}.nerv") for name in names]
     for path in (*outs, *(run / name for name in ("state.pt", "report.csv", "curves.csv", "curves.png"))):
-        utils.make_parent(path)
+        check_target(path, source)
     device, v = utils.pick_device(config.device), Video(source, config)
     fits = [Fit(name, v, config, device) for name in names]
     about = {name: getattr(config, name) for name in SAME}
@@ -341,7 +341,7 @@ def explain(config):
         raise UserError(f"{printable(path)} has one frame, and maps are compared between neighbours")
     places = np.unique(np.linspace(0, count - 2, min(8, count - 1)).round())
     out = config.out or f"{path.stem}.xinc.png"
-    utils.make_parent(out)
+    check_target(out, path)
     figures = xinc.explain(([look(t), look(t + 1)] for t in places), out, title, edges)
     print(
         f"wrote {out}: {figures['neurons']} kernels of the head layer over {len(places)} pairs of frames; "

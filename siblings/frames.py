@@ -1,13 +1,21 @@
 """Whole videos at their own size and rate, and frames cut into tiles of the size that a network makes."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 
-from common.utils import UserError
+from common.utils import UserError, make_parent
 from common.video import printable, probe, read_frames, to_clip
 
 LARGEST = 2**25  # pixels of a frame
+
+
+def check_target(target, *sources):
+    """UserError, before the work, where `target` cannot be written or is one of the files that it is made from."""
+    make_parent(target)
+    if any(Path(target).exists() and Path(source).exists() and Path(target).samefile(source) for source in sources):
+        raise UserError(f"{printable(target)} would overwrite what it is made from: name another file")
 
 
 def read_video(path, size=None):

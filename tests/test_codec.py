@@ -320,6 +320,8 @@ def test_files_made_to_do_harm_end_in_one_line(model, tmp_path):
         ("encode a.mkv b.nerv --bits 9", "--bits 9"),
         ("encode a.mkv b.nerv --keep 0", "--keep"),
         ("encode a.mkv a.mkv/b.nerv", "cannot write"),
+        ("encode a.mkv ./a.mkv", "would overwrite"),
+        ("encode a.mkv codec.pt", "would overwrite"),
         ("decode a.mkv b.mp4", "not a file of this program"),
         ("decode a.nerv b.txt", ".mp4 or .mkv"),
         ("decode a.nerv b.mp4 --frames 3:19", "0 to 17"),
@@ -333,13 +335,13 @@ def test_files_made_to_do_harm_end_in_one_line(model, tmp_path):
 )
 def test_what_cannot_be_is_one_line_and_status_2(command, reason, here, capsys):
     Path("empty").mkdir()
-    whole = Path("a.nerv").read_bytes()
+    whole, source = Path("a.nerv").read_bytes(), Path("a.mkv").read_bytes()
     Path("more.nerv").write_bytes(whole + b"abc")
     Path("cut.nerv").write_bytes(whole[:-2])
     assert run(command) == 2
     said = capsys.readouterr().err.split("\r")[-1].strip()
     assert said.splitlines()[-1].startswith("error: ") and reason in said
-    assert not Path("b.mp4").exists()
+    assert not Path("b.mp4").exists() and Path("a.mkv").read_bytes() == source
 
 
 def test_compare_counts_what_encode_writes(here, capsys, model):

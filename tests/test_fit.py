@@ -289,6 +289,8 @@ def test_a_report_and_curves_of_several(call, tmp_path, monkeypatch):
         ("--decode a.mkv --out b.mkv", "not a file of this program"),
         ("--decode other.nerv --out b.mkv", "header"),
         ("--explain a.mkv", "not a file of this program"),
+        ("a.mkv --out ./a.mkv", "would overwrite"),
+        ("--decode a.mkv --out a.mkv", "would overwrite"),
     ],
 )
 def test_bad_input_is_one_line(options, reason, call, capsys):
