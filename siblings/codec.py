@@ -55,6 +55,7 @@ class CodecConfig:
     pos_dim: int = 16  # of the time embedding, which is all the input
     tokens: tuple = ((4, 256), (64, 288), (16, 288), (0, 0))  # of each layer: weight tokens, numbers of each
     basis: int = 0  # K frames that all videos share (SharedBasis; not the papers'), whose tokens come after those of the layers
+    pixelwise: bool = False  # an MLP of each pixel's position instead, as in TransINR and GINR (FastNeRV, Table 2)
 
     def __post_init__(self):
         if self.resolution < 4 or self.resolution & (self.resolution - 1):
@@ -69,8 +70,11 @@ class CodecConfig:
     def layers(self):
         """(shape of the kernel, stride of the pixel shuffle) of each; strides are fours, and a two at the end if it takes one.
 
-        The first kernel is 1 × 1, since its input is a single pixel, the others 3 × 3.
+        The first kernel is 1 × 1, since its input is a single pixel, the others 3 × 3. An MLP of pixels is four of 1 × 1.
         """
+        if self.pixelwise:
+            channels = [3 * self.pos_dim, *[self.width] * 3, 3]
+            return [((out, in_, 1, 1), 1) for in_, out in zip(channels, channels[1:])]
         levels = self.resolution.bit_length() - 1
         strides = [4] * (levels // 2) + [2] * (levels % 2)
         channels = [self.pos_dim, *[self.width] * (len(strides) - 1), 3]
@@ -110,6 +114,20 @@ ENCODERS = {
 RANGE = 4.0  # codes lie within ±RANGE
 BITS = 6  # of a code, whose rounding the decoder learns to bear
 EXTRAS = {"muon": None, "renorm": float, "cosine": None, "ema": None}  # as in extras/; decay of the learning rate; of weights
+
+
+def pixel_code(t, config):
+    """What an MLP of pixels takes: t [T] -> codes of (t, y, x) [T, 3 * pos_dim, R, R], each of unit second moment.
+
+    Frequencies in space are geometric, from half a wave over the frame up to the finest that pixels show, as in TransINR.
+    """
+    size, dim = config.resolution, config.pos_dim
+    frequencies = math.pi / size * torch.logspace(0, math.log2(0.9 * size), dim // 2, base=2, device=t.device)
+    angle = torch.arange(size, device=t.device)[:, None] * frequencies
+    place = math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], 1).T  # [pos_dim, R]
+    time_code = nerv.sinusoid(t.float(), dim, config.num_frames)[:, :, None, None].expand(-1, -1, size, size)
+    height, width = place[:, :, None].expand(-1, -1, size), place[:, None].expand(-1, size, -1)
+    return torch.cat([time_code, torch.cat([height, width]).expand(len(t), -1, -1, -1)], 1)
 
 
 def step_of(bits):
@@ -194,7 +212,8 @@ class NeRVDec(nn.Module):
         if codes.device.type == "cpu" and B > 1 and not torch.is_grad_enabled():
             return torch.cat([self(part, t) for part in codes.split(1)])  # to the bit the same in any company
         parts = codes.split(c.codes, 1)
-        x = nerv.sinusoid(t.float(), c.pos_dim, c.num_frames).to(codes.dtype)[:, :, None, None].repeat(1, B, 1, 1)
+        x = pixel_code(t, c) if c.pixelwise else nerv.sinusoid(t.float(), c.pos_dim, c.num_frames)[:, :, None, None]
+        x = x.to(codes.dtype).repeat(1, B, 1, 1)  # [T', B * in, 1, 1], of pixels [T', B * in, R, R]
         for i, (layer, part) in enumerate(zip(self.layers, parts)):
             x = layer(nerv.GELU_GAIN * F.gelu(x) if i else x, part)
         frames = 2 * x.unflatten(1, (B, 3)).transpose(0, 1)  # the paper's output bias of 0.5 on [0, 1] is 0 on [-1, 1]
@@ -272,6 +291,7 @@ class Config:
     width: int = option("model", 16, "channels of the decoder; larger ones take no byte more (HyperNeRV, Table 3)")
     tokens: list = option("model", ["4x256", "64x288", "16x288", "0x0"], "of each layer, and numbers of each", nargs="+")
     basis: int = option("model", 0, "frames that all videos share, for a codec of one scene, with --tokens; 0 is the papers'")
+    pixelwise: bool = option("model", False, "decode by an MLP of each pixel's position, FastNeRV's rivals TransINR and GINR")
     batch_size: int = option("training", 32, "clips per step, of all processes together")
     steps: int = option("training", 46_875, "length of the training; the paper's is 150 passes over 10,000 videos")
     lr: float = option("training", 1e-4, "learning rate, a tenth of it in the last tenth of the steps")
@@ -295,6 +315,9 @@ def preset_defaults(args):
     if name == "nano":  # small enough for two CPU cores
         defaults |= {"resolution": 64, "width": 32, "tokens": ["8x32", "32x32", "8x32"], "mask": 0.5}
         defaults |= {"steps": 2000, "batch_size": 16, "lr": 1.5e-3, "extras": ["muon", "renorm=0.3", "cosine", "ema"]}
+    if args.pixelwise:  # as many codes, evenly over the layers, as TransINR has them; GINR has all in the second layer
+        nano = {"width": 64, "tokens": ["14x32", "14x32", "14x32", "6x32"]}
+        defaults |= nano if name == "nano" else {"width": 208, "tokens": ["64x128", "64x128", "64x128", "4x156"]}
     return defaults
 
 
@@ -302,7 +325,7 @@ def new_codec(config):
     """The untrained Codec of a training's settings. UserError where sizes do not fit."""
     try:
         tokens = tuple((int(n), int(dim)) for n, dim in (word.split("x") for word in config.tokens))
-        sizes = {name: getattr(config, name) for name in ("resolution", "num_frames", "width", "basis")}
+        sizes = {name: getattr(config, name) for name in ("resolution", "num_frames", "width", "basis", "pixelwise")}
         return Codec(CodecConfig(**sizes, tokens=tokens), ENCODERS[config.preset], config.extras, config.steps)
     except ValueError as error:
         raise UserError(f"--resolution {config.resolution} --tokens {' '.join(config.tokens)}: {error}") from None

@@ -111,6 +111,26 @@ def test_the_papers_network_by_hand():
     torch.testing.assert_close(frames[1], 2 * unit - 1)
 
 
+def test_an_mlp_of_pixels_by_hand():
+    torch.manual_seed(0)
+    c = CodecConfig(**SIZES, tokens=((3, 8), (4, 4), (0, 0), (2, 6)), pixelwise=True)
+    decoder, codes, t = NeRVDec(c).double(), torch.randn(2, sum(c.codes), dtype=torch.float64), torch.tensor([0.0, 2.5])
+    assert decoder.num_weights() == 48 * 4 + 2 * 4 * 4 + 4 * 3 + 4 + 4 + 4 + 3
+    frames, parts, y, x = decoder(codes, t), codes[1].split(c.codes), 3, 14
+    place = codec.pixel_code(t, c)
+    assert place.shape == (2, 48, 16, 16) and place.square().mean((0, 2, 3)).sum() == pytest.approx(48, rel=0.1)
+    frequency = torch.pi / 16 * 2 ** torch.linspace(0, math.log2(14.4), 8)  # up to 0.9 π a pixel
+    for first, where in ((16, y), (32, x)):
+        torch.testing.assert_close(place[0, first : first + 8, y, x], math.sqrt(2) * (where * frequency).sin())
+    h = place[1, :, y, x].double()
+    for i, layer in enumerate(decoder.layers):
+        h = layer.kernel(parts[i][None])[0, :, :, 0, 0] @ (nerv.GELU_GAIN * F.gelu(h) if i else h)
+    torch.testing.assert_close(frames[1, 1, :, y, x], 2 * h)
+    for preset, most in (("nano", 1536), ("fastnerv", 25_200)):  # codes of a clip: as many as ours; FastNeRV, Table 2: 25k
+        config = utils.parse_options(codec.Config, "", codec.preset_defaults, ["--preset", preset, "--pixelwise"])
+        assert sum(codec.new_codec(config).config.codes) == most
+
+
 def test_a_layer_without_tokens_is_the_same_for_all_videos():
     c = CodecConfig(**SIZES, tokens=((3, 8), (0, 0)))
     decoder, codes, t = NeRVDec(c).double(), torch.randn(3, sum(c.codes), dtype=torch.float64), torch.arange(2.0)
@@ -413,6 +433,12 @@ def test_a_step_minimizes_the_error_of_clean_clips_and_the_rate(tmp_path, monkey
     video.write_frames("b.mkv", [clean[0]], 10)
     assert run("encode b.mkv b.nerv") == 0 and run("encode b.mkv b.nerv --refine 1") == 2
     assert "would fit the degraded video" in capsys.readouterr().err
+
+
+def test_an_mlp_of_pixels_trains_encodes_and_decodes(here):
+    assert run(f"{TINY.replace('3x8 8x6', '3x8 2x6 2x6 2x6')} --pixelwise --out p.pt") == 0
+    assert run("encode small.mkv p.nerv --ckpt p.pt") == run("decode p.nerv p.mkv --ckpt p.pt") == 0
+    assert read_video("p.mkv")[0].shape == (14, 12, 16, 3)
 
 
 def test_the_preset_is_the_papers_unless_extras_are_asked_for(tmp_path, monkeypatch):
