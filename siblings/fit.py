@@ -6,6 +6,7 @@ python -m siblings.fit video.mp4 --method rnerv --size 1.5M --minutes 10     wri
 python -m siblings.fit video.mp4 --method nerv,enerv,hnerv,plain,ffnerv,hinerv,diffnerv,rnerv --resize 160x320
 python -m siblings.fit --decode video.nerv --out again.mp4 --fps 60
 python -m siblings.fit --explain video.nerv                                  XINC contribution maps; of dit.pt too
+python -m siblings.fit --explain clips.nerv --ckpt codec.pt                  … of codec.py's files, from chunk to chunk
 
 The methods are the rows of a table in methods.py, compared as in "How to Design and Train Your Implicit Neural Representation
 for Video Compression" (below: HTD). docs/fit.md has the format of the file.
@@ -36,11 +37,12 @@ from common import checkpoints, plot, utils
 from common.tables import table
 from common.utils import UserError, option
 from common.video import printable, to_clip, to_frames, write_frames
-from siblings import container, methods, rd, xinc
+from siblings import codec, container, methods, rd, xinc
 from siblings.components import Flow
 from siblings.fitted import MOST, FittedVideo, decoded, packed, unpack
-from siblings.frames import check_target, frame_range, read_video
+from siblings.frames import check_target, frame_range, join, read_video
 from siblings.methods import METHODS, Network
+from siblings.videofile import VideoFile
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Config:
     decode: str = option("instead", "", "a .nerv file, which is written to --out as a video", metavar="FILE")
     fps: float = option("instead", 0.0, "frames per second that --decode makes; 0: those of the video")
     explain: str = option("instead", "", "a .nerv file or a dit.pt: who paints which pixel, as a picture", metavar="FILE")
+    ckpt: str = option("instead", "codec.pt", "the model of a file of `siblings.codec` to --explain")
     device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
     out: str = option("output", "", "what is written; default: by the name of the video, .nerv, or .METHOD.nerv of several")
     resume: bool = option("output", False, "go on from the state in --run-dir where it exists, as if never stopped")
@@ -308,9 +311,13 @@ def fit(source, config):
 # ------------------------------------------------------------------------------------------------------------- explaining
 
 
+def is_checkpoint(path):
+    return path.is_file() and path.open("rb").read(2) == b"PK"  # as torch's files begin
+
+
 def last_layer(path, seed, device):
     """What XINC looks at: (title, the head, its kernel [3, in, k, k], edges, frames, t [1] -> [1, 1, 3, H, W])."""
-    if path.is_file() and path.open("rb").read(2) == b"PK":  # as torch's files begin
+    if is_checkpoint(path):
         ckpt = checkpoints.load(path, "dit", "python dit.py")
         model, vae, latent_map = (part.to(device) for part in dit.load_dit(ckpt))
         labels = torch.tensor([seed % len(ckpt["classes"])], device=device)
@@ -325,10 +332,38 @@ def last_layer(path, seed, device):
     return f"{path.name}, {file.method}", head, head.weight, "constant", file.frames, lambda t: file.network(t)[None]
 
 
+def chunks_of(path, ckpt, device):
+    """The chunks of a file of codec.py that have more than a frame, as xinc.explain_cuts takes them."""
+    model, _ = codec.open_codec(ckpt, device)
+    file, head, seen, T = VideoFile(path, model, ckpt), model.decoder.layers[-1], [], model.config.num_frames
+    head.register_forward_pre_hook(lambda module, given: seen.append(given))
+
+    def look(number, chunk):
+        seen.clear()
+        t, codes = torch.tensor([float(number)], device=device), file.codes(file.numbers(chunk))
+        tiles = torch.cat([model.decoder(code, t) for code in codes.split(1)])  # [tiles, 1, 3, R, R]
+        maps = torch.cat([xinc.painted(x, head.kernel(code)[0], head.stride) for x, code in seen])[:, None, None]
+        frame, total = (join(x, file.height, file.width)[0] for x in (tiles, maps))
+        return to_frames(frame[None])[0], total[0].cpu().numpy()
+
+    counts = [min(T, file.frames - first) for first in range(0, file.frames, T)]
+    return [(count, functools.partial(look, chunk=k)) for k, count in enumerate(counts) if count > 1]
+
+
 @torch.no_grad()
 def explain(config):
     """Draw the contribution maps of the last layer of a .nerv file, or of a video that a dit.pt generates."""
     path, device, seen = Path(config.explain), utils.pick_device(config.device), []
+    out = config.out or f"{path.stem}.xinc.png"
+    check_target(out, path)
+    if not is_checkpoint(path) and container.Reader(path).header.get("kind") == "codec":
+        chunks = chunks_of(path, config.ckpt, device)[:9]
+        if len(chunks) < 2:
+            raise UserError(f"{printable(path)} has one chunk, and maps are compared from chunk to chunk")
+        figures = xinc.explain_cuts(chunks, out, path.name)
+        print(f"wrote {out}: {len(chunks) - 1} cuts between chunks\n")
+        rows = [[name, f"{100 * x['changed']:.1f} %", f"{x['motion']:.2f}", f"{x['still']:.2f}"] for name, x in figures.items()]
+        return table(["frames", "contributions that change", "correlation with the picture", "in still pixels"], rows)
     title, head, kernel, edges, count, run = last_layer(path, config.seed, device)
     head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
 
@@ -340,8 +375,6 @@ def explain(config):
     if count < 2:
         raise UserError(f"{printable(path)} has one frame, and maps are compared between neighbours")
     places = np.unique(np.linspace(0, count - 2, min(8, count - 1)).round())
-    out = config.out or f"{path.stem}.xinc.png"
-    check_target(out, path)
     figures = xinc.explain(([look(t), look(t + 1)] for t in places), out, title, edges)
     print(
         f"wrote {out}: {figures['neurons']} kernels of the head layer over {len(places)} pairs of frames; "

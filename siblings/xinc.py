@@ -58,6 +58,61 @@ def explain(pairs, path, title, edges="constant"):
     }
 
 
+def painted(x, kernel, stride=1):
+    """How much all kernels add to each pixel, in absolute values: x [B, in, h, w], kernel [out, in, k, k] -> [B, H, W].
+
+    A pixel shuffle of `stride` after the layer, as in HyperNeRV, puts each kernel's map on every stride-th pixel (HTD §10.1).
+    """
+    return F.pixel_shuffle(contributions(x, kernel).abs().sum(1), stride).sum(1)
+
+
+# Pairs of frames around a cut, each frame as (chunk before or after the cut, number in the chunk): HTD's Fig. 41 has the second
+# and the last. The first tells a cut from a step of time, the third a cut from the time between the first frames.
+PAIRS = {
+    "across the cut": ((0, -1), (1, 0)),
+    "next frame of a chunk": ((0, -2), (0, -1)),
+    "first and last of a chunk": ((0, 0), (0, -1)),
+    "first frames of two chunks": ((0, 0), (1, 0)),
+}
+
+
+def explain_cuts(chunks, path, title):
+    """How contributions move where one chunk ends and the next begins, each with weights of its own, drawn to `path`.
+
+    chunks: (number of frames, 2 or more; look(number) -> (frame uint8 [H, W, 3], `painted` [H, W])) each. Returns {name of
+    PAIRS: figures}, over all cuts: changed, the share of all contributions that changes; motion, its correlation over pixels
+    with the change of the picture; still, its mean over pixels that change by less than a level of 255, over that of all.
+    """
+    found = {name: [] for name in PAIRS}
+    for cut in zip(chunks, chunks[1:]):
+        for name, ends in PAIRS.items():
+            (one, before), (other, after) = (cut[k][1](number % cut[k][0]) for k, number in ends)
+            moved = np.abs(other.astype(np.float32) - one).mean(-1)
+            found[name].append((one, other, np.abs(after - before), moved, before.mean()))
+    figures, most = {}, np.argmax([moved.mean() for *_, moved, _ in found["first frames of two chunks"]])
+    for name, rows in found.items():
+        changes, moved = (np.concatenate([row[k].ravel() for row in rows]) for k in (2, 3))
+        still = changes[moved < 1].mean() / changes.mean() if (moved < 1).any() and changes.any() else math.nan
+        motion = np.corrcoef(changes, moved)[0, 1] if changes.std() * moved.std() > 0 else math.nan
+        changed = changes.mean() / np.mean([row[4] for row in rows])
+        figures[name] = {"changed": float(changed), "motion": float(motion), "still": float(still)}
+    shown = {name: rows[most] for name, rows in found.items()}
+    limits = [max(np.percentile(row[k], 99.5) for row in shown.values()) for k in (2, 3)]  # one scale for all rows
+    height, width = rows[0][3].shape
+    fig, axes = plot.figure(4 * len(PAIRS), 4, width=2.2, height=min(4, 2.2 * height / width + 0.3))
+    fig.suptitle(title, color=plot.INK, size=10)
+    for k, (name, row) in enumerate(shown.items()):
+        columns = (name, {}), ("the other frame", {}), ("change of contributions", {"cmap": "magma", "vmax": limits[0]})
+        columns += (("change of the picture", {"cmap": "magma", "vmax": limits[1]}),)
+        for ax, picture, (text, look) in zip(axes[4 * k :], row, columns):
+            ax.imshow(picture, interpolation="nearest", **look)
+            ax.set(xticks=[], yticks=[])
+            ax.grid(False)
+            ax.set_title(text, size=8, color=plot.INK)
+    fig.savefig(path)
+    return figures
+
+
 def draw(path, title, shown, totals):
     """A picture of one frame: what it shows, who works where, what changes; below, neurons from the busiest to the idlest."""
     frame, maps, total, change, motion = shown

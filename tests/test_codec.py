@@ -21,7 +21,7 @@ import nerv
 import vae
 from common import checkpoints, utils, video
 from common.utils import UserError
-from siblings import codec, container, entropy
+from siblings import codec, container, entropy, fit, xinc
 from siblings.codec import CodecConfig, NeRVDec, VideoFile
 from siblings.degrade import degrade
 from siblings.frames import cut, join, read_video
@@ -257,6 +257,29 @@ def test_clips_of_a_directory_come_once_in_a_pass(trained, model):
         clips = frames[:16].reshape(4, 4, 21, 35, 3)
         seen += [next(k for k in range(4) if np.array_equal(clip, clips[k])) for clip in video.to_frames(batch)]
     assert sorted(seen[:8]) == sorted(seen[8:]) == [0, 0, 1, 1, 2, 2, 3, 3] and seen[:8] != seen[8:]
+
+
+def test_explaining_shows_each_chunk_as_it_decodes(here, monkeypatch, model, capsys):
+    seen, explain_cuts, whole = [], xinc.explain_cuts, decoded("a.nerv", model)
+    monkeypatch.setattr(xinc, "explain_cuts", lambda chunks, *rest: (seen.extend(chunks), explain_cuts(chunks, *rest))[1])
+    monkeypatch.setattr(sys, "argv", ["fit", "--explain", "a.nerv", "--out", "x.png"])
+    fit.main()
+    assert "4 cuts" in capsys.readouterr().out and Path("x.png").stat().st_size > 10_000
+    assert [count for count, _ in seen] == [4, 4, 4, 4, 2]
+    for number, (k, place) in {0: (0, 0), 7: (1, 3), 17: (4, 1)}.items():
+        frame, total = seen[k][1](place)
+        assert np.array_equal(frame, whole[number]) and total.shape == (21, 35)
+        # Six tiles of 16 x 16, row by row: that of the last pixel is the sixth.
+        assert total[20, 34] == pytest.approx(alone(model, "a.nerv", k, 5, place)[4, 2].item(), rel=1e-5)
+
+
+def alone(model, path, chunk, tile, place):
+    """xinc.painted of one tile of a chunk, from the layers themselves."""
+    file = VideoFile(path, model, "")
+    code, (first, last) = file.codes(file.numbers(chunk))[tile : tile + 1], model.decoder.layers
+    parts = code.split(model.config.codes, 1)
+    x = first(nerv.sinusoid(torch.tensor([float(place)]), 16, 4)[..., None, None], parts[0])
+    return xinc.painted(nerv.GELU_GAIN * F.gelu(x), last.kernel(parts[1])[0], last.stride)[0]
 
 
 # ----------------------------------------------------------------------------------------------------------- damaged files
