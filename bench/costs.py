@@ -4,6 +4,7 @@ costs    of each preset: parameters, latent size, FLOPs of a forward pass and wh
 long     FLOPs of the denoiser on long videos: chunks by themselves, with the interface of siblings/vin.py, with full attention
 """
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -69,7 +70,8 @@ def row(name):
 @dataclass
 class Config:
     presets: list = option("what", list(nerv.CONFIGS), "rows of costs", nargs="+", choices=list(nerv.CONFIGS))
-    chunks: list = option("what", [4, 8, 16, 32], "rows of long", nargs="+", type=int)
+    chunks: list = option("what", [2, 4, 8, 16, 32, 64], "of the videos of long", nargs="+", type=int)
+    tokens: list = option("what", [32, 128, 512, 1024, 2048, 4096], "of a chunk, rows of long", nargs="+", type=int)
 
 
 def costs(config):
@@ -81,19 +83,21 @@ def costs(config):
 
 
 def long_videos(config):
-    """GFLOP of the denoiser of S, once, on one video of C chunks; in brackets, the difference from full attention."""
+    """GFLOP of S's denoiser on a video of C chunks, and how other tokens a chunk change what the interface saves."""
     from siblings import vin
 
-    c, rows = dit.DiTConfig(), []
+    c, found = dit.DiTConfig(), {}
+    for tokens, chunks in itertools.product({c.num_tokens, *config.tokens}, config.chunks):
+        found[tokens, chunks] = vin.flops(replace(c, num_tokens=tokens), vin.VINConfig(), chunks)
+    rows, (*ways, full) = [], next(iter(found.values()))
+    saved = {key: {way: f"{100 * (cost[way] / cost[full] - 1):+.0f} %" for way in ways} for key, cost in found.items()}
     for chunks in config.chunks:
-        with FakeTensorMode():
-            networks = [dit.DiT(c), *(vin.VIN(c, vin.VINConfig(neighbours=near)) for near in (False, True))]
-            full, step = dit.DiT(replace(c, num_tokens=chunks * c.num_tokens)), torch.ones(chunks, dtype=torch.long)
-            latents, each = torch.empty(chunks, c.num_tokens, c.token_dim), [{}, {"chunks": chunks}, {"chunks": chunks}]
-            found = [forward_costs(partial(net, latents, step, step, **kw))[0] / 1e9 for net, kw in zip(networks, each)]
-            most = forward_costs(partial(full, latents.view(1, -1, c.token_dim), step[:1], step[:1]))[0] / 1e9
-        rows.append([chunks, *(f"{cost:.0f} ({100 * (cost / most - 1):+.0f} %)" for cost in found), f"{most:.0f}"])
-    table(["chunks", "by themselves", "interface, --no-neighbours", "interface", "full attention"], rows)
+        cost, less = found[c.num_tokens, chunks], saved[c.num_tokens, chunks]
+        rows.append([chunks, *(f"{cost[way] / 1e9:.0f} ({less[way]})" for way in ways), f"{cost[full] / 1e9:.0f}"])
+    table(["chunks", *ways, full], rows)
+    print("\ninterface without and with attention to neighbours, against full attention, by tokens of a chunk and chunks\n")
+    rows = [[n, *(", ".join(list(saved[n, chunks].values())[1:]) for chunks in config.chunks)] for n in config.tokens]
+    table(["tokens", *config.chunks], rows)
 
 
 def main():

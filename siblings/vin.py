@@ -139,6 +139,27 @@ class VIN(nn.Module):
         return rows, F.pad(mask, (self.config.global_tokens, 0), value=True)
 
 
+def flops(c, config, chunks):
+    """FLOPs of the denoiser, once, on a video of C chunks: {way: FLOPs}, by shapes, two for a multiplication and an addition.
+
+    c: dit.DiTConfig, whose num_tokens are a chunk's. All linear maps and attentions count, as PyTorch's counter has them.
+    """
+    w, N, M, inner = c.width, c.num_tokens, config.global_tokens, config.heads * c.width // c.heads
+
+    def blocks(tokens, depth):
+        return depth * (24 * tokens * w**2 + 4 * tokens**2 * w + 12 * w**2)  # maps of 12 w² a token, attention, condition
+
+    def denoise(tokens):
+        return blocks(tokens, c.depth) + 2 * 256 * w + 6 * w**2 + 4 * tokens * c.token_dim * w
+
+    read = 4 * M * w**2 + 4 * chunks * N * w**2 + 4 * M * chunks * N * w + blocks(M, config.depth)
+    write = 4 * M * w * inner + 4 * chunks * N * w * inner + 4 * chunks * N * M * inner  # keys, queries, attention
+    near = 8 * chunks * N * w * inner + 8 * chunks * N**2 * inner  # keys and values of two sides, attention to them
+    alone, interface = chunks * denoise(N), chunks * denoise(N) + read + c.depth * write
+    ways = {"by themselves": alone, "interface, --no-neighbours": interface, "interface": interface + c.depth * near}
+    return ways | {"full attention": denoise(chunks * N)}
+
+
 def generate(model, labels, chunks, steps=20, guidance=2.0, seed=None, first=None):
     """Latents [B, C, N, d] of videos of any number C of chunks; labels [B], the rest as in dit.generate.
 

@@ -1,5 +1,6 @@
 """Costs against counting by hand; each measurement once, small; bench.gpu on a CPU."""
 
+import dataclasses
 import re
 import shlex
 import sys
@@ -15,6 +16,7 @@ import sample
 import vae
 from bench import costs, gpu, speed
 from common import utils
+from siblings import vin
 
 
 def test_costs_of_a_layer_and_of_attention():
@@ -32,6 +34,18 @@ def test_costs_of_s(capsys, monkeypatch):
     costs.main()
     cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split("|")[1:]]
     assert cells[:8] == ["S", "16 × 128²", "3.52 M", "4.18 M", "178.0 M", "457.3 M", "128 × 128", "48 : 1"]
+
+
+def test_formulas_of_long_videos_are_what_pytorch_counts():
+    c, config = dit.DiTConfig(num_tokens=6, token_dim=5, width=24, depth=3, heads=4), vin.VINConfig(global_tokens=7, heads=2)
+    with FakeTensorMode():
+        near, far = vin.VIN(c, config), vin.VIN(c, dataclasses.replace(config, neighbours=False))
+        one, whole = dit.DiT(c), dit.DiT(dataclasses.replace(c, num_tokens=30))
+        x, step = torch.empty(5, 6, 5), torch.ones(5, dtype=torch.long)
+        runs = [partial(one, x, step, step), *(partial(net, x, step, step, chunks=5) for net in (far, near))]
+        runs.append(partial(whole, x.view(1, 30, 5), step[:1], step[:1]))
+        counted = [costs.forward_costs(run)[0] for run in runs]
+    assert counted == list(vin.flops(c, config, 5).values())
 
 
 @pytest.mark.parametrize("topic", ["train", "sample", "growth"])
