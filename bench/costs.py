@@ -54,7 +54,7 @@ def row(name):
         video, label = torch.empty(2, c.num_frames, 3, c.resolution, c.resolution), torch.zeros(1, dtype=torch.long)
         latents = torch.empty(1, model2.config.num_tokens, model2.config.token_dim)
         encode, encode_kept = forward_costs(partial(model.encode, video))  # two clips, for the batch norm
-        denoise, denoise_kept = forward_costs(partial(model2, latents, label + 1, label))
+        denoise, _ = forward_costs(partial(model2, latents, label + 1, label))
     with torch.device("meta"):
         tokens, t = torch.empty(1, c.num_tokens, c.token_dim), torch.empty(c.num_frames)
         decode, decode_kept = forward_costs(partial(nerv.NeRV(c), tokens, t))
@@ -63,41 +63,36 @@ def row(name):
         name, f"{c.num_frames} × {c.resolution}²", f"{model.nerv.num_kernel_weights() / 1e6:.2f} M",
         f"{utils.millions(model.nerv):.2f} M", f"{utils.millions(model.encoder):.1f} M", f"{utils.millions(model2):.1f} M",
         f"{c.num_tokens} × {c.token_dim}", f"{numbers:.0f} : 1", f"{encode / 2e9:.1f}", f"{decode / 1e9:.1f}",
-        f"{denoise / 1e9:.1f}", f"{encode_kept / 2**31:.2f}", f"{decode_kept / 2**30:.2f}", f"{denoise_kept / 2**30:.2f}",
+        f"{denoise / 1e9:.1f}", f"{encode_kept / 2**31:.2f}", f"{decode_kept / 2**30:.2f}",
     ]  # fmt: skip
 
 
 @dataclass
 class Config:
     presets: list = option("what", list(nerv.CONFIGS), "rows of costs", nargs="+", choices=list(nerv.CONFIGS))
-    chunks: list = option("what", [2, 4, 8, 16, 32, 64], "of the videos of long", nargs="+", type=int)
-    tokens: list = option("what", [32, 128, 512, 1024, 2048, 4096], "of a chunk, rows of long", nargs="+", type=int)
+    chunks: list = option("what", [4, 8, 16, 32], "of the videos of long", nargs="+", type=int)
+    tokens: list = option("what", [128], "of a chunk, rows of long; S has 128", nargs="+", type=int)
 
 
 def costs(config):
     header = ["preset", "clip", "kernels", "decoder", "encoder", "denoiser", "tokens", "clip : latent", "encode", "decode"]
-    header += ["denoise once", "encode keeps", "decode keeps", "denoise keeps"]
+    header += ["denoise once", "encode keeps", "decode keeps"]
     table(header, [row(name) for name in config.presets])
     print("\nkernels: entries of one video's kernels; decoder: learned parameters, heads of the multi-head affine included;")
     print("encode, decode, denoise once: GFLOP of one clip's forward pass; keeps: GiB for its backward pass, in float32")
 
 
 def long_videos(config):
-    """GFLOP of S's denoiser on a video of C chunks, and how other tokens a chunk change what the interface saves."""
+    """GFLOP of S's denoiser, once, on one video of C chunks; in brackets, the difference from full attention."""
     from siblings import vin
 
-    c, found = dit.DiTConfig(), {}
-    for tokens, chunks in itertools.product({c.num_tokens, *config.tokens}, config.chunks):
-        found[tokens, chunks] = vin.flops(replace(c, num_tokens=tokens), vin.VINConfig(), chunks)
-    rows, (*ways, full) = [], next(iter(found.values()))
-    saved = {key: {way: f"{100 * (cost[way] / cost[full] - 1):+.0f} %" for way in ways} for key, cost in found.items()}
-    for chunks in config.chunks:
-        cost, less = found[c.num_tokens, chunks], saved[c.num_tokens, chunks]
-        rows.append([chunks, *(f"{cost[way] / 1e9:.0f} ({less[way]})" for way in ways), f"{cost[full] / 1e9:.0f}"])
-    table(["chunks", *ways, full], rows)
-    print("\ninterface without and with attention to neighbours, against full attention, by tokens of a chunk and chunks\n")
-    rows = [[n, *(", ".join(list(saved[n, chunks].values())[1:]) for chunks in config.chunks)] for n in config.tokens]
-    table(["tokens", *config.chunks], rows)
+    rows, ways = [], []
+    for tokens, chunks in itertools.product(config.tokens, config.chunks):
+        costs = vin.flops(replace(dit.DiTConfig(), num_tokens=tokens), vin.VINConfig(), chunks)
+        *ways, full = costs
+        cells = [f"{costs[way] / 1e9:.0f} ({100 * (costs[way] / costs[full] - 1):+.0f} %)" for way in ways]
+        rows.append([tokens, chunks, *cells, f"{costs[full] / 1e9:.0f}"])
+    table(["tokens a chunk", "chunks", *ways, full], rows)
 
 
 def main():

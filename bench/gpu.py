@@ -2,7 +2,7 @@
 
 tests    those that ask for a GPU
 steps    short trainings of both stages, compiled and eager, with discriminator and LPIPS; resumed, and on two processes
-tables   bench.speed train, decode and growth
+tables   bench.speed decode and growth, bench.load
 train    stage 1 on --data-dir or the built-in shapes, and stage 2, for a third of what is left each; samples, their evaluation
 
 Every program is a row, what failed or found no time too; table.md and the logs in --out-dir are complete at any moment.
@@ -65,8 +65,9 @@ def programs(config, gpu):
     launch = "-m torch.distributed.run --standalone --nproc_per_node=2"
     yield "steps", "vae.py, 2 processes", f"{launch} {ROOT}/{plain} --out ranks.pt", TRAINING
     yield "steps", "… against one", AGAINST + "ranks.pt", ".+"
-    for topic in (f"train --preset {config.preset} --batch-size {config.batch_size}", "decode", "growth"):
+    for topic in ("decode", "growth"):
         yield "tables", f"bench.speed {topic}", f"-m bench.speed {topic}", "matrix product .*"
+    yield "tables", "bench.load", "-m bench.load", r"weights \|.*"
     long = "--steps 1000000 --warmup 200 --save-every 1000000 --out"
     yield "train", "vae.py", f"{first} --gan-weight 0 {long} long1.pt", TRAINING
     yield "train", "dit.py", f"{second} --ckpt long1.pt --num-latents 512 {long} long2.pt", TRAINING

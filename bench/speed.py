@@ -1,17 +1,13 @@
-"""How fast training, sampling and decoding are: `python -m bench.speed train | sample | decode | growth`, a table each.
+"""How fast sampling and decoding are: `python -m bench.speed sample | decode | growth`, a table each.
 
-train    steps of both stages, and what of them goes into data, forward, backward and optimizer; --lpips adds a backbone
 sample   from noise to frames with each sampler of a trained model, and how far off its latents are
-decode   frames from weight tokens, many videos in a call and one after another, and where diffusers is installed
-         (studies/requirements.txt), by the decoder of Stable Diffusion
+decode   frames from weight tokens, and where diffusers is installed (studies/requirements.txt), by Stable Diffusion's decoder
 growth   decoding against resolution, length, number of videos and width, with fitted exponents
 
-What a row is compared with is measured in turns with it. Printed first is what the machine does at best: a product of two large
-matrices, and a copy of an array that no cache holds.
+What a row is compared with is measured in turns with it. Printed first is what the machine does at best, two large matrices.
 """
 
 import contextlib
-import copy
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -21,25 +17,17 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-import data
 import dit
-import losses
 import nerv
 import vae
-from bench.costs import denoiser, forward_costs
-from common import checkpoints, utils, video
+from bench.costs import forward_costs
+from common import checkpoints, utils
 from common.tables import table
 from common.utils import option
-from extras.muon import make_optimizer
 
 
 @dataclass
 class Config:
-    preset: str = option("what", "nano", "of train", choices=list(nerv.CONFIGS))
-    batch_size: int = option("what", 16, "clips per step of train")
-    steps: int = option("what", 40, "of each row of train; the first quarter is not counted")
-    lpips: str = option("what", "none", "backbone of the perceptual loss in train", choices=["vgg", "alex", "none"])
-    compile: str = option("what", "auto", "torch.compile in train; auto: with CUDA", choices=["auto", "on", "off"])
     repeats: int = option("what", 3, "measurements, in turns with those of the reference, after one that is not counted")
     ckpt: str = option("what", "dit.pt", "checkpoint of dit.py, of sample")
     device: str = option("what", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
@@ -77,70 +65,11 @@ def machine(config):
     """Print what the machine does at best -> device, FLOP per second of a matrix product in float32."""
     device = utils.pick_device(config.device)
     size = 8192 if device.type == "cuda" else 1536
-    (a, b), array = torch.randn(2, size, size, device=device), torch.zeros(2**26, device=device)
-    runs = {"float32": lambda: a @ b, "copy": lambda: array.clone()}
-    if device.type == "cuda":  # CPUs without matrix units for bfloat16 take minutes
-        runs["bfloat16"] = partial(torch.matmul, a.bfloat16(), b.bfloat16())
-    seconds = {name: min(values) for name, values in measure(runs, 5, device).items()}
+    a, b = torch.randn(2, size, size, device=device)
+    peak = 2 * size**3 / min(measure({"": lambda: a @ b}, 5, device)[""])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    peaks = [f"{2 * size**3 / seconds[kind] / 1e9:.0f} GFLOP/s in {kind}" for kind in seconds if kind != "copy"]
-    print(f"{name}: matrix product {', '.join(peaks)}; copy {2 * array.nbytes / seconds['copy'] / 1e9:.1f} GB/s\n")
-    return device, 2 * size**3 / seconds["float32"]
-
-
-def train(config):
-    """Steps of both loops on the built-in shapes without a discriminator, the device waited for between their parts."""
-    device, _ = machine(config)
-    c, B = nerv.CONFIGS[config.preset], config.batch_size
-    autoencoder, model = vae.VAE(c, vae.ENCODERS[config.preset]).to(device), denoiser(config.preset).to(device)
-    perceptual = losses.LPIPS(config.lpips).to(device) if config.lpips != "none" else None
-    train_set = data.open_dataset(data.Config(resolution=c.resolution, num_frames=c.num_frames), "train")
-    batches = data.endless(train_set, data.Stream(len(train_set), B), device)
-    noise = torch.randn(B, c.num_tokens, c.token_dim, device=device)
-    latents = torch.randn(B, model.config.num_tokens, model.config.token_dim, device=device)
-    if utils.wants_compile(device, config.compile):
-        for network in (autoencoder.encoder, autoencoder.nerv, model):
-            network.compile()
-
-    def reconstruct(video, frames):
-        mean, logvar = autoencoder.encode(video)
-        decoded, real = autoencoder.decode(mean + torch.exp(0.5 * logvar) * noise, frames), video[:, frames]
-        loss = (decoded.float() - real).square().mean() + 1e-6 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return loss + perceptual(losses.at_least_64(decoded), losses.at_least_64(real)) if perceptual else loss
-
-    def denoise(theta0):
-        timestep = torch.randint(1, dit.NUM_STEPS + 1, (B,), device=device)
-        return dit.diffusion_loss(model, theta0, timestep % 9, None, timestep, torch.randn_like(theta0), 5.0, False)
-
-    loops, T = {}, c.num_frames
-    for n in (T, T // 8):
-        few = partial(reconstruct, frames=torch.arange(n, device=device))
-        loops[f"vae.py, {n} of {T} frames"] = autoencoder, lambda: video.to_clip(next(batches)[0].to(device)), few
-    loops["dit.py"] = model, lambda: latents, denoise
-    rows = []
-    for name, (network, get, loss_of) in loops.items():
-        update, ema, parts = utils.FiniteStep(network, make_optimizer(network)), copy.deepcopy(network), []
-        for _ in range(config.steps):
-            marks = [clock(device)]
-            batch = get()
-            marks.append(clock(device))
-            with utils.autocast(device):
-                loss = loss_of(batch)
-            marks.append(clock(device))
-            loss.backward()
-            marks.append(clock(device))
-            update(loss, 1e-4)
-            utils.update_ema(ema, network, 0.99, 1)
-            marks.append(clock(device))
-            parts.append([b - a for a, b in zip(marks, marks[1:])])
-        parts = torch.tensor(parts[len(parts) // 4 :])
-        total = parts.sum(1)
-        percent = [f"{100 * share:.0f} %" for share in (parts / total[:, None]).median(0).values]
-        rates = [f"{1 / total.median():.2f}", f"{B / total.median():.1f}", f"{utils.peak_memory(device):.2f} GiB"]
-        rows.append([name, spread((1000 * total).tolist()), *rates, *percent])
-    print(f"preset {config.preset}, {B} clips, LPIPS {config.lpips}")
-    header = ["loop", "ms a step", "steps / s", "clips / s", "memory so far"]
-    table([*header, "data", "forward", "backward", "optimizer and average"], rows)
+    print(f"{name}: matrix product {peak / 1e9:.0f} GFLOP/s in float32\n")
+    return device, peak
 
 
 def sample(config):
@@ -149,24 +78,19 @@ def sample(config):
     ckpt = checkpoints.load(config.ckpt, "dit", "python dit.py")
     model, autoencoder, latent_map = (part.to(device) for part in dit.load_dit(ckpt))
     labels = torch.arange(min(9, model.config.num_classes), device=device).repeat_interleave(2)
-    ways = [("ddpm", 250), ("ddim", 20), ("ddim", 50), ("ddim", 100), ("dpm", 10), ("dpm", 15), ("dpm", 20)]
-    latents = {}
+    ways = [("ddpm", 250), ("ddim", 20), ("ddim", 100), ("dpm", 10), ("dpm", 20)]
+    latents, t = {}, torch.arange(autoencoder.nerv_config.num_frames)
 
-    def denoise(sampler, steps):
+    def draw(sampler, steps):
         latents[sampler, steps] = dit.generate(model, labels, steps=steps, sampler=sampler, seed=0)
+        vae.decode(autoencoder, latent_map.inverse(latents[sampler, steps]), t)
 
-    denoising = measure({way: partial(denoise, *way) for way in ways}, config.repeats, device)
-    t = torch.arange(autoencoder.nerv_config.num_frames)
-    decoding = {way: partial(vae.decode, autoencoder, latent_map.inverse(latents[way]), t) for way in ways}
-    decoding = measure(decoding, config.repeats, device)
-    denoise("ddim", 1000)
-    both, rows = {way: [a + b for a, b in zip(denoising[way], decoding[way])] for way in ways}, []
+    seconds, rows = measure({way: partial(draw, *way) for way in ways}, config.repeats, device), []
+    draw("ddim", 1000)
     for way in ways:
         distance = f"{(latents[way] - latents['ddim', 1000]).square().mean().sqrt():.4f}"
-        seconds = [spread(each[way]) for each in (denoising, decoding, both)]
-        rows.append([*way, *seconds, ratio(both, way, ("ddim", 100)), distance])
-    header = ["sampler", "steps", "denoiser, s", "decoder, s", "both, s", "times as fast as ddim 100", "distance of latents"]
-    table(header, rows)
+        rows.append([*way, spread(seconds[way]), ratio(seconds, way, ("ddim", 100)), distance])
+    table(["sampler", "steps", "denoiser and decoder, s", "times as fast as ddim 100", "distance of latents"], rows)
 
 
 def image_decoder():
@@ -179,9 +103,9 @@ def image_decoder():
 def decode(config):
     """Frames per second, of clips from tokens and of Stable Diffusion's decoder."""
     device, peak = machine(config)
-    frames, few = (16, 16) if device.type == "cuda" else (1, 4)  # a frame of L takes a CPU seconds
+    frames = 16 if device.type == "cuda" else 1  # a frame of L takes a CPU seconds
 
-    def from_tokens(preset, B, T, loop=False):
+    def from_tokens(preset, B, T):
         """(function, frames, FLOPs)"""
         c = nerv.CONFIGS[preset]
         network, t = nerv.NeRV(c).to(device), torch.linspace(0, c.num_frames - 1, T, device=device)
@@ -189,14 +113,10 @@ def decode(config):
         with torch.device("meta"):
             flops, _ = forward_costs(lambda: nerv.NeRV(c)(tokens.to("meta"), t.to("meta")))
         run = partial(vae.VAE.decode, SimpleNamespace(nerv_config=c, nerv=network), t=t)
-        return lambda: [run(part) for part in tokens.split(1 if loop else B)], B * T, flops
+        return lambda: [run(part) for part in tokens.split(1)], B * T, flops
 
-    nano = {f"nano, {B} videos in a call": from_tokens("nano", B, 16) for B in (1, 4, 16)}
-    nano |= {"nano, one frame": from_tokens("nano", 1, 1), "nano, 128 frames of 16": from_tokens("nano", 1, 128)}
-    nano |= {"nano, 16 videos in a loop": from_tokens("nano", 16, 16, loop=True)}
-    large = {f"S, {B} videos": from_tokens("S", B, frames) for B in (1, few)}
-    large |= {f"S, {few} videos in a loop": from_tokens("S", few, frames, loop=True)}
-    large |= {f"{preset}, 1 video": from_tokens(preset, 1, frames) for preset in ("S-256", "B", "L")}
+    nano = {"nano, 128 frames of 16": from_tokens("nano", 1, 128), "nano, 16 videos in a loop": from_tokens("nano", 16, 16)}
+    large = {f"{preset}, 1 video": from_tokens(preset, 1, frames) for preset in ("S", "B", "L")}
     with contextlib.suppress(ImportError):
         decoder, z = image_decoder().to(device), torch.randn(16, 4, 16, 16, device=device)
         with torch.device("meta"):
@@ -223,7 +143,7 @@ def growth(config):
         "videos": [(n, base, n, 4) for n in (1, 2, 4, 8, 16)],
         "width": [(n, replace(base, width=n, block=min(n, 64)), 1, 4) for n in (16, 32, 64, 128)],
     }
-    rows, exponents = [], []
+    rows = []
     for what, points in series.items():
         runs, columns = {}, []
         for value, c, B, T in points:
@@ -237,21 +157,18 @@ def growth(config):
             seconds = measure(runs, config.repeats, device)
         columns = [[*column, statistics.median(seconds[value])] for column, value in zip(columns, seconds)]
         slopes = [np.polyfit(np.log(list(seconds)), np.log(y), 1)[0] for y in zip(*columns)]
-        exponents.append([what, *(f"{slope:.2f}" for slope in slopes)])
         for value, column in zip(seconds, columns):
-            times = [f"{column[3] / columns[0][3]:.2f}", f"{value / points[0][0]:.0f}"]
-            rows.append([what, value, *(f"{x:.3g}" for x in column[:3]), spread(seconds[value]), *times])
-    table(["", "", "kernel entries", "latent", "FLOPs", "seconds", "times the first", "of so many times"], rows)
-    print()
-    table(["exponents, against", "kernel entries", "latent", "FLOPs", "seconds"], exponents)
+            rows.append([what, value, *(f"{x:.3g}" for x in column[:3]), spread(seconds[value])])
+        rows.append([what, "exponent", *(f"{slope:.2f}" for slope in slopes)])
+    table(["", "", "kernel entries", "latent", "FLOPs", "seconds"], rows)
 
 
-TOPICS = {"train": train, "sample": sample, "decode": decode, "growth": growth}
+TOPICS = {"sample": sample, "decode": decode, "growth": growth}
 
 
 def main():
     topic, config = utils.parse_topic(Config, __doc__, TOPICS)
-    utils.check_positive(config, "batch_size", "steps", "repeats")
+    utils.check_positive(config, "repeats")
     topic(config)
 
 

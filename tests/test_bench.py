@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import data
 import dit
 import evaluate
 import sample
 import vae
-from bench import costs, gpu, speed
+from bench import costs, gpu, load, speed
 from common import utils
-from siblings import vin
+from siblings import codec, rivals, vin
 
 
 def test_costs_of_a_layer_and_of_attention():
@@ -48,14 +49,25 @@ def test_formulas_of_long_videos_are_what_pytorch_counts():
     assert counted == list(vin.flops(c, config, 5).values())
 
 
-@pytest.mark.parametrize("topic", ["train", "sample", "growth"])
+@pytest.mark.parametrize("topic", ["sample", "growth"])
 def test_speed_prints_its_table(topic, trained, capsys, monkeypatch):
     monkeypatch.setattr(speed.dit, "generate", lambda model, labels, **kw: torch.zeros(len(labels), 4, model.config.token_dim))
     monkeypatch.setattr(speed, "machine", lambda config: (torch.device("cpu"), 1e9))
-    monkeypatch.setattr(sys, "argv", f"speed {topic} --steps 4 --batch-size 2 --repeats 1 --ckpt {trained}/dit.pt".split())
+    monkeypatch.setattr(sys, "argv", f"speed {topic} --repeats 1 --ckpt {trained}/dit.pt".split())
     utils.run(speed.main)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(lines) > 4 and len({line.count("|") for line in lines[:5]}) == 1
+    assert len(lines) > 4 and len({line.count("|") for line in lines}) == 1
+
+
+def test_loading_prints_its_table_and_decodes_what_was_encoded(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setitem(codec.ENCODERS, "fastnerv", vae.EncoderConfig(width=24, depth=1, heads=2, patch=(8, 64, 64)))
+    monkeypatch.setattr(sys, "argv", "load --videos 1 2 --threads 1 2 --repeats 1".split())
+    load.main()
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 8 and {len(line) for line in lines} == {6}
+    frames, _ = data.Shapes(resolution=256, num_frames=8)[0]
+    assert abs(load.h264(rivals.encode("x264", frames, 25, crf=10)).astype(float) - frames).mean() < 4
 
 
 def test_gpu_runs_its_programs_and_what_fails_is_a_row(tmp_path, monkeypatch, capsys):
