@@ -11,6 +11,7 @@ import functools
 import math
 import shlex
 from dataclasses import astuple, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from common.drawn import MOTIONS
 from common.tables import table
 from common.utils import option
 from evaluate import classify, train_classifier
-from siblings import vin
+from siblings import smooth, vin
 from studies import runs
 
 # Row -> (the denoiser of siblings.vin, or the first stage of dit.py's; options beside those of all).
@@ -45,7 +46,7 @@ ROWS = {
     "interface, neighbours": ("vin", ""),
     "interface, neighbours, overlap 2": ("vin", "--overlap 2"),
 }
-COLUMNS = "row settings revision steps seconds gflop seam colour size shape path fvd_start fvd_middle fvd_across".split()
+COLUMNS = "row settings revision steps seconds gflop seam smooth colour size shape path fvd_start fvd_middle fvd_across".split()
 
 
 @dataclass
@@ -169,6 +170,7 @@ class Study:
             clips = made.unflatten(0, (-1, c.chunks)).flatten(1, 2)  # [B, F, 3, H, W]
         frames, first = video.to_frames(clips), self.F // T // 2  # first chunk of the second half
         found["seam"] = seam(clips, T, overlap)
+        found["smooth"] = float(np.mean([smooth.motion_smoothness(x) for x in frames])) if find_spec("cv2") else math.nan
         found["colour"], found["size"] = map(float, np.nanmean([subject(x, T) for x in frames], 0))
         shapes = classify(self.classifier, clips.unflatten(1, (-1, T)).flatten(0, 1)).view(len(clips), -1) // len(MOTIONS)
         found["shape"] = (shapes[:, 1:] == shapes[:, :1]).float().mean().item()
