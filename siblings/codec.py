@@ -125,9 +125,8 @@ def pixel_code(t, config):
     frequencies = math.pi / size * torch.logspace(0, math.log2(0.9 * size), dim // 2, base=2, device=t.device)
     angle = torch.arange(size, device=t.device)[:, None] * frequencies
     place = math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], 1).T  # [pos_dim, R]
-    time_code = nerv.sinusoid(t.float(), dim, config.num_frames)[:, :, None, None].expand(-1, -1, size, size)
-    height, width = place[:, :, None].expand(-1, -1, size), place[:, None].expand(-1, size, -1)
-    return torch.cat([time_code, torch.cat([height, width]).expand(len(t), -1, -1, -1)], 1)
+    parts = nerv.sinusoid(t.float(), dim, config.num_frames)[:, :, None, None], place[:, :, None], place[:, None]
+    return torch.cat([part.expand(len(t), -1, size, size) for part in parts], 1)
 
 
 def step_of(bits):
@@ -488,9 +487,8 @@ def decode(source, target, config):
     codec, _ = open_codec(config.ckpt)
     file = VideoFile(source, codec, config.ckpt)
     first, last = frame_range(config.frames, file.frames)
-    count = video.write_frames(
-        target, decode_frames(file, codec, first, last, config.time_scale), file.rate * config.time_scale
-    )
+    made = decode_frames(file, codec, first, last, config.time_scale)
+    count = video.write_frames(target, made, file.rate * config.time_scale)
     print(f"wrote {target}: {count} frames of {file.width} x {file.height}")
 
 

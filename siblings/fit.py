@@ -311,13 +311,9 @@ def fit(source, config):
 # ------------------------------------------------------------------------------------------------------------- explaining
 
 
-def is_checkpoint(path):
-    return path.is_file() and path.open("rb").read(2) == b"PK"  # as torch's files begin
-
-
 def last_layer(path, seed, device):
     """What XINC looks at: (title, the head, its kernel [3, in, k, k], edges, frames, t [1] -> [1, 1, 3, H, W])."""
-    if is_checkpoint(path):
+    if path.is_file() and path.open("rb").read(2) == b"PK":  # as torch's files begin
         ckpt = checkpoints.load(path, "dit", "python dit.py")
         model, vae, latent_map = (part.to(device) for part in dit.load_dit(ckpt))
         labels = torch.tensor([seed % len(ckpt["classes"])], device=device)
@@ -333,7 +329,7 @@ def last_layer(path, seed, device):
 
 
 def chunks_of(path, ckpt, device):
-    """The chunks of a file of codec.py that have more than a frame, as xinc.explain_cuts takes them."""
+    """The whole chunks of a file of codec.py, as xinc.explain_cuts takes them."""
     model, _ = codec.open_codec(ckpt, device)
     file, head, seen, T = VideoFile(path, model, ckpt), model.decoder.layers[-1], [], model.config.num_frames
     head.register_forward_pre_hook(lambda module, given: seen.append(given))
@@ -346,8 +342,7 @@ def chunks_of(path, ckpt, device):
         frame, total = (join(x, file.height, file.width)[0] for x in (tiles, maps))
         return to_frames(frame[None])[0], total[0].cpu().numpy()
 
-    counts = [min(T, file.frames - first) for first in range(0, file.frames, T)]
-    return [(count, functools.partial(look, chunk=k)) for k, count in enumerate(counts) if count > 1]
+    return [(T, functools.partial(look, chunk=k)) for k in range(file.frames // T)]
 
 
 @torch.no_grad()
@@ -356,14 +351,14 @@ def explain(config):
     path, device, seen = Path(config.explain), utils.pick_device(config.device), []
     out = config.out or f"{path.stem}.xinc.png"
     check_target(out, path)
-    if not is_checkpoint(path) and container.Reader(path).header.get("kind") == "codec":
+    if path.suffix == ".nerv" and container.Reader(path).header.get("kind") == "codec":
         chunks = chunks_of(path, config.ckpt, device)[:9]
         if len(chunks) < 2:
             raise UserError(f"{printable(path)} has one chunk, and maps are compared from chunk to chunk")
         figures = xinc.explain_cuts(chunks, out, path.name)
         print(f"wrote {out}: {len(chunks) - 1} cuts between chunks\n")
-        rows = [[name, f"{100 * x['changed']:.1f} %", f"{x['motion']:.2f}", f"{x['still']:.2f}"] for name, x in figures.items()]
-        return table(["frames", "contributions that change", "correlation with the picture", "in still pixels"], rows)
+        rows = [[name, *(f"{value:.3f}" for value in found.values())] for name, found in figures.items()]
+        return table(["frames", "share that changes", "correlation with the picture", "in still pixels"], rows)
     title, head, kernel, edges, count, run = last_layer(path, config.seed, device)
     head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
 

@@ -140,10 +140,7 @@ class VIN(nn.Module):
 
 
 def flops(c, config, chunks):
-    """FLOPs of the denoiser, once, on a video of C chunks: {way: FLOPs}, by shapes, two for a multiplication and an addition.
-
-    c: dit.DiTConfig, whose num_tokens are a chunk's. All linear maps and attentions count, as PyTorch's counter has them.
-    """
+    """FLOPs of the denoiser, once, on a video of C chunks, as PyTorch counts them: {way: FLOPs}; c.num_tokens are a chunk's."""
     w, N, M, inner = c.width, c.num_tokens, config.global_tokens, config.heads * c.width // c.heads
 
     def blocks(tokens, depth):
@@ -152,12 +149,11 @@ def flops(c, config, chunks):
     def denoise(tokens):
         return blocks(tokens, c.depth) + 2 * 256 * w + 6 * w**2 + 4 * tokens * c.token_dim * w
 
-    read = 4 * M * w**2 + 4 * chunks * N * w**2 + 4 * M * chunks * N * w + blocks(M, config.depth)
-    write = 4 * M * w * inner + 4 * chunks * N * w * inner + 4 * chunks * N * M * inner  # keys, queries, attention
-    near = 8 * chunks * N * w * inner + 8 * chunks * N**2 * inner  # keys and values of two sides, attention to them
-    alone, interface = chunks * denoise(N), chunks * denoise(N) + read + c.depth * write
-    ways = {"by themselves": alone, "interface, --no-neighbours": interface, "interface": interface + c.depth * near}
-    return ways | {"full attention": denoise(chunks * N)}
+    interface = 4 * (M + chunks * N) * w**2 + 4 * M * chunks * N * w + blocks(M, config.depth)  # the global tokens
+    interface += chunks * denoise(N) + 4 * c.depth * inner * (M * w + chunks * N * (w + M))  # keys, queries, attention
+    near = 8 * c.depth * chunks * N * inner * (w + N)  # keys and values of two sides, attention to them
+    ways = {"by themselves": chunks * denoise(N), "interface, --no-neighbours": interface}
+    return ways | {"interface": interface + near, "full attention": denoise(chunks * N)}
 
 
 def generate(model, labels, chunks, steps=20, guidance=2.0, seed=None, first=None):

@@ -66,8 +66,7 @@ def painted(x, kernel, stride=1):
     return F.pixel_shuffle(contributions(x, kernel).abs().sum(1), stride).sum(1)
 
 
-# Pairs of frames around a cut, each frame as (chunk before or after the cut, number in the chunk): HTD's Fig. 41 has the second
-# and the last. The first tells a cut from a step of time, the third a cut from the time between the first frames.
+# Frames around a cut, each (chunk before or after it, number in the chunk); the second pair and the last are HTD's, Fig. 41.
 PAIRS = {
     "across the cut": ((0, -1), (1, 0)),
     "next frame of a chunk": ((0, -2), (0, -1)),
@@ -94,21 +93,20 @@ def explain_cuts(chunks, path, title):
         changes, moved = (np.concatenate([row[k].ravel() for row in rows]) for k in (2, 3))
         still = changes[moved < 1].mean() / changes.mean() if (moved < 1).any() and changes.any() else math.nan
         motion = np.corrcoef(changes, moved)[0, 1] if changes.std() * moved.std() > 0 else math.nan
-        changed = changes.mean() / np.mean([row[4] for row in rows])
-        figures[name] = {"changed": float(changed), "motion": float(motion), "still": float(still)}
-    shown = {name: rows[most] for name, rows in found.items()}
-    limits = [max(np.percentile(row[k], 99.5) for row in shown.values()) for k in (2, 3)]  # one scale for all rows
+        changed = float(changes.mean() / np.mean([row[4] for row in rows]))
+        figures[name] = {"changed": changed, "motion": float(motion), "still": float(still)}
+    shown, looks = {name: rows[most] for name, rows in found.items()}, [("", {}), ("the other frame", {})]
     height, width = rows[0][3].shape
     fig, axes = plot.figure(4 * len(PAIRS), 4, width=2.2, height=min(4, 2.2 * height / width + 0.3))
     fig.suptitle(title, color=plot.INK, size=10)
+    for k, what in ((2, "contributions"), (3, "the picture")):  # one scale for all rows
+        limit = max(np.percentile(row[k], 99.5) for row in shown.values())
+        looks.append((f"change of {what}", {"cmap": "magma", "vmax": limit}))
     for k, (name, row) in enumerate(shown.items()):
-        columns = (name, {}), ("the other frame", {}), ("change of contributions", {"cmap": "magma", "vmax": limits[0]})
-        columns += (("change of the picture", {"cmap": "magma", "vmax": limits[1]}),)
-        for ax, picture, (text, look) in zip(axes[4 * k :], row, columns):
+        for ax, picture, (text, look) in zip(axes[4 * k :], row, looks):
             ax.imshow(picture, interpolation="nearest", **look)
-            ax.set(xticks=[], yticks=[])
-            ax.grid(False)
-            ax.set_title(text, size=8, color=plot.INK)
+            ax.axis("off")
+            ax.set_title(text or name, size=8, color=plot.INK)
     fig.savefig(path)
     return figures
 
@@ -133,8 +131,7 @@ def draw(path, title, shown, totals):
     fig.suptitle(title, color=plot.INK, size=11)
     for ax, (name, picture, look) in zip(axes, rows):
         ax.imshow(picture, interpolation="nearest", **look)
-        ax.set(xticks=[], yticks=[])
-        ax.grid(False)
+        ax.axis("off")
         ax.set_title(name, size=8, color=plot.INK)
     below = "lower rows: what single kernels add, red makes brighter, blue darker, each in a scale of its own"
     fig.supxlabel(below, color=plot.INK, size=9)
