@@ -1,5 +1,6 @@
 """What the tests share: the repository on the path, tiny videos, and one tiny trained pair of checkpoints."""
 
+import csv
 import importlib
 import os
 import subprocess
@@ -42,6 +43,15 @@ def script(name, *args, cwd, **kw):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **kw)
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def torchrun(*args, cwd):
+    """Run a script as two processes, to its end."""
+    done = subprocess.run([*TORCHRUN, *args], cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
 def few_held_out(monkeypatch):
     """Trainings of this process measure nine held-out clips, not 64, and draw no plot of their losses: both take a second."""
@@ -78,6 +88,12 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def losses_of(run_dir):
+    """The rows of losses.csv, but for the seconds."""
+    with open(f"{run_dir}/losses.csv") as f:
+        return [{k: float(v) for k, v in row.items() if v and k != "seconds"} for row in csv.DictReader(f)]
 
 
 def write_mp4(path, clip):
