@@ -61,13 +61,6 @@ def test_layers_blocks_and_maps_are_those_of_table_a1(preset, millions):
         assert sum(layer.head.weight.numel() for _, layer in layers) == 4811 * 128
 
 
-@torch.no_grad()
-def test_S_decodes_a_frame_of_reasonable_contrast():
-    torch.manual_seed(0)
-    frames = NeRV(CONFIGS["S"])(torch.randn(1, 128, 128), torch.tensor([3.0]))
-    assert 0.1 < frames.std() < 0.9  # neither flat nor saturated at initialization: demodulation and gains keep the variance
-
-
 def test_gain_keeps_the_second_moment():
     x = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0))
     assert (GELU_GAIN * F.gelu(x)).square().mean().item() == pytest.approx(1, abs=0.01)
@@ -174,8 +167,7 @@ def test_time_is_continuous_and_frames_are_independent():
     assert beyond.isfinite().all() and beyond.abs().max() <= 1
 
 
-@pytest.mark.parametrize("length", [1, 2, 8, 16, 128])
-@pytest.mark.parametrize("dim", [2, 16, 298])
+@pytest.mark.parametrize("length, dim", [(1, 2), (2, 16), (8, 298), (16, 16), (128, 2)])
 def test_sinusoid_does_not_alias_and_tells_positions_apart(length, dim):
     a_bit = 0.01  # small enough that the angle read off below is the frequency
     sine, cosine = sinusoid(torch.tensor(a_bit, dtype=torch.float64), dim, length).chunk(2)
@@ -212,12 +204,3 @@ def test_doubling_on_a_gpu_is_bilinear_interpolation(shape):
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=torch.float64)
     torch.testing.assert_close(torch.Tensor(double(x.as_subclass(OnGPU))), double(x), rtol=0, atol=1e-15)
-
-
-def test_black_frames_still_have_a_gradient():
-    model = NeRV(CONFIGS["nano"])
-    model.to_rgb.bias.data.fill_(-2000.0)
-    frames = model(torch.zeros(1, 32, 16), torch.arange(2.0))
-    assert torch.equal(frames, -torch.ones_like(frames))
-    frames.sum().backward()
-    torch.testing.assert_close(model.to_rgb.bias.grad, torch.full((3,), 0.01 * frames[:, :, 0].numel()), rtol=1e-4, atol=0)
