@@ -24,7 +24,6 @@ SCRIPTS = sorted(
     for path in (ROOT / room).glob("*.py")
     if "__main__" in path.read_text()
 )
-MOST_OPTIONS = {"vae": 28, "dit": 22, "sample": 16, "evaluate": 14, "siblings.codec": 40}
 
 
 def messages(stderr):
@@ -75,11 +74,11 @@ def test_help_shows_every_option_with_its_default(helps):
             assert options and all("(default:" in " ".join(option.split()) for option in options), name
 
 
-@pytest.mark.parametrize("name, most", MOST_OPTIONS.items())
-def test_options_are_few(name, most):
-    module = importlib.import_module(name)
-    commands = getattr(module, "COMMANDS", {"": (None, module.Config)})
-    assert len({field for command in commands.values() for field in command[1].__dataclass_fields__}) <= most
+def test_options_are_few():
+    for name, most in {"vae": 28, "dit": 22, "sample": 16, "evaluate": 14, "siblings.codec": 40}.items():
+        module = importlib.import_module(name)
+        commands = getattr(module, "COMMANDS", {"": (None, module.Config)})
+        assert len({field for command in commands.values() for field in command[1].__dataclass_fields__}) <= most, name
 
 
 def test_help_shows_the_defaults_of_the_preset(call, capsys, helps):
@@ -135,14 +134,10 @@ def test_an_error_of_a_real_process_is_one_line(tmp_path):
     "options, words",
     [
         ("--dataset folder --data-dir nowhere", "nowhere --data-dir"),
-        ("--dataset folder --data-dir empty", "empty"),
-        ("--dataset folder", "--data-dir"),
         ("--dataset folder --data-dir {folder} --num-frames 32", "16 frames 32"),
-        ("--dataset folder --data-dir {folder} --stride 2", "16 frames 31"),
         ("--num-frames 15", "num_frames multiple"),
         ("--resolution 48", "resolution 48 64"),
         ("--num-tokens 0", "--num-tokens positive"),
-        ("--batch-size 0", "--batch-size positive"),
         ("--batch-size 8 --accumulate 3", "--batch-size multiple of 3"),
         ("--preset XL", "--preset XL"),
         ("--nonsense 3", "--nonsense --help"),
@@ -150,19 +145,14 @@ def test_an_error_of_a_real_process_is_one_line(tmp_path):
         ("--extras nonsense", "--extras nonsense mixing"),
         ("--resolution 16 --gan-weight 0.1", "--gan-weight --resolution 32"),
         ("--out folder.pt", "folder.pt directory"),
-        ("--out file/vae.pt", "file/vae.pt"),
         (f"--out {'n' * 253}.pt", "name too long"),
     ],
 )
 def test_wrong_use_of_vae(options, words, call, capsys, folder, tmp_path):
-    (tmp_path / "empty").mkdir(), (tmp_path / "folder.pt").mkdir(), (tmp_path / "file").touch()
+    (tmp_path / "folder.pt").mkdir()
     assert call("vae.py", f"--preset nano --steps 1 --batch-size 2 {options.format(folder=folder)}") == 2
     check_error(capsys.readouterr().err, *words.split())
     assert not (tmp_path / "vae.pt").exists()
-
-
-def test_a_batch_of_one_trains(call, few_held_out):
-    assert call("vae.py", f"{SMALL} --steps 1 --batch-size 1") == 0  # batch norm over one clip has no deviation
 
 
 @pytest.mark.parametrize(
@@ -170,12 +160,10 @@ def test_a_batch_of_one_trains(call, few_held_out):
     [
         ("--ckpt {trained}/dit.pt", "dit.pt python vae.py"),
         ("--data-dir videos", "somersault"),
-        ("--data-dir nowhere", "nowhere"),
         ("--cond-frames 16", "--cond-frames 16 frames"),
         ("--heads 5", "--heads --width"),
         ("--num-latents -5", "--num-latents positive"),
         ("--extras components=4", "--extras components=4 MxK"),
-        ("--extras mixing=8", "--extras components"),
         ("--out runs/", "runs"),
     ],
 )
@@ -196,24 +184,20 @@ def test_wrong_use_of_dit(options, words, call, capsys, trained, tmp_path):
 def test_what_is_not_a_checkpoint_or_of_another_version(program, call, capsys, trained, tmp_path):
     (tmp_path / "text.pt").write_text("this is not a checkpoint\n" * 40)
     (tmp_path / "empty.pt").touch()
-    for name, content in {
-        "other": {"model": torch.zeros(3)},
-        "tensor": torch.zeros(3),
-        "code": utils.UserError("code"),
-    }.items():
+    for name, content in {"other": {"model": torch.zeros(3)}, "code": utils.UserError("code")}.items():
         torch.save(content, tmp_path / f"{name}.pt")
     torch.save({"format": "nerv-diffusion 5", "stage": "vae"}, tmp_path / "old.pt")
     whole = (trained / "dit.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
-    for name in ("none", "text", "empty", "other", "tensor", "code", "old", "cut"):
+    for name in ("none", "text", "empty", "other", "code", "old", "cut"):
         assert call(program, f"--ckpt {name}.pt") == 2
         check_error(capsys.readouterr().err, f"{name}.pt", "python dit.py" if program == "sample.py" else "python vae.py")
 
 
-@pytest.mark.parametrize("name", [os.fsdecode(b"\xff :.pt"), "模型" * 39 + ".pt"])
+@pytest.mark.parametrize("name", [os.fsdecode(b"\xff :.pt"), "模型" * 39 + ".pt"], ids=["not UTF-8", "long"])
 def test_names_of_any_bytes(name, call, few_held_out):
     """Text that is not UTF-8, or long, goes through both stages, and its checkpoint loads."""
-    out, tiny = name[:-3] + "2.pt", ["--steps", 1, "--batch-size", 2]
+    out, tiny = name[:-3] + "2.pt", ["--steps", 1, "--batch-size", 1]  # batch norm over one clip has no deviation
     assert call("vae.py", [*SMALL.split(), *tiny, "--out", name]) == 0
     assert call("dit.py", ["--ckpt", name, *tiny, "--num-latents", 4, "--extras", "--depth", 1, "--out", out]) == 0
     assert call("sample.py", ["--ckpt", out, "--classes", 0, "--steps", 1, "--out-dir", name[:-3]]) == 0
