@@ -37,12 +37,6 @@ def pytest_configure(config):
 torch.set_num_threads(THREADS)
 
 
-def script(name, *args, cwd, **kw):
-    """Run a script of the repository as a user would; returns the CompletedProcess."""
-    command = [sys.executable, str(ROOT / name), *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **kw)
-
-
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 

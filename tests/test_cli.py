@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, script, write_mp4
+from conftest import ROOT, SMALL, write_mp4
 from PIL import Image
 
 import data
@@ -43,35 +43,21 @@ def check_error(stderr, *words):
 # -------------------------------------------------------------------------------------------------------------------- help
 
 
-ASK = """
-import runpy, sys
-root = sys.argv[1]
-sys.path.insert(0, root)
-for name in sys.argv[2:]:
-    sys.argv = [name, "--help"]
-    try:
-        runpy.run_path(f"{root}/{name.replace('.', '/')}.py", run_name="__main__")
-        print(0, end="\\f")
-    except SystemExit as end:
-        print(end.code, end="\\f")
-"""
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "common.checkpoints"])  # which has no options
+def test_help_shows_every_option_with_its_default(name, call, capsys):
+    assert call(name, "--help") == 0
+    options = re.split(r"\n  --", capsys.readouterr().out)[1:]
+    if name != "studies.variants":  # all others are those of vae.py and dit.py
+        assert options and all("(default:" in " ".join(option.split()) for option in options)
 
 
-@pytest.fixture(scope="module")
-def helps(tmp_path_factory):
-    """What each script prints for --help, and its exit status. One new Python asks all: an import of torch takes seconds."""
-    cwd, names = tmp_path_factory.mktemp("help"), [name for name in SCRIPTS if name != "common.checkpoints"]  # no options
-    done = subprocess.run([sys.executable, "-c", ASK, ROOT, *names], cwd=cwd, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stderr == "" and not list(cwd.iterdir())
-    return dict(zip(names, done.stdout.split("\f")[:-1], strict=True))
-
-
-def test_help_shows_every_option_with_its_default(helps):
-    for name, text in helps.items():
-        assert text.endswith("\n0"), name
-        options = re.split(r"\n  --", text)[1:]
-        if name != "studies.variants":  # all others are those of vae.py and dit.py
-            assert options and all("(default:" in " ".join(option.split()) for option in options), name
+def test_help_shows_the_defaults_of_the_preset(call, capsys):
+    steps = vae.preset_defaults(argparse.Namespace(dataset="shapes", preset=""))["steps"]
+    for options, resolution, number in (("--preset S --help", 128, 2_000_000), ("--help", 32, steps)):
+        assert call("vae.py", options) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert re.search(rf"--resolution RESOLUTION [^(]*\(default: {resolution}\)", text)
+        assert f"optimizer steps (default: {number})" in text
 
 
 def test_options_are_few():
@@ -79,15 +65,6 @@ def test_options_are_few():
         module = importlib.import_module(name)
         commands = getattr(module, "COMMANDS", {"": (None, module.Config)})
         assert len({field for command in commands.values() for field in command[1].__dataclass_fields__}) <= most, name
-
-
-def test_help_shows_the_defaults_of_the_preset(call, capsys, helps):
-    assert call("vae.py", "--preset S --help") == 0
-    large, small = (" ".join(text.split()) for text in (capsys.readouterr().out, helps["vae"]))
-    steps = vae.preset_defaults(argparse.Namespace(dataset="shapes", preset=""))["steps"]
-    for text, resolution, number in ((large, 128, 2_000_000), (small, 32, steps)):
-        assert re.search(rf"--resolution RESOLUTION [^(]*\(default: {resolution}\)", text)
-        assert f"optimizer steps (default: {number})" in text
 
 
 # -------------------------------------------------------------------------------------------------- what a training leaves
@@ -125,7 +102,8 @@ def test_train_on_a_folder_and_sample_its_classes(call, few_held_out, folder):
 
 def test_an_error_of_a_real_process_is_one_line(tmp_path):
     # What Python and its libraries print on their own, warnings for instance, shows only here.
-    done = script("vae.py", "--dataset", "ucf", cwd=tmp_path)
+    command = [sys.executable, ROOT / "vae.py", "--dataset", "ucf"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stdout == ""
     check_error(done.stderr, "https://www.crcv.ucf.edu", "data/UCF-101", "--data-dir")
 

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
 import data
 import demo
@@ -17,18 +16,6 @@ import sample
 import vae
 from common import utils, video
 from common.utils import UserError
-
-
-def test_a_demo_that_is_ended_leaves_no_training_behind(tmp_path):
-    training = tmp_path / "training"  # instead of python
-    training.write_text("#!/bin/sh\necho up\nexec sleep 600\n")
-    training.chmod(0o755)
-    code = "import sys, demo; sys.executable = sys.argv.pop(); demo.weights = print; demo.utils.run(demo.main)"
-    process = subprocess.Popen([sys.executable, "-c", code, training], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert "up\n" in process.stdout
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)  # to the end of all that have its stdout, the training too
-    assert process.returncode == 130
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -199,17 +199,6 @@ def test_a_part_of_a_video_made_smaller():
 # ------------------------------------------------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("bits", [4, 6, 8])
-def test_numbers_of_a_tensor(bits):
-    x = torch.randn(50, 40, generator=torch.Generator().manual_seed(bits))
-    numbers, step = fitted.quantize(x, bits)
-    assert numbers.min() >= -(2 ** (bits - 1)) and numbers.max() < 2 ** (bits - 1)
-    error = (torch.from_numpy(numbers) * step - x.flatten()).square().mean().sqrt()
-    whole = x.abs().max() / (2 ** (bits - 1) - 1)
-    assert error <= (whole / 2) and (bits > 4 or step < whole)  # at 4 bits, cutting off the ends pays
-    assert not fitted.quantize(torch.zeros(7), bits)[0].any()
-
-
 def test_decoding(call, capsys):
     assert call(f"a.mkv {TINY} --frames 0:5") == 0
     whole = frames_of("a.nerv")

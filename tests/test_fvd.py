@@ -10,7 +10,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import write_mp4
-from PIL import Image
 from scipy import linalg
 from test_weights import needs
 
@@ -277,16 +276,6 @@ def test_clips_start_where_the_protocol_says(tmp_path):
     assert numbers("first") == list(range(16)) and numbers("first", stride=3) == list(range(0, 48, 3))
     starts = {numbers("random", seed=seed)[0] for seed in range(6)}
     assert len(starts) > 2 and max(starts) <= 44 and numbers("random", seed=1) == numbers("random", seed=1)
-
-
-def test_one_clip_as_mp4_and_as_gif_is_one_video(compare, tmp_path):
-    both = copy(tmp_path / "generated", tmp_path / "both")
-    for path in sorted(both.iterdir()):
-        images = [Image.fromarray(frame) for frame in video.read_frames(path, None)]
-        images[0].save(path.with_suffix(".gif"), save_all=True, append_images=images[1:], duration=80)
-    status, out, err = compare(f"real {both} --bootstrap 0")
-    assert status == 0 and "generated                        4 videos, 0 skipped" in out, err
-    assert number(out) == number(compare("real generated --bootstrap 0")[1])
 
 
 class Trap:
