@@ -18,6 +18,12 @@ from common import utils, video
 from common.utils import UserError
 
 
+def test_a_script_that_fails_ends_the_demo(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "false")
+    with pytest.raises(UserError, match="sample.py failed"):
+        demo.call("sample.py")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_between_the_start_of_a_training_and_all_else_ends_it_too(monkeypatch, number):
     started, original = [], subprocess.Popen
@@ -47,11 +53,6 @@ def test_its_commands_are_those_of_the_scripts(monkeypatch, tmp_path, weights):
         module = {"vae.py": vae, "dit.py": dit, "sample.py": sample}[script]
         config = utils.parse_options(module.Config, "", getattr(module, "preset_defaults", None), args)
         assert script != "vae.py" or (config.lpips, config.preset) == ("alex" if weights else "none", "nano")
-
-
-def test_a_script_that_fails_ends_the_demo(tmp_path):
-    with pytest.raises(UserError, match="sample.py failed"):
-        demo.call("sample.py", "--ckpt", tmp_path / "none.pt")
 
 
 def test_what_is_there_is_judged(trained, monkeypatch, capsys):

@@ -189,13 +189,6 @@ def test_what_was_stopped_and_resumed_makes_the_same_file(name, call, monkeypatc
     assert call(f"{once} --out half.nerv --run-dir one --resume --seed 1") == 2
 
 
-def test_a_part_of_a_video_made_smaller():
-    whole = moving_frames(5, 21, 35)[1:4]
-    made = fit.resized(whole, "16x32")  # 21 x 35 cut to 17.5 x 35: the middle is still the middle
-    assert made.shape == (3, 16, 32, 3)
-    assert np.abs(made[:, 7:9, 15:17].mean((1, 2)) - whole[:, 9:12, 16:19].mean((1, 2))).max() < 12
-
-
 # ------------------------------------------------------------------------------------------------------------------- files
 
 

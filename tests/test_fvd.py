@@ -211,9 +211,6 @@ def test_the_interval_is_about_the_value_and_as_wide_as_the_spread():
     assert fvd.bootstrap(x, y, seed=1) == fvd.bootstrap(x, y, seed=1) != fvd.bootstrap(x, y, seed=2)
     low, high = fvd.bootstrap(x, x + 1, paired=True)
     assert high - low < 1e-9  # the same shift of every clip, whichever are drawn
-    x, y = rng.standard_normal((2, 40, 20))  # equal distributions: all is bias, and a resample has more of it
-    low, high = fvd.bootstrap(x, y)
-    assert low < fvd.frechet_distance_of(x, y) < high
 
 
 # ---------------------------------------------------------------------------------------------------------- command line
