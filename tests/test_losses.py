@@ -7,8 +7,6 @@ from test_weights import needs
 
 from losses import LPIPS, Discriminator, at_least_64, discriminator_loss, generator_loss
 
-# ----------------------------------------------------------------------------------------------------------------- perceptual
-
 
 def some_frames(size=40):
     torch.manual_seed(1)
@@ -94,9 +92,6 @@ def test_lpips_of_the_published_weights():
         frames, real = (torch.rand(1, 10, 3, 100, 100) * 2 - 1 for _ in range(2))
         for backbone, value in expected.items():
             assert LPIPS(backbone)(frames, real).item() == pytest.approx(value, abs=1e-4)
-
-
-# ---------------------------------------------------------------------------------------------------------------- adversarial
 
 
 def test_discriminator_has_the_papers_widths_and_a_logit_of_each_clip_which_depends_on_the_order_of_frames():

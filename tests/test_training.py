@@ -40,9 +40,6 @@ def stage1(tmp_path_factory):
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------------- resuming
-
-
 RESUMES = {
     "stage 1, basis, recomputed": f"vae.py {SMALL} --batch-size 4 --extras basis=8 muon --recompute",
     "stage 1, discriminator, accumulated": f"vae.py {SMALL} --gan-weight 0.1 --batch-size 4 --accumulate 2",
@@ -120,9 +117,6 @@ def test_an_interrupted_encoding_goes_on_and_another_key_starts_anew(call, few_h
     assert call("dit.py", f"{options} --cond-frames 2") == 0 and sum(encoded[:-1]) == 200  # and those of the preview
 
 
-# ------------------------------------------------------------------------------------------------------- several processes
-
-
 @pytest.mark.parametrize("name", ["stage 1, discriminator, accumulated", "stage 2"])
 def test_two_processes_train_as_one(call, few_held_out, stage1, monkeypatch, tmp_path, name):
     # The same global batch: batch norm, R1, noise, data order and the averaged gradient all have a part in this.
@@ -162,9 +156,6 @@ def test_processes_that_share_a_gpu_talk_through_cpus_and_wait_for_days(monkeypa
         assert asked["backend"] == backend and asked["timeout"].days >= 1
 
 
-# --------------------------------------------------------------------------------------------------------------- compiling
-
-
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile for CPUs takes a C++ compiler")
 def test_compiled_is_eager_with_the_defaults_of_nano(call, few_held_out, monkeypatch):
     """A real compilation, of an encoder of one block: a C++ compiler takes a second for each of some forty kernels."""
@@ -177,9 +168,6 @@ def test_compiled_is_eager_with_the_defaults_of_nano(call, few_held_out, monkeyp
     assert len(checkpoints.load("on.pt", "vae", "")["config"]["extras"]) == 5
     for eager, compiled in zip(losses_of("runs/off"), losses_of("runs/on"), strict=True):
         assert compiled == pytest.approx(eager, rel=1e-4)
-
-
-# ----------------------------------------------------------------------------------------------------------------- signals
 
 
 SLOW = """
@@ -240,9 +228,6 @@ def test_under_torchrun_all_processes_end_at_the_same_step(tmp_path, group):
     assert len(checkpoints.load(tmp_path / "vae.pt", "vae", "")["training"]) == 2
 
 
-# ------------------------------------------------------------------------------------------------------------- a full disk
-
-
 def test_on_a_full_disk_training_goes_on_and_the_old_checkpoint_stays(call, few_held_out, monkeypatch, tmp_path):
     """A limit on the size of files stands for the end of the disk."""
     options = f"{SMALL} --batch-size 2 --steps"
@@ -261,9 +246,6 @@ def test_on_a_full_disk_training_goes_on_and_the_old_checkpoint_stays(call, few_
     with pytest.raises(UserError, match="cannot write runs/values.npy: No space left"):  # and no SIGBUS when it is filled
         checkpoints.cached(Path("runs"), {}, 10**6, (3, 4), None)
     assert fail.called
-
-
-# ---------------------------------------------------------------------------------------------------------------- the step
 
 
 @pytest.mark.parametrize("compiled", [False, True])
