@@ -78,9 +78,3 @@ def test_the_root_and_each_training_can_be_read_in_an_evening():
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.name == "main":
                 assert node.end_lineno - node.lineno < MAIN_LINES, place
-
-
-def test_python_of_the_root_names_no_sibling():
-    """A checkpoint of a sibling has its own commands; the method's scripts do not depend on them."""
-    for place in ("nerv.py", "vae.py", "dit.py", "losses.py", "data.py", "sample.py"):
-        assert "siblings" not in (ROOT / place).read_text(), place
