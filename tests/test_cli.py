@@ -68,7 +68,7 @@ def test_training_leaves_checkpoints_losses_and_sheets(trained):
     for stage, curves in (("vae", {"loss", "l2", "kl"}), ("dit", {"loss"})):
         ckpt, run = checkpoints.load(trained / f"{stage}.pt", stage, ""), trained / "runs" / stage
         assert ckpt["step"] == 2 and ckpt["classes"] == list(data.Shapes.classes) and ckpt["revision"] == utils.git_revision()
-        assert {"model", "step"} <= set(ckpt["training"]) and "training" not in ckpt.get("vae", {})
+        assert "model" in ckpt["training"] and "training" not in ckpt.get("vae", {})
         with open(run / "losses.csv") as f:
             rows = list(csv.DictReader(f))
         assert set(rows[-1]) == {"step", "seconds"} | curves and rows[-1]["step"] == "2"

@@ -67,7 +67,7 @@ def test_what_resumes_to_the_bit(call, stage1, few_held_out, monkeypatch, name):
     assert same(killed["ema"], whole["ema"]) and same(killed["training"], whole["training"])
     rows = losses_of("runs/whole")
     assert losses_of("runs/killed") == rows[3:] and len(rows) == 5  # the log was not written before it ended
-    assert ("disc_loss" in rows[-1]) == ("discriminator" in name) == ("disc_step" in whole["training"])
+    assert ("disc_loss" in rows[-1]) == ("discriminator" in name) == ("discriminator" in whole["training"])
 
 
 def test_resuming_refuses_other_options_and_takes_other_places(call, few_held_out, folder, capsys):
