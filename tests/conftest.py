@@ -1,5 +1,6 @@
 """What the tests share: the repository on the path, tiny videos, and one tiny trained pair of checkpoints."""
 
+import csv
 import importlib
 import os
 import subprocess
@@ -36,10 +37,13 @@ def pytest_configure(config):
 torch.set_num_threads(THREADS)
 
 
-def script(name, *args, cwd, **kw):
-    """Run a script of the repository as a user would; returns the CompletedProcess."""
-    command = [sys.executable, str(ROOT / name), *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **kw)
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def torchrun(*args, cwd):
+    """Run a script as two processes, to its end."""
+    done = subprocess.run([*TORCHRUN, *args], cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture
@@ -50,23 +54,40 @@ def few_held_out(monkeypatch):
     monkeypatch.setattr(utils.plot, "curves", lambda file, panels: hasattr(file, "write") or Path(file).touch())
 
 
-@pytest.fixture
-def call(monkeypatch, tmp_path):
-    """call("vae.py", "--steps 2 …") runs a script in this process, in a directory of its own; returns the exit status.
+def run(program, options=""):
+    """Run a script in this process: run("vae.py", "--steps 2"), run("siblings.codec", "info a.nerv"); returns the exit status.
 
-    "siblings.codec" is `python -m siblings.codec`. Options may be a list, where one has a space.
+    Options may be a list, where one has a space.
     """
-    monkeypatch.chdir(tmp_path)
-
-    def call(program, options=""):
-        monkeypatch.setattr("sys.argv", [program, *(options.split() if isinstance(options, str) else map(str, options))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [program, *(options.split() if isinstance(options, str) else map(str, options))])
         try:
             utils.run(importlib.import_module(program.removesuffix(".py")).main)
         except SystemExit as stop:
             return stop.code
-        return 0
+    return 0
 
-    return call
+
+@pytest.fixture
+def call(monkeypatch, tmp_path):
+    """`run` in a directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    return run
+
+
+def same(a, b):
+    """Whether two nested checkpoints hold the same bits."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def losses_of(run_dir):
+    """The rows of losses.csv, but for the seconds."""
+    with open(f"{run_dir}/losses.csv") as f:
+        return [{k: float(v) for k, v in row.items() if v and k != "seconds"} for row in csv.DictReader(f)]
 
 
 def write_mp4(path, clip):

@@ -10,12 +10,12 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, script, write_mp4
+from conftest import ROOT, SMALL
 from PIL import Image
 
 import data
 import vae
-from common import checkpoints, utils, video
+from common import checkpoints, utils
 
 ROOMS = ("", "common", "siblings", "studies", "bench")
 SCRIPTS = sorted(
@@ -24,7 +24,6 @@ SCRIPTS = sorted(
     for path in (ROOT / room).glob("*.py")
     if "__main__" in path.read_text()
 )
-MOST_OPTIONS = {"vae": 28, "dit": 22, "sample": 16, "evaluate": 14, "siblings.codec": 40}
 
 
 def messages(stderr):
@@ -41,64 +40,35 @@ def check_error(stderr, *words):
         assert word in line
 
 
-# -------------------------------------------------------------------------------------------------------------------- help
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "common.checkpoints"])  # which has no options
+def test_help_shows_every_option_with_its_default(name, call, capsys):
+    assert call(name, "--help") == 0
+    options = re.split(r"\n  --", capsys.readouterr().out)[1:]
+    if name != "studies.variants":  # all others are those of vae.py and dit.py
+        assert options and all("(default:" in " ".join(option.split()) for option in options)
 
 
-ASK = """
-import runpy, sys
-root = sys.argv[1]
-sys.path.insert(0, root)
-for name in sys.argv[2:]:
-    sys.argv = [name, "--help"]
-    try:
-        runpy.run_path(f"{root}/{name.replace('.', '/')}.py", run_name="__main__")
-        print(0, end="\\f")
-    except SystemExit as end:
-        print(end.code, end="\\f")
-"""
-
-
-@pytest.fixture(scope="module")
-def helps(tmp_path_factory):
-    """What each script prints for --help, and its exit status. One new Python asks all: an import of torch takes seconds."""
-    cwd, names = tmp_path_factory.mktemp("help"), [name for name in SCRIPTS if name != "common.checkpoints"]  # no options
-    done = subprocess.run([sys.executable, "-c", ASK, ROOT, *names], cwd=cwd, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stderr == "" and not list(cwd.iterdir())
-    return dict(zip(names, done.stdout.split("\f")[:-1], strict=True))
-
-
-def test_help_shows_every_option_with_its_default(helps):
-    for name, text in helps.items():
-        assert text.endswith("\n0"), name
-        options = re.split(r"\n  --", text)[1:]
-        if name != "studies.variants":  # all others are those of vae.py and dit.py
-            assert options and all("(default:" in " ".join(option.split()) for option in options), name
-
-
-@pytest.mark.parametrize("name, most", MOST_OPTIONS.items())
-def test_options_are_few(name, most):
-    module = importlib.import_module(name)
-    commands = getattr(module, "COMMANDS", {"": (None, module.Config)})
-    assert len({field for command in commands.values() for field in command[1].__dataclass_fields__}) <= most
-
-
-def test_help_shows_the_defaults_of_the_preset(call, capsys, helps):
-    assert call("vae.py", "--preset S --help") == 0
-    large, small = (" ".join(text.split()) for text in (capsys.readouterr().out, helps["vae"]))
+def test_help_shows_the_defaults_of_the_preset(call, capsys):
     steps = vae.preset_defaults(argparse.Namespace(dataset="shapes", preset=""))["steps"]
-    for text, resolution, number in ((large, 128, 2_000_000), (small, 32, steps)):
+    for options, resolution, number in (("--preset S --help", 128, 2_000_000), ("--help", 32, steps)):
+        assert call("vae.py", options) == 0
+        text = " ".join(capsys.readouterr().out.split())
         assert re.search(rf"--resolution RESOLUTION [^(]*\(default: {resolution}\)", text)
         assert f"optimizer steps (default: {number})" in text
 
 
-# -------------------------------------------------------------------------------------------------- what a training leaves
+def test_options_are_few():
+    for name, most in {"vae": 28, "dit": 22, "sample": 16, "evaluate": 14, "siblings.codec": 40}.items():
+        module = importlib.import_module(name)
+        commands = getattr(module, "COMMANDS", {"": (None, module.Config)})
+        assert len({field for command in commands.values() for field in command[1].__dataclass_fields__}) <= most, name
 
 
 def test_training_leaves_checkpoints_losses_and_sheets(trained):
     for stage, curves in (("vae", {"loss", "l2", "kl"}), ("dit", {"loss"})):
         ckpt, run = checkpoints.load(trained / f"{stage}.pt", stage, ""), trained / "runs" / stage
         assert ckpt["step"] == 2 and ckpt["classes"] == list(data.Shapes.classes) and ckpt["revision"] == utils.git_revision()
-        assert {"model", "step"} <= set(ckpt["training"]) and "training" not in ckpt.get("vae", {})
+        assert "model" in ckpt["training"] and "training" not in ckpt.get("vae", {})
         with open(run / "losses.csv") as f:
             rows = list(csv.DictReader(f))
         assert set(rows[-1]) == {"step", "seconds"} | curves and rows[-1]["step"] == "2"
@@ -112,21 +82,10 @@ def test_training_leaves_checkpoints_losses_and_sheets(trained):
         assert name in ("steps", "batch_size") or config[name] == value  # nano's, which were not named
 
 
-def test_train_on_a_folder_and_sample_its_classes(call, few_held_out, folder):
-    assert call("vae.py", f"--dataset folder --data-dir {folder} --preset nano --resolution 64 --steps 1 --batch-size 2") == 0
-    assert call("dit.py", "--num-latents 8 --steps 1 --batch-size 2 --depth 1") == 0
-    ckpt = checkpoints.load("dit.pt", "dit", "")
-    assert ckpt["classes"] == ["ring_circle", "square_updown"] and ckpt["vae"]["nerv_config"]["resolution"] == 64
-    assert call("sample.py", "--classes square_updown --steps 2") == 0
-    assert video.read_frames("out/samples/samples/00_square_updown.mp4", 64).shape == (16, 64, 64, 3)
-
-
-# --------------------------------------------------------------------------------------------------------------- wrong use
-
-
 def test_an_error_of_a_real_process_is_one_line(tmp_path):
     # What Python and its libraries print on their own, warnings for instance, shows only here.
-    done = script("vae.py", "--dataset", "ucf", cwd=tmp_path)
+    command = [sys.executable, ROOT / "vae.py", "--dataset", "ucf"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stdout == ""
     check_error(done.stderr, "https://www.crcv.ucf.edu", "data/UCF-101", "--data-dir")
 
@@ -135,58 +94,37 @@ def test_an_error_of_a_real_process_is_one_line(tmp_path):
     "options, words",
     [
         ("--dataset folder --data-dir nowhere", "nowhere --data-dir"),
-        ("--dataset folder --data-dir empty", "empty"),
-        ("--dataset folder", "--data-dir"),
         ("--dataset folder --data-dir {folder} --num-frames 32", "16 frames 32"),
-        ("--dataset folder --data-dir {folder} --stride 2", "16 frames 31"),
         ("--num-frames 15", "num_frames multiple"),
         ("--resolution 48", "resolution 48 64"),
-        ("--num-tokens 0", "--num-tokens positive"),
-        ("--batch-size 0", "--batch-size positive"),
         ("--batch-size 8 --accumulate 3", "--batch-size multiple of 3"),
         ("--preset XL", "--preset XL"),
         ("--nonsense 3", "--nonsense --help"),
-        ("--steps many", "--steps many"),
         ("--extras nonsense", "--extras nonsense mixing"),
         ("--resolution 16 --gan-weight 0.1", "--gan-weight --resolution 32"),
         ("--out folder.pt", "folder.pt directory"),
-        ("--out file/vae.pt", "file/vae.pt"),
         (f"--out {'n' * 253}.pt", "name too long"),
     ],
 )
 def test_wrong_use_of_vae(options, words, call, capsys, folder, tmp_path):
-    (tmp_path / "empty").mkdir(), (tmp_path / "folder.pt").mkdir(), (tmp_path / "file").touch()
+    (tmp_path / "folder.pt").mkdir()
     assert call("vae.py", f"--preset nano --steps 1 --batch-size 2 {options.format(folder=folder)}") == 2
     check_error(capsys.readouterr().err, *words.split())
     assert not (tmp_path / "vae.pt").exists()
-
-
-def test_a_batch_of_one_trains(call, few_held_out):
-    assert call("vae.py", f"{SMALL} --steps 1 --batch-size 1") == 0  # batch norm over one clip has no deviation
 
 
 @pytest.mark.parametrize(
     "options, words",
     [
         ("--ckpt {trained}/dit.pt", "dit.pt python vae.py"),
-        ("--data-dir videos", "somersault"),
-        ("--data-dir nowhere", "nowhere"),
         ("--cond-frames 16", "--cond-frames 16 frames"),
         ("--heads 5", "--heads --width"),
-        ("--num-latents -5", "--num-latents positive"),
         ("--extras components=4", "--extras components=4 MxK"),
-        ("--extras mixing=8", "--extras components"),
         ("--out runs/", "runs"),
     ],
 )
 def test_wrong_use_of_dit(options, words, call, capsys, trained, tmp_path):
-    clip = video.to_clip(data.Shapes()[0][0])
-    (tmp_path / "videos" / "somersault").mkdir(parents=True), (tmp_path / "runs").mkdir()
-    if "--data-dir" in options:  # a folder of a class that the shapes do not have
-        write_mp4(tmp_path / "videos" / "somersault" / "clip", clip)
-        ckpt = checkpoints.load(trained / "vae.pt", "vae", "")
-        checkpoints.save("other.pt", **ckpt | {"config": ckpt["config"] | {"dataset": "folder"}})
-        options += " --ckpt other.pt"
+    (tmp_path / "runs").mkdir()
     assert call("dit.py", f"--ckpt {trained}/vae.pt --steps 1 {options.format(trained=trained)}") == 2
     check_error(capsys.readouterr().err, *words.split())
     assert not (tmp_path / "dit.pt").exists() and not list((tmp_path / "runs").rglob("*.npy"))  # before anything is encoded
@@ -196,24 +134,20 @@ def test_wrong_use_of_dit(options, words, call, capsys, trained, tmp_path):
 def test_what_is_not_a_checkpoint_or_of_another_version(program, call, capsys, trained, tmp_path):
     (tmp_path / "text.pt").write_text("this is not a checkpoint\n" * 40)
     (tmp_path / "empty.pt").touch()
-    for name, content in {
-        "other": {"model": torch.zeros(3)},
-        "tensor": torch.zeros(3),
-        "code": utils.UserError("code"),
-    }.items():
+    for name, content in {"other": {"model": torch.zeros(3)}, "code": utils.UserError("code")}.items():
         torch.save(content, tmp_path / f"{name}.pt")
     torch.save({"format": "nerv-diffusion 5", "stage": "vae"}, tmp_path / "old.pt")
     whole = (trained / "dit.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
-    for name in ("none", "text", "empty", "other", "tensor", "code", "old", "cut"):
+    for name in ("none", "text", "empty", "other", "code", "old", "cut"):
         assert call(program, f"--ckpt {name}.pt") == 2
         check_error(capsys.readouterr().err, f"{name}.pt", "python dit.py" if program == "sample.py" else "python vae.py")
 
 
-@pytest.mark.parametrize("name", [os.fsdecode(b"\xff :.pt"), "模型" * 39 + ".pt"])
+@pytest.mark.parametrize("name", [os.fsdecode(b"\xff :.pt"), "模型" * 39 + ".pt"], ids=["not UTF-8", "long"])
 def test_names_of_any_bytes(name, call, few_held_out):
     """Text that is not UTF-8, or long, goes through both stages, and its checkpoint loads."""
-    out, tiny = name[:-3] + "2.pt", ["--steps", 1, "--batch-size", 2]
+    out, tiny = name[:-3] + "2.pt", ["--steps", 1, "--batch-size", 1]  # batch norm over one clip has no deviation
     assert call("vae.py", [*SMALL.split(), *tiny, "--out", name]) == 0
     assert call("dit.py", ["--ckpt", name, *tiny, "--num-latents", 4, "--extras", "--depth", 1, "--out", out]) == 0
     assert call("sample.py", ["--ckpt", out, "--classes", 0, "--steps", 1, "--out-dir", name[:-3]]) == 0

@@ -125,14 +125,13 @@ class Formula:
     """A denoiser given by a function of (x, alpha, sigma, label), with a record of what it was called for."""
 
     def __init__(self, function, config=SMALLEST):
-        self.function, self.config, self.timesteps, self.labels, self.asked = function, config, [], [], []
+        self.function, self.config, self.timesteps, self.labels = function, config, [], []
 
     def __call__(self, x, timestep, label, given=None):
         assert timestep.min() >= 1 and timestep.max() <= NUM_STEPS and len(x) == len(timestep) == len(label)
         self.timesteps.append(timestep[0].item())
         self.labels.append(label.clone())
-        self.asked.append((x, ALPHA[timestep][:, None, None], SIGMA[timestep][:, None, None]))
-        return self.function(*self.asked[-1], label[:, None, None])
+        return self.function(x, ALPHA[timestep][:, None, None], SIGMA[timestep][:, None, None], label[:, None, None])
 
 
 MU, S = 0.7, 0.5
@@ -145,8 +144,10 @@ def gaussian(x, a, sd, label):
 
 @pytest.mark.parametrize("sampler, steps", [("dpm", 20), ("ddim", 100), ("ddpm", 250)])
 def test_samples_of_a_gaussian_have_its_mean_and_deviation(sampler, steps):
-    labels = torch.zeros(20_000, dtype=torch.long)
-    x = generate(Formula(gaussian), labels, steps=steps, guidance=1, sampler=sampler, seed=0)
+    labels, before = torch.zeros(20_000, dtype=torch.long), torch.random.get_rng_state()
+    x, again, other = (generate(Formula(gaussian), labels, steps, 1, sampler, seed) for seed in (0, 0, 1))
+    assert torch.equal(x, again) and not torch.equal(x, other)
+    assert torch.equal(torch.random.get_rng_state(), before)  # a preview does not move a training's random numbers
     assert x.mean().item() == pytest.approx(MU, abs=0.015) and x.std().item() == pytest.approx(S, rel=0.03)
     assert ((x - x.mean()) / x.std()).pow(4).mean().item() == pytest.approx(3, abs=0.15)
 
@@ -154,7 +155,7 @@ def test_samples_of_a_gaussian_have_its_mean_and_deviation(sampler, steps):
 @pytest.mark.parametrize("sampler", ["dpm", "ddim", "ddpm"])
 def test_steps_go_from_all_noise_to_clean_and_find_data_of_one_point(sampler):
     point = torch.tensor([[1.0, -2.0, 3.0]])
-    for steps in (1, 2, 7, 50, 1000):
+    for steps in (1, 2, 7, 1000):
         model = Formula(lambda x, a, sd, label: (x - a * point) / sd, SimpleNamespace(num_tokens=1, token_dim=3, num_classes=3))
         x = generate(model, torch.zeros(2, dtype=torch.long), steps=steps, guidance=1, sampler=sampler, seed=0)
         torch.testing.assert_close(x, point.expand(2, 1, 3), rtol=0, atol=1e-2)
@@ -164,21 +165,6 @@ def test_steps_go_from_all_noise_to_clean_and_find_data_of_one_point(sampler):
     for steps in (0, 1001):
         with pytest.raises(utils.UserError, match=f"--steps {steps}"):
             generate(model, torch.zeros(2, dtype=torch.long), steps=steps, sampler=sampler)
-
-
-@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpm", 2)])
-def test_order_of_the_solvers(sampler, order):
-    # Where θ_0 ~ N(μ, s²), the path of each noise z is known: α μ + z √(α² s² + σ²). At the last timestep, which is the same
-    # for every number of steps of one sampler, the error falls with its order.
-    errors = []
-    for steps in (25, 50):
-        model = Formula(gaussian)
-        generate(model, torch.zeros(64, dtype=torch.long), steps=steps, guidance=1, sampler=sampler, seed=0)
-        (x, a, sd), (x_last, a_last, sd_last) = model.asked[0], model.asked[-1 if sampler == "dpm" else -steps // 25]
-        z = (x - a * MU) / (a * a * S * S + sd * sd).sqrt()
-        exact = a_last * MU + z * (a_last * a_last * S * S + sd_last * sd_last).sqrt()
-        errors.append((x_last - exact).square().mean().sqrt().item())
-    assert 2 ** (order - 0.3) < errors[0] / errors[1] < 2 ** (order + 0.4), errors
 
 
 def test_second_order_steps_of_dpm_solver_as_published():
@@ -207,14 +193,6 @@ def test_guidance_goes_from_no_class_through_the_class():
     x = generate(model, torch.tensor([1]), steps=1, guidance=1, seed=0)
     torch.testing.assert_close(x, (start - SIGMA[-1]) / ALPHA[-1], rtol=1e-4, atol=1e-2)
     assert [labels.tolist() for labels in model.labels] == [[1, 3], [1]]  # guidance of one takes no second prediction
-
-
-@pytest.mark.parametrize("sampler", ["dpm", "ddim", "ddpm"])
-def test_same_seed_same_latents_and_a_training_keeps_its_random_numbers(sampler):
-    model, labels, before = trained_like(), torch.tensor([0, 1]), torch.random.get_rng_state()
-    a, again, other = (generate(model, labels, steps=5, sampler=sampler, seed=seed) for seed in (3, 3, 4))
-    assert a.shape == (2, 6, 5) and torch.equal(a, again) and not torch.allclose(a, other) and not torch.equal(a[0], a[1])
-    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def loss_of(function, gamma=5.0, scheduled=True, B=64):

@@ -18,7 +18,7 @@ from common import utils
 from extras.basis import BasisDecoder, SharedBasis
 from extras.components import Components, LatentScale
 from extras.edges import blur
-from extras.muon import Muon, make_optimizer, orthogonalize
+from extras.muon import Muon, make_optimizer
 from extras.refine import refine
 
 TINY = nerv.NeRVConfig(resolution=32, num_frames=4, num_tokens=6, token_dim=5, width=16, block=8)
@@ -205,20 +205,6 @@ def test_muon_has_the_matrices_of_transformers_and_adamw_the_rest():
     ):  # fmt: skip
         own = {id(p) for p in make_optimizer(model, muon=True).own["params"]}
         assert {name for name, p in model.named_parameters() if id(p) in own} == names
-
-
-@pytest.mark.parametrize("shape", [(12, 90), (90, 12), (12, 12)])
-def test_orthogonalize_is_five_newton_schulz_steps_toward_the_nearest_orthogonal_matrix(shape):
-    torch.manual_seed(0)
-    u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
-    x = u @ torch.diag(torch.logspace(0, -6, 12, dtype=torch.float64)) @ v  # singular values of 1 to a millionth
-    wanted = x / x.norm()
-    for _ in range(5):
-        square = wanted @ wanted.T
-        wanted = 3.4445 * wanted - 4.7750 * square @ wanted + 2.0315 * square @ square @ wanted
-    torch.testing.assert_close(orthogonalize(x), wanted, rtol=0, atol=1e-6)
-    near = orthogonalize((u @ torch.diag(torch.linspace(1, 8, 12, dtype=torch.float64)) @ v).float())
-    assert F.cosine_similarity(near.flatten(), (u @ v).float().flatten(), dim=0) > 0.97
 
 
 def test_muon_is_torchs_and_skips_what_is_not_finite():

@@ -1,5 +1,6 @@
 """One network for one video: frames of the published networks, fits that fit, files that come back, XINC's sums."""
 
+import functools
 import math
 
 import numpy as np
@@ -28,28 +29,16 @@ def moving_frames(count=4, height=32, width=32):
 
 
 @pytest.fixture
-def call(monkeypatch, tmp_path):
-    """call("a.mkv --steps 3") runs siblings.fit in this process, in a directory with a.mkv, 5 frames of 21 x 35."""
+def call(call, monkeypatch):
+    """call("a.mkv --steps 3") runs siblings.fit in a directory with a.mkv, 5 frames of 21 x 35."""
     monkeypatch.setattr(fit.plot, "families", lambda path, panels: None)  # matplotlib takes longer than all else
-    monkeypatch.chdir(tmp_path)
     write_frames("a.mkv", [moving_frames(5, 21, 35)], 10)
-
-    def call(options):
-        monkeypatch.setattr("sys.argv", ["fit", *options.split()])
-        try:
-            utils.run(fit.main)
-        except SystemExit as stop:
-            return stop.code
-        return 0
-
-    return call
+    return functools.partial(call, "siblings.fit")
 
 
 def frames_of(path, places=range(5)):
     return np.stack(list(fitted.decoded(fitted.FittedVideo(path).network, places)))
 
-
-# ---------------------------------------------------------------------------------------------------------------- networks
 
 # Mean, deviation and a number of the frame that `numbered` networks make, written down when the same networks, with copied
 # weights, made the frames of the published code to 5e-7 (python -m studies.fit parity); widths at 1.5 M of 640 x 1280.
@@ -87,46 +76,19 @@ def test_frames_and_widths_of_the_published_networks(name):
         assert methods.count(METHODS[name], found) == pytest.approx(size, rel=0.01)
 
 
-@pytest.mark.parametrize(
-    "height, width, rows, levels, found",
-    [
+def test_strides_of_the_papers():
+    for height, width, rows, levels, found in (
         (1080, 1920, 8.5, 5, [5, 3, 2, 2, 2]),  # NeRV's, FFNeRV's
         (1080, 1920, 18, 4, [5, 3, 2, 2]),  # HiNeRV's
         (1080, 1920, 2, 5, [5, 3, 2, 2, 2]),  # HNeRV's
-        (720, 1280, 18, 4, [5, 2, 2, 2]),  # … on Bunny
         (640, 1280, 2, 5, [5, 4, 4, 2, 2]),  # HNeRV's on Bunny
         (640, 1280, 8.5, 4, [5, 4, 2, 2]),  # … and of NeRV beside it, plain
-        (960, 1920, 2, 5, [5, 4, 4, 3, 2]),  # HNeRV's on UVG
-    ],
-)
-def test_strides_of_the_papers(height, width, rows, levels, found):
-    assert methods.strides(height, width, rows, levels) == found
+    ):
+        assert methods.strides(height, width, rows, levels) == found
 
 
 def close(a, b, tolerance=1e-9):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
-
-def test_how_networks_begin():
-    hinerv, rnerv = (Network(METHODS[name], Plan(6, 24, 48, [2, 2], [8, 16, 8])) for name in ("hinerv", "rnerv"))
-    biases = {name: x for name, x in hinerv.named_parameters() if name.endswith("bias")}
-    assert len(biases) == 4 and not any(x.any() for x in biases.values())  # stem, head, local grids
-    bright = Network(METHODS["rnerv+"], rnerv.plan).skips[1].to_scale
-    assert (bright.bias[:16] == 1).all() and bright.bias[16:].abs().max() < 1 > rnerv.skips[1].to_scale.bias.abs().max()
-    layer = parts.ConvNeXt(8, 8, 32, 7, True)
-    assert (layer(x := torch.randn(1, 8, 5, 6)) - x).abs().max() < 1e-4  # a scale of 1e-6
-
-
-def test_warp():
-    frames, flow = torch.randn(1, 2, 5, 7).double(), torch.randn(1, 2, 5, 7).double() * 2
-    moved, f = parts.warp(frames, flow), frames[0]
-    for i in range(5):
-        for j in range(7):
-            x, y = min(max(j + flow[0, 0, i, j].item(), 0), 6), min(max(i + flow[0, 1, i, j].item(), 0), 4)
-            a, b = min(int(y), 3), min(int(x), 5)
-            u, v = y - a, x - b
-            above, below = ((1 - v) * f[:, k, b] + v * f[:, k, b + 1] for k in (a, a + 1))
-            close(moved[0, :, i, j], (1 - u) * above + u * below, 1e-6)
 
 
 def test_flow_decodes_what_it_learns_from():
@@ -154,9 +116,6 @@ def test_encoders_see_the_frame_and_its_neighbours():
     close(encoding(torch.tensor([1.5]))[0][0], (encoding.codes[1] + encoding.codes[2]) / 2, 1e-6)
 
 
-# ----------------------------------------------------------------------------------------------------------------- fitting
-
-
 class Frames(fit.Video):
     """A fit.Video of frames in memory."""
 
@@ -171,7 +130,7 @@ def quality(frames, real):
 @pytest.mark.parametrize("name", PINNED)
 def test_every_method_overfits(name, tmp_path):
     frames = moving_frames()
-    size, steps = {"plain": ("100k", 120), "hinerv": ("60k", 250)}.get(name, ("60k", 120))
+    size, steps = "100k" if name == "plain" else "60k", {"hinerv": 250, "hnerv": 70, "diffnerv": 70}.get(name, 120)
     one = fit.Fit(name, Frames(frames), fit.Config(size=size, steps=steps, lr=5e-3), CPU)
     assert quality([frames.mean(0)] * 4, frames) < 21
     while one.progress < 1:
@@ -184,7 +143,7 @@ def test_every_method_overfits(name, tmp_path):
     )
 
 
-@pytest.mark.parametrize("shape", [(1, 7, 5), (2, 1, 1), (3, 2, 90)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 90)])
 def test_videos_of_odd_shapes(shape, tmp_path):
     for name in METHODS:
         one = fit.Fit(name, Frames(moving_frames(*shape)), fit.Config(size="40k", steps=2), CPU)
@@ -211,44 +170,18 @@ def test_turns_are_taken_by_the_clock(call, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["ffnerv", "diffnerv"])
-def test_the_same_command_makes_the_same_file_and_resuming_it_too(name, call, monkeypatch, tmp_path):
+def test_what_was_stopped_and_resumed_makes_the_same_file(name, call, monkeypatch, tmp_path):
     once = f"a.mkv --method {name} {TINY}"
     assert call(f"{once} --out one.nerv --run-dir one") == 0
-    assert call(f"{once} --out two.nerv --run-dir two") == 0
     one = (tmp_path / "one.nerv").read_bytes()
-    assert one == (tmp_path / "two.nerv").read_bytes()
     with monkeypatch.context() as patch:  # Ctrl-C after three steps
         asked = iter([False, False, False, True])
         patch.setattr(utils.Interrupt, "stop", lambda self: next(asked))
         assert call(f"{once} --out half.nerv --run-dir half") == 0
-    assert (tmp_path / "half.nerv").read_bytes() != one
-    assert len(frames_of("half.nerv")) == 5  # a file that can be used
+    assert (tmp_path / "half.nerv").read_bytes() != one and len(frames_of("half.nerv")) == 5  # a file that can be used
     assert call(f"{once} --out half.nerv --run-dir half --resume") == 0
     assert (tmp_path / "half.nerv").read_bytes() == one
     assert call(f"{once} --out half.nerv --run-dir one --resume --seed 1") == 2
-    assert call(f"{once} --out half.nerv --seed 1") == 0
-    assert (tmp_path / "half.nerv").read_bytes() != one
-
-
-def test_a_part_of_a_video_made_smaller():
-    whole = moving_frames(5, 21, 35)[1:4]
-    made = fit.resized(whole, "16x32")  # 21 x 35 cut to 17.5 x 35: the middle is still the middle
-    assert made.shape == (3, 16, 32, 3)
-    assert np.abs(made[:, 7:9, 15:17].mean((1, 2)) - whole[:, 9:12, 16:19].mean((1, 2))).max() < 12
-
-
-# ------------------------------------------------------------------------------------------------------------------- files
-
-
-@pytest.mark.parametrize("bits", [4, 6, 8])
-def test_numbers_of_a_tensor(bits):
-    x = torch.randn(50, 40, generator=torch.Generator().manual_seed(bits))
-    numbers, step = fitted.quantize(x, bits)
-    assert numbers.min() >= -(2 ** (bits - 1)) and numbers.max() < 2 ** (bits - 1)
-    error = (torch.from_numpy(numbers) * step - x.flatten()).square().mean().sqrt()
-    whole = x.abs().max() / (2 ** (bits - 1) - 1)
-    assert error <= (whole / 2) and (bits > 4 or step < whole)  # at 4 bits, cutting off the ends pays
-    assert not fitted.quantize(torch.zeros(7), bits)[0].any()
 
 
 def test_decoding(call, capsys):
@@ -284,9 +217,6 @@ def test_a_report_and_curves_of_several(call, tmp_path, monkeypatch):
         ("a.mkv --size many", "--size many"),
         ("a.mkv --size 1k --method enerv", "least"),
         ("a.mkv --bits 9", "4 to 8"),
-        ("a.mkv --minutes 0", "positive"),
-        ("a.mkv --resize big", "160x320"),
-        ("--decode a.mkv --out b.mkv", "not a file of this program"),
         ("--decode other.nerv --out b.mkv", "header"),
         ("--explain a.mkv", "not a file of this program"),
         ("a.mkv --out ./a.mkv", "would overwrite"),

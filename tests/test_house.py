@@ -24,7 +24,7 @@ BELOW = {
 MOST_LINES = {  # the aim is 360 for dit.py, 1,100 for common, 1,400 for studies and 5,000 for tests: lower these as they shrink
     "nerv.py": 220, "vae.py": 360, "dit.py": 382, "losses.py": 130, "data.py": 300, "fvd.py": 320, "sample.py": 220,
     "evaluate.py": 330, "demo.py": 110, "common": 1770, "extras": 450, "siblings": 2800, "studies": 1560, "bench": 500,
-    "tests": 6700,
+    "tests": 6200,
 }  # fmt: skip
 ROOT_LINES, MAIN_LINES = 2400, 100
 
@@ -78,9 +78,3 @@ def test_the_root_and_each_training_can_be_read_in_an_evening():
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.name == "main":
                 assert node.end_lineno - node.lineno < MAIN_LINES, place
-
-
-def test_python_of_the_root_names_no_sibling():
-    """A checkpoint of a sibling has its own commands; the method's scripts do not depend on them."""
-    for place in ("nerv.py", "vae.py", "dit.py", "losses.py", "data.py", "sample.py"):
-        assert "siblings" not in (ROOT / place).read_text(), place

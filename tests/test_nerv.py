@@ -61,13 +61,6 @@ def test_layers_blocks_and_maps_are_those_of_table_a1(preset, millions):
         assert sum(layer.head.weight.numel() for _, layer in layers) == 4811 * 128
 
 
-@torch.no_grad()
-def test_S_decodes_a_frame_of_reasonable_contrast():
-    torch.manual_seed(0)
-    frames = NeRV(CONFIGS["S"])(torch.randn(1, 128, 128), torch.tensor([3.0]))
-    assert 0.1 < frames.std() < 0.9  # neither flat nor saturated at initialization: demodulation and gains keep the variance
-
-
 def test_gain_keeps_the_second_moment():
     x = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0))
     assert (GELU_GAIN * F.gelu(x)).square().mean().item() == pytest.approx(1, abs=0.01)
@@ -142,25 +135,6 @@ def test_one_video_does_not_depend_on_the_others_in_its_batch():
     assert relative(model.float()(tokens.float(), torch.arange(4.0)).double(), alone) < 1e-5
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_tokens_generate_the_first_channels_and_each_output_channel_has_the_norm_of_its_gain(name):
-    model, tokens = small(name)
-    gains = {"stem": 1, "up": 2, "conv1": GELU_GAIN, "conv2": GELU_GAIN, "to_rgb": 1}  # of GELUs, in the kernels after them
-    for where, layer in model.table_layers():
-        W, (m_out, m_in) = layer.kernel(tokens), layer.block_shape[:2]
-        norms = W.square().sum((2, 3, 4))
-        torch.testing.assert_close(norms, torch.full_like(norms, gains[where.split(".")[-1]] ** 2), rtol=1e-5, atol=0)
-        for part in (W[:, :m_out, m_in:], W[:, m_out:]):
-            if part.numel():  # the same for all videos, up to the demodulation of an output channel
-                direction = F.normalize(part.flatten(2), dim=2)
-                torch.testing.assert_close(direction, direction[:1].expand_as(direction), rtol=1e-10, atol=1e-10)
-        block = F.normalize(W[:, :m_out, :m_in].flatten(2), dim=2)
-        assert (block[0] - block[1]).abs().max(1).values.min() > 1e-6, where  # every generated row differs
-        a, b = tokens[:2]
-        before = layer.weight(torch.stack([a, b, (a + b) / 2]))
-        torch.testing.assert_close(before[2], (before[0] + before[1]) / 2, rtol=0, atol=1e-12)  # linear in the tokens
-
-
 @torch.no_grad()
 def test_time_is_continuous_and_frames_are_independent():
     model, tokens = small()
@@ -174,8 +148,7 @@ def test_time_is_continuous_and_frames_are_independent():
     assert beyond.isfinite().all() and beyond.abs().max() <= 1
 
 
-@pytest.mark.parametrize("length", [1, 2, 8, 16, 128])
-@pytest.mark.parametrize("dim", [2, 16, 298])
+@pytest.mark.parametrize("length, dim", [(1, 2), (2, 16), (8, 298), (16, 16), (128, 2)])
 def test_sinusoid_does_not_alias_and_tells_positions_apart(length, dim):
     a_bit = 0.01  # small enough that the angle read off below is the frequency
     sine, cosine = sinusoid(torch.tensor(a_bit, dtype=torch.float64), dim, length).chunk(2)
@@ -196,10 +169,10 @@ def test_position_code_is_time_then_height_then_width():
 
 
 def test_sizes_that_do_not_fit():
-    for resolution in (0, -32, 8, 16, 48, 100):
+    for resolution in (0, 8, 48):
         with pytest.raises(ValueError, match=f"resolution {resolution}"):
             NeRVConfig(resolution=resolution)
-    for shape in ((2, 15, 6), (2, 16, 7), (16, 6)):
+    for shape in ((2, 15, 6), (16, 6)):
         with pytest.raises(ValueError, match="tokens are"):
             NeRV(SMALL["divides"])(torch.zeros(shape), torch.zeros(1))
 
@@ -212,12 +185,3 @@ def test_doubling_on_a_gpu_is_bilinear_interpolation(shape):
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=torch.float64)
     torch.testing.assert_close(torch.Tensor(double(x.as_subclass(OnGPU))), double(x), rtol=0, atol=1e-15)
-
-
-def test_black_frames_still_have_a_gradient():
-    model = NeRV(CONFIGS["nano"])
-    model.to_rgb.bias.data.fill_(-2000.0)
-    frames = model(torch.zeros(1, 32, 16), torch.arange(2.0))
-    assert torch.equal(frames, -torch.ones_like(frames))
-    frames.sum().backward()
-    torch.testing.assert_close(model.to_rgb.bias.grad, torch.full((3,), 0.01 * frames[:, :, 0].numel()), rtol=1e-4, atol=0)

@@ -36,18 +36,11 @@ def test_what_a_codec_writes_is_small_and_decodes(name, frames):
     assert rivals.within(name, frames[:5], 25, 1)[1] < len(files[1])  # the fewest that it takes
 
 
-def test_points_of_the_others(monkeypatch, capsys):
-    monkeypatch.setattr(rivals, "available", lambda: ["x264", "av1"])
-    points = rivals.points(["x264", "x265", "av1"], [60, 40, 30])
-    named = [("x264", "crf 30"), ("x264", "crf 40"), ("av1", "crf 30"), ("av1", "crf 40"), ("av1", "crf 60")]
-    assert [(point.codec, point.setting) for point in points] == named
-    assert capsys.readouterr().err == "x265 is left out: PyAV has no libx265 here\n"
-
-
 @pytest.mark.parametrize("factor", [0.3, 2.5])
 def test_bd_rate_of_a_shifted_curve_is_the_factor(factor):
     curve = [(0.02, 24.1), (0.05, 28.3), (0.09, 30.2), (0.3, 34.9), (1.1, 39.0)]
-    share, low, high = rd.bd_rate(curve, [(factor * rate, quality) for rate, quality in reversed(curve)])
+    beaten = [(0.06, 28.0), (0.3, 34.0), (0.5, 34.9)]  # of these the curve takes no notice
+    share, low, high = rd.bd_rate(curve + beaten, [(factor * rate, quality) for rate, quality in reversed(curve)])
     assert share == pytest.approx(factor - 1, rel=1e-12) and (low, high) == (24.1, 39.0)
 
 
@@ -60,12 +53,7 @@ def test_bd_rate_of_lines_over_the_overlap():
         assert rd.bd_rate(a, other) == rd.bd_rate(other, a) == (NAN, NAN, NAN)
 
 
-def test_a_front_has_no_point_that_another_one_beats():
-    points = [(3, 30.0), (1, 20.0), (2, 25.0), (2.5, 24.0), (2, 22.0), (4, 30.0), (5, 31.0)]
-    assert rd.front(points) == [(1, 20.0), (2, 25.0), (3, 30.0), (5, 31.0)]
-
-
-@pytest.mark.parametrize("size, side", [(33, 3), (64, 3), (65, 5), (128, 7), (161, 11), (400, 11)])
+@pytest.mark.parametrize("size, side", [(33, 3), (64, 3), (65, 5), (161, 11)])
 def test_ms_ssim_takes_the_largest_window_that_fits(size, side):
     x = torch.rand(2, 3, size, 200) * 2 - 1
     assert rd.ms_ssim(x, x).tolist() == pytest.approx([1, 1])

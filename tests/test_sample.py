@@ -18,11 +18,10 @@ from common import checkpoints, video
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """Two videos of 20 frames, a.mp4 and b.mp4, short ones of 10 and of 4, and a text file with the name of one."""
+    """Two videos of 20 frames, a.mp4 and b.mp4, and short ones of 10 and of 4."""
     root, shapes = tmp_path_factory.mktemp("clips"), data.Shapes(num_frames=20)
     for name, i, length in (("a", 0, 20), ("b", 5, 20), ("short", 0, 10), ("four", 0, 4)):
         write_mp4(root / name, video.to_clip(shapes[i][0])[:length])
-    (root / "text.mp4").write_text("this is not a video\n" * 40)
     return root
 
 
@@ -44,20 +43,17 @@ def border(frames):
     return np.concatenate([frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1]], 1).astype(int)
 
 
-def test_every_class_then_some_by_name_and_number(trained, call, tmp_path, capsys):
+def test_every_class_then_some_by_name_and_number_and_a_seed_names_videos(trained, call, tmp_path, capsys):
     assert call("sample.py", f"--ckpt {trained}/dit.pt --steps 2") == 0
     out, err = capsys.readouterr()
     assert "out/samples/samples.png" in out and messages(err) == []
     names = written(tmp_path / "out" / "samples" / "samples", 16, 9)
     assert names == [f"{i:02d}_{name}" for i, name in enumerate(data.Shapes.classes)]
-    assert call("sample.py", f"--ckpt {trained}/dit.pt --steps 2 --classes 3 ring_circle --count 2 --out-dir o") == 0
-    names = written(tmp_path / "o" / "samples", 16, 4)
-    assert names == ["00_triangle_sideways", "01_triangle_sideways", "02_ring_circle", "03_ring_circle"]
-
-
-def test_a_seed_names_videos(trained, call, tmp_path):
     for i, seed in enumerate((1, 1, 2)):
-        assert call("sample.py", f"--ckpt {trained}/dit.pt --steps 2 --classes 0 1 --seed {seed} --out-dir o{i}") == 0
+        options = f"--steps 2 --classes 3 ring_circle --count 2 --seed {seed} --out-dir o{i}"
+        assert call("sample.py", f"--ckpt {trained}/dit.pt {options}") == 0
+    names = written(tmp_path / "o0" / "samples", 16, 4)
+    assert names == ["00_triangle_sideways", "01_triangle_sideways", "02_ring_circle", "03_ring_circle"]
     first, again, other = ((tmp_path / f"o{i}" / "samples.png").read_bytes() for i in range(3))
     assert first == again != other
 
@@ -138,21 +134,15 @@ def test_predicted_videos_are_refined_on_the_given_frames_only(predictor, monkey
     "options, words",
     [
         ("vae.pt", "vae.pt stage 2 python dit.py"),
-        ("vae.pt --interp", "vae.pt python dit.py"),
         ("dit.pt --classes nonsense", "nonsense ring_circle"),
-        ("dit.pt --classes 9", "'9' ring_circle"),
         ("dit.pt --classes ²", "² ring_circle"),
         ("dit.pt --interp --classes 1", "--interp two"),
-        ("dit.pt --interp {videos}/a.mp4", "--interp two"),
         ("dit.pt --interp {videos}/a.mp4 {videos}/none.mp4", "none.mp4"),
-        ("dit.pt --reconstruct {videos}/text.mp4", "text.mp4"),
         ("dit.pt --reconstruct {videos}/short.mp4", "short.mp4 10 16"),
         ("dit.pt --predict {videos}/a.mp4", "--cond-frames 5"),
-        ("vae.pt --predict {videos}/a.mp4", "stage 2"),
         ("{predictor} --predict {videos}/four.mp4", "four.mp4 4 5"),
         ("{predictor} --predict {videos}/a.mp4 --time-scale 0.05", "--time-scale 0.05 5"),
         ("{predictor} --predict {videos}/a.mp4 --classes 0 1", "--classes 1"),
-        ("dit.pt --steps 0", "--steps"),
         ("dit.pt --steps 1001 --classes 0", "--steps"),
         ("dit.pt --out-dir file", "file"),
         ("dit.pt --fps 0", "--fps"),
@@ -166,31 +156,16 @@ def test_wrong_use(options, words, call, capsys, trained, predictor, videos, tmp
     assert not list(tmp_path.rglob("*.mp4")) + list(tmp_path.rglob("*.png"))
 
 
-NAMES = [
-    "../../../../escaped",
-    "carry/hold",
-    "²",
-    "",
-    "..",
-    "n" * 300,
-    "\udcff",
-    "\ud800",
-    "nul\0",
-    "new\nline",
-    "a:b|c*?",
-    "CON",
-]
+NAMES = ["../../../../escaped", "carry/hold", "²", "", "..", "n" * 300, "\udcff", "nul\0", "new\nline"]
 
 
 def test_class_names_of_a_strangers_checkpoint_stay_in_the_directory(call, trained, tmp_path, capsys):
     ckpt = torch.load(trained / "dit.pt", weights_only=True)
-    names, place = [*NAMES, *ckpt["classes"]][: len(NAMES)], tmp_path / "a" / "b"
-    ckpt["classes"], ckpt["dit_config"]["num_classes"] = names, len(names)
-    ckpt["ema"]["label.weight"] = torch.zeros(len(names) + 1, ckpt["dit_config"]["width"])
+    place, ckpt["classes"] = tmp_path / "a" / "b", NAMES  # as many as there were
     checkpoints.save("evil.pt", **{name: value for name, value in ckpt.items() if name not in ("format", "revision")})
     assert call("sample.py", f"--ckpt evil.pt --steps 1 --out-dir {place}/out") == 0
     videos = sorted((place / "out" / "samples").glob("*.mp4"))
-    assert [path.name[:3] for path in videos] == [f"{i:02d}_" for i in range(len(names))]
+    assert [path.name[:3] for path in videos] == [f"{i:02d}_" for i in range(len(NAMES))]
     assert {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")} == {"a", "evil.pt"}
     assert all(re.fullmatch(r"[\w-]+\.\w+", path.name) for path in (place / "out" / "samples").iterdir())
     assert call("sample.py", ["--ckpt", "evil.pt", "--steps", 1, "--out-dir", place / "one", "--classes", "²"]) == 0
