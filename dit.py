@@ -277,7 +277,8 @@ def preset_defaults(args):
 
 def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     config = utils.parse_options(Config, __doc__, preset_defaults, argv)
-    utils.check_positive(config, "steps", "batch_size", "width", "depth", "heads", "save_every")
+    positive = ("steps", "batch_size", "width", "depth", "heads", "save_every") + ("num_latents",) * bool(config.num_latents)
+    utils.check_positive(config, *positive)
     device, rank, world = utils.start_processes()
     rows = utils.rows_per_process(config.batch_size, 1, world)
     mine = slice(rank * rows, (rank + 1) * rows)  # this process's clips in a batch
@@ -293,7 +294,7 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     # All clips are encoded once. Up to 16,384 of them, spread over the set, give the map that brings tokens to unit deviation.
     source = stage1.clips_of(vae_ckpt, data_dir=config.data_dir)
     videos = len(train_set := data.open_dataset(source, "train", classes))
-    count = config.num_latents if config.num_latents > 0 else min(max(512, 10 * videos), 4096 if nano else max(videos, 200_000))
+    count = config.num_latents or min(max(512, 10 * videos), 4096 if nano else max(videos, 200_000))
 
     def encode(indices):  # fewer clips than videos are spread over all classes
         clips, labels = data.clips(train_set, [i * max(videos, count) // count for i in indices])

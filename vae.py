@@ -39,11 +39,11 @@ class EncoderConfig:
     recompute: bool = False  # activation checkpointing: keep the input of each block, and compute the rest again backwards
 
 
-# The paper's ViT whatever the decoder. Larger and longer clips have larger patches, so that there are always 4,096 of them.
-ENCODERS = {
-    name: EncoderConfig(patch=(c.num_frames // 16, c.resolution // 16, c.resolution // 16)) for name, c in nerv.CONFIGS.items()
-}
-ENCODERS["nano"] = EncoderConfig(width=128, depth=3, heads=4, patch=(4, 8, 8))
+def encoder_config(preset, c):
+    """The paper's ViT, whatever the decoder c; larger and longer clips have larger patches, so that there are 4,096 of them."""
+    if preset == "nano":
+        return EncoderConfig(width=128, depth=3, heads=4, patch=(4, 8, 8))
+    return EncoderConfig(patch=(max(1, c.num_frames // 16), c.resolution // 16, c.resolution // 16))
 
 
 class Attention(nn.Module):
@@ -254,8 +254,8 @@ def networks(config, decoder, device):
     """The VAE of the settings, and its critics: the discriminator and LPIPS, or None for what is not asked for."""
     try:
         nerv_config = dataclasses.replace(nerv.CONFIGS[config.preset], **{k: getattr(config, k) for k in SIZES})
-        encoder_config = dataclasses.replace(ENCODERS[config.preset], recompute=config.recompute)
-        vae = extras.build_vae(VAE, nerv_config, encoder_config, decoder, config.extras, config.steps * config.accumulate)
+        vit_config = dataclasses.replace(encoder_config(config.preset, nerv_config), recompute=config.recompute)
+        vae = extras.build_vae(VAE, nerv_config, vit_config, decoder, config.extras, config.steps * config.accumulate)
     except ValueError as error:
         raise UserError(str(error)) from None
     discriminator = losses.Discriminator(8 if config.preset == "nano" else 64).to(device) if config.gan_weight else None

@@ -232,7 +232,7 @@ def test_clips_of_a_directory_come_once_in_a_pass(trained, model):
 def test_explaining_shows_each_chunk_as_it_decodes(here, monkeypatch, model, capsys):
     seen, explain_cuts, whole = [], xinc.explain_cuts, decoded("a.nerv", model)
     monkeypatch.setattr(xinc, "explain_cuts", lambda chunks, *rest: (seen.extend(chunks), explain_cuts(chunks, *rest))[1])
-    monkeypatch.setattr(sys, "argv", ["fit", "--explain", "a.nerv", "--out", "x.png"])
+    monkeypatch.setattr("sys.argv", ["fit", "--explain", "a.nerv", "--out", "x.png"])
     fit.main()
     assert "3 cuts" in capsys.readouterr().out and Path("x.png").stat().st_size > 10_000
     assert [count for count, _ in seen] == [4, 4, 4, 4]

@@ -11,7 +11,7 @@ from torch.distributions import Normal, kl_divergence
 import vae
 from common import checkpoints, utils
 from nerv import CONFIGS, NeRVConfig
-from vae import ENCODERS, VAE, EncoderConfig, load_vae, psnr
+from vae import VAE, EncoderConfig, encoder_config, load_vae, psnr
 
 TINY = NeRVConfig(resolution=32, num_frames=4, num_tokens=6, token_dim=5, width=16, block=8)
 
@@ -67,7 +67,7 @@ def test_encoder_of_the_paper(preset):
     assert (c.resolution, c.num_tokens) == ((256, 160) if "256" in preset else (128, 128))
     assert c.num_frames == (128 if "long" in preset else 16)
     with torch.device("meta"):
-        model = VAE(c, ENCODERS[preset]).eval()
+        model = VAE(c, encoder_config(preset, c)).eval()
         video = torch.empty(1, c.num_frames, 3, c.resolution, c.resolution)
         encoder = model.encoder
         assert len(encoder.blocks) == 18 and {block.attention.heads for block in encoder.blocks} == {14}
