@@ -28,9 +28,9 @@ import nerv
 import vae
 from bench.costs import denoiser, forward_costs
 from common import checkpoints, utils, video
-from common.tables import table
 from common.utils import option
 from extras.muon import make_optimizer
+from siblings.results import table
 
 
 @dataclass
@@ -250,7 +250,7 @@ TOPICS = {"train": train, "sample": sample, "decode": decode, "growth": growth}
 
 
 def main():
-    topic, config = utils.parse_topic(Config, __doc__, TOPICS)
+    topic, config = utils.parse_options(Config, __doc__, topics=TOPICS)
     utils.check_positive(config, "batch_size", "steps", "repeats")
     topic(config)
 

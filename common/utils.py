@@ -89,10 +89,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     pass
 
 
-def parse_options(cls, description, presets=None, argv=None):
+def parse_options(cls, description, presets=None, argv=None, topics=None):
     """Command line -> an instance of the dataclass cls, options grouped in --help with their defaults.
 
     presets(argparse.Namespace) -> {name: value} changes defaults by the options that are given (--preset and --dataset, say).
+    topics {name: function}: one is named first, and the result is (its function, the options).
     """
     parser = Parser(description=description, formatter_class=HelpFormatter, add_help=False, allow_abbrev=False)
     groups = {}
@@ -110,16 +111,10 @@ def parse_options(cls, description, presets=None, argv=None):
         known, _ = parser.parse_known_args(argv)
         parser.set_defaults(**presets(known))
     parser.add_argument("-h", "--help", action="help", help="show this message and exit")
-    return cls(**vars(parser.parse_args(argv)))
-
-
-def parse_topic(cls, description, topics):
-    """Command line "topic, then options" -> (the function of topics {name: function} that is named, the options)."""
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    config = parse_options(cls, description, argv=sys.argv[2:] if name in topics else sys.argv[1:])
-    if name not in topics:
-        raise UserError(f"name a topic first: {', '.join(topics)}")
-    return topics[name], config
+    if topics:
+        parser.add_argument("topic", choices=topics, help="what to do")
+    options = vars(parser.parse_args(argv))
+    return (topics[options.pop("topic")], cls(**options)) if topics else cls(**options)
 
 
 def check_positive(config, *names):

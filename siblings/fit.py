@@ -32,8 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import dit
 import extras
-from common import checkpoints, plot, utils
-from common.tables import table
+from common import checkpoints, utils
 from common.utils import UserError, option
 from common.video import printable, to_clip, to_frames, write_frames
 from siblings import container, methods, rd, xinc
@@ -41,6 +40,7 @@ from siblings.components import Flow
 from siblings.fitted import MOST, FittedVideo, decoded, packed, unpack
 from siblings.frames import frame_range, read_video
 from siblings.methods import METHODS, Network
+from siblings.results import families, table
 
 
 @dataclass
@@ -301,7 +301,7 @@ def fit(source, config):
     panels = []
     for k, what in ((1, "seconds of training"), (0, "steps of training")):
         panels.append((what, "PSNR after quantization, dB", {one.name: [(p[k], p[2]) for p in one.curve] for one in fits}))
-    plot.families(run / "curves.png", panels)
+    families(run / "curves.png", panels)
     print(f"\ncurves are in {run}")
 
 
