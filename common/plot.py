@@ -8,13 +8,6 @@ PAPER, INK, FAINT = "#f6f8fa", "#24292f", "#d0d7de"
 BLUE, RED, GREEN = "#0969da", "#b62324", "#1a7f37"  # the contrast of each with the card is 4.5 or more
 
 
-def font_file():
-    """The path of matplotlib's own font, DejaVu Sans, for text in pictures: Pillow's has no letter with an accent."""
-    import matplotlib
-
-    return f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
-
-
 def figure(count, columns=3, width=3.2, height=2.2):
     """A figure of `count` panels, of width × height inches each, so many in a row -> (figure, list of axes)."""
     from matplotlib.figure import Figure
