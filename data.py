@@ -10,6 +10,7 @@ import collections
 import hashlib
 import itertools
 import os
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from common import utils, video
 from common.cache import decode_once, estimated_bytes, stamp
 from common.drawn import CELL, Shapes, Sprites
-from common.layouts import LAYOUTS, find_root, find_videos, locate
+from common.layouts import LAYOUTS, find_root, find_videos
 from common.utils import UserError, option
 from common.video import printable
 
@@ -50,7 +51,7 @@ class Videos:
         self.classes, self.train, self.size, self.flip = tuple(classes), role == "train", config.resolution, config.flip
         self.stride, self.span = config.stride, (config.num_frames - 1) * config.stride + 1  # frames from first to last
         self.items, self.skipped, self.lengths = list(items), {}, {}
-        self.frames, failed, self.hashes = kept or (None, {}, {})
+        self.frames, failed = kept or (None, {})
         if kept:
             for path, _ in items:
                 self.lengths[path] = len(self.frames.get(path, ()))
@@ -61,12 +62,9 @@ class Videos:
     def __len__(self):
         return len(self.items)
 
-    def name(self, i):
-        return printable(self.items[i % len(self)][0])
-
     def identity(self):
         """A hash of labels and frames, or of large data sets of names, sizes and times; the place of the data is free."""
-        states = [f"{label} {self.hashes.get(path) or stamp(path)}" for path, label in self.items]
+        states = [f"{label} {zlib.crc32(self.frames[path]) if self.frames else stamp(path)}" for path, label in self.items]
         return hashlib.sha256("\n".join(states).encode()).hexdigest()
 
     def __getitem__(self, i):
@@ -134,8 +132,7 @@ def open_dataset(config, role, classes=None):
     if c.dataset == "sprites":
         if c.flip:
             raise UserError("sprites are not mirrored, left would be right: leave out --flip")
-        root = locate(find_root(c), "sprites", lambda p: (p / "body").is_dir() and (p / "hair").is_dir())
-        return Sprites(root, role, c.resolution, c.num_frames, c.stride)
+        return Sprites(find_root(c), role, c.resolution, c.num_frames, c.stride)
     root, items, names, notes = find_videos(c, role)
     for note in notes:
         report(f"left out: {note}")
@@ -147,7 +144,8 @@ def open_dataset(config, role, classes=None):
         )
     number = {name: k for k, name in enumerate(classes or names)}
     items, paths = [(path, number[name]) for path, name in items], [path for path, _ in items]
-    if getattr(c, "cache", "") == "off" or estimated_bytes(paths, c.resolution) > CACHE_LIMIT:
+    many = len(paths) > 50_000  # a system maps 65,530 files at most
+    if getattr(c, "cache", "") == "off" or many or estimated_bytes(paths, c.resolution) > CACHE_LIMIT:
         return Videos(items, number, role, c)
     place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]
     directory = (
@@ -199,7 +197,11 @@ def endless(dataset, stream, device=None):
     All cores of this process work ahead. For a CUDA device the memory is pinned, so that `to(device, non_blocking=True)`
     returns at once; torch gives it out again when the copy is done.
     """
-    workers, ahead, shape = max(1, utils.cores() // utils.local_processes()), collections.deque(), dataset[0][0].shape
+    workers, ahead, shape = (
+        max(1, utils.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+        collections.deque(),
+        dataset[0][0].shape,
+    )
 
     def fill(rows, indices):
         labels = []

@@ -31,7 +31,6 @@ import data
 import dit
 import fvd
 from common import checkpoints, utils, video
-from common.layouts import same_file
 from common.utils import UserError, option
 from losses import LPIPS
 from vae import clips_of, decode, load_vae, reconstruct
@@ -238,7 +237,7 @@ def main(config=None, load_dit=dit.load_dit, load_vae=load_vae):
     device, rank, _ = utils.start_processes(config.device)
     settings, classes = clips_of(ckpt.get("vae", ckpt), data_dir=config.data_dir), ckpt["classes"]
     held_out, train_set = (data.open_dataset(settings, role, classes) for role in ("test", "train"))
-    files = [set(map(same_file, getattr(each, "items", ()))) for each in (held_out, train_set)]
+    files = [{Path(path).resolve() for path, _ in getattr(each, "items", ())} for each in (held_out, train_set)]
     shared, indices = files[0] & files[1], data.spread(held_out, config.videos)
     if len(indices) < 2:
         raise UserError("a distance takes two held-out clips or more")
@@ -292,11 +291,11 @@ def main(config=None, load_dit=dit.load_dit, load_vae=load_vae):
         interval = f"{r['low']:.4g} to {r['high']:.4g}" if "low" in r else ""
         rows.append((title, f"{r['value']:.4g} {r['unit']}".strip(), interval, r["clips"]))
         print("{:<45} {:<14} {:<24} {} clips".format(*rows[-1]))
-    with utils.whole_file(out / "results.json") as file:
-        file.write(json.dumps({"results": results, "about": about, "skipped": skipped}, indent=1).encode())
+    with utils.whole(out / "results.json") as part:
+        part.write_text(json.dumps({"results": results, "about": about, "skipped": skipped}, indent=1))
     about |= {"videos skipped": len(skipped)} | skipped
-    with utils.whole_file(out / "report.html") as file:
-        file.write(report(rows, about, shown).encode(errors="replace"))
+    with utils.whole(out / "report.html") as part:
+        part.write_bytes(report(rows, about, shown).encode(errors="replace"))
     print(f"{len(skipped)} videos skipped; wrote {out / 'results.json'} and {out / 'report.html'}")
 
 

@@ -307,7 +307,7 @@ def main():
         sets[i], skipped = (sets[i], []) if stored else measure(place, sets[i], detector, config, start)
         lines += [f"{role:32} {len(sets[i])} videos, {len(skipped)} skipped: {place}", *skipped]
     if config.save_stats:
-        with utils.whole_file(config.save_stats) as file:
+        with utils.whole(config.save_stats) as part, open(part, "wb") as file:
             np.savez(file, features=sets[0], meta=json.dumps(meta))
     lines.append(f"{label(meta):32} {frechet_distance_of(*sets, ddof):.4g}")
     if config.bootstrap > 0:

@@ -17,8 +17,8 @@ import dit
 import nerv
 import vae
 from common import utils
-from common.tables import table
 from common.utils import option
+from siblings.results import table
 
 
 def forward_costs(run):
@@ -96,7 +96,7 @@ def long_videos(config):
 
 
 def main():
-    topic, config = utils.parse_topic(Config, __doc__, {"costs": costs, "long": long_videos})
+    topic, config = utils.parse_options(Config, __doc__, topics={"costs": costs, "long": long_videos})
     topic(config)
 
 

@@ -21,9 +21,9 @@ import torch
 import data
 from bench.speed import measure, spread
 from common import utils, video
-from common.tables import table
 from common.utils import option
 from siblings import codec, rivals
+from siblings.results import table
 from siblings.videofile import VideoFile
 
 

@@ -22,8 +22,8 @@ import nerv
 import vae
 from bench.costs import forward_costs
 from common import checkpoints, utils
-from common.tables import table
 from common.utils import option
+from siblings.results import table
 
 
 @dataclass
@@ -167,7 +167,7 @@ TOPICS = {"sample": sample, "decode": decode, "growth": growth}
 
 
 def main():
-    topic, config = utils.parse_topic(Config, __doc__, TOPICS)
+    topic, config = utils.parse_options(Config, __doc__, topics=TOPICS)
     utils.check_positive(config, "repeats")
     topic(config)
 

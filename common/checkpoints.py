@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.utils import UserError, bar, git_revision, make_parent, run, wait_for_all, whole_file
+from common.utils import UserError, bar, git_revision, max_over_ranks, run, whole
 
 FORMAT = "nerv-diffusion 6"
 
@@ -34,13 +34,11 @@ FORMAT = "nerv-diffusion 6"
 def save(path, **content):
     """Write a checkpoint, so that a kill or a full disk (UserError) at any moment leaves the old one or the new one."""
     try:
-        with whole_file(path) as f:
+        with whole(path) as part, open(part, "wb") as f:
             torch.save({"format": FORMAT, "revision": git_revision(), **content}, f)
-            f.flush()
-            os.fsync(f.fileno())
-    except (UserError, RuntimeError) as error:  # torch's writer covers an error of the disk with one of its own
+    except RuntimeError as error:  # torch's writer covers an error of the disk with one of its own
         reason = getattr(error.__context__, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"cannot write {path}: {reason}; an older checkpoint stays as it was") from None
+        raise UserError(f"cannot write {path}: {reason}") from None
 
 
 # Settings that do not change what a training has learned so far, and may differ on --resume: length, machine, places.
@@ -86,18 +84,12 @@ def cached(directory, key, count, shape, make, rank=0, world=1, batch_size=64):
     key_file, files = directory / "cache.json", [directory / "values.npy", directory / "labels.npy"]
     key = json.dumps(key | {"count": count, "shape": shape})
     if rank == 0 and not (key_file.is_file() and key_file.read_text() == key):
-        make_parent(key_file)
         key_file.unlink(missing_ok=True)
-        try:
-            np.lib.format.open_memmap(files[0], "w+", np.float16, (count, *shape))
-            np.lib.format.open_memmap(files[1], "w+", np.int64, (count,))[:] = -1  # not made yet
-            if hasattr(os, "posix_fallocate"):  # a disk that is full later on would end the process without a word
-                with open(files[0], "r+b") as f:
-                    os.posix_fallocate(f.fileno(), 0, files[0].stat().st_size)
-        except OSError as error:
-            raise UserError(f"cannot write {files[0]}: {error.strerror}") from None
+        for file, content in zip(files, (np.zeros((count, *shape), np.float16), np.full(count, -1))):  # -1: not made yet
+            with whole(file) as part, open(part, "wb") as f:
+                np.save(f, content)  # all of it: where a disk is full only later on, the process ends without a word
         key_file.write_text(key)
-    wait_for_all()
+    max_over_ranks()  # all wait for the first
     values, labels = (np.load(file, mmap_mode="r+") for file in files)
     todo = [i for i in range(rank * count // world, (rank + 1) * count // world) if labels[i] < 0]
     with bar(total=len(todo), desc="encoding", unit="clip", disable=rank > 0 or not todo) as progress:
@@ -107,7 +99,7 @@ def cached(directory, key, count, shape, make, rank=0, world=1, batch_size=64):
             values[part], labels[part] = made.half().cpu().numpy(), label
             progress.update(len(part))
     values.flush(), labels.flush()
-    wait_for_all()
+    max_over_ranks()
     return tuple(torch.from_numpy(np.load(file, mmap_mode="c")) for file in files)
 
 
@@ -118,9 +110,10 @@ def load(path, stage, made_by):
     with open(path, "rb") as f:
         try:
             ckpt = torch.load(f, map_location="cpu", weights_only=True)
+            of_this_version = ckpt["format"] == FORMAT
         except Exception:  # what a foreign file makes the unpickler raise depends on its first bytes
             raise UserError(f"{path} is not a checkpoint, or a damaged one: train it again with `{made_by}`") from None
-    if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
+    if not of_this_version:
         raise UserError(f"{path} is not in the format of this version, {FORMAT!r}: train it again with `{made_by}`")
     if ckpt["stage"] not in (stages := stage if isinstance(stage, tuple) else (stage,)):
         wanted = " or ".join(stages)
@@ -151,9 +144,9 @@ def exported(ckpt):
         half = x.half()
         return half if "running_" not in name and (half - x).norm() <= 2**-11 * x.norm() else x
 
-    config = {name: value for name, value in ckpt["config"].items() if name not in PRIVATE}
-    ckpt = ckpt | {"config": config, "ema": {name: short(name, x) for name, x in ckpt["ema"].items()}}
-    ckpt.pop("training", None)
+    ckpt = {name: value for name, value in ckpt.items() if name != "training"}
+    ckpt["config"] = {name: value for name, value in ckpt["config"].items() if name not in PRIVATE}
+    ckpt["ema"] = {name: short(name, x) for name, x in ckpt["ema"].items()}
     return ckpt | ({"vae": exported(ckpt["vae"])} if "vae" in ckpt else {})
 
 
@@ -164,8 +157,7 @@ def main():
     if os.path.exists(out):  # the original, perhaps
         raise UserError(f"{out} is there already: name another file")
     save(out, **exported(load(source, ("dit", "vae", "vin"), "python dit.py")))
-    before, after = (Path(path).stat().st_size / 1e6 for path in (source, out))
-    print(f"wrote {out}, {after:.2f} MB, from {source}, {before:.2f} MB")
+    print(f"wrote {out}, {os.path.getsize(out) / 1e6:.2f} MB, from {source}, {os.path.getsize(source) / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

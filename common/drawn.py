@@ -10,8 +10,8 @@ import numpy as np
 import torch.nn.functional as F
 from PIL import Image
 
-from common import video
 from common.utils import UserError
+from common.video import to_clip, to_frames
 
 LIMIT = 2**30  # bytes of drawn frames that a data set keeps: all of Shapes at nano's size, all of Sprites at its own
 
@@ -30,9 +30,6 @@ class Drawn:
             if (len(self.cache) + 1) * frames.nbytes <= LIMIT:
                 self.cache[i] = frames
         return frames, self.label(i)
-
-
-# -------------------------------------------------------------------------------------------------------------------- shapes
 
 
 SHAPES = ("square", "triangle", "ring")
@@ -60,9 +57,6 @@ class Shapes(Drawn):
 
     def label(self, i):
         return i % len(self.classes)
-
-    def name(self, i):
-        return f"clip {i % self.length}"
 
     def identity(self):
         return f"shapes {self.resolution} {self.num_frames} {self.length} {self.period}"
@@ -102,17 +96,11 @@ class Shapes(Drawn):
         return video
 
 
-# ------------------------------------------------------------------------------------------------------------------- sprites
-
-
 CLONE = "git clone https://github.com/YingzhenLi/Sprites"
-LAYERS = ("body", "shoes", "bottomwear", "topwear", "hair")  # from below to above
-ATTRIBUTES = ("body", "bottomwear", "topwear", "hair")  # that characters differ in, by 0.png to 5.png; all wear shoes/1.png
-CHOICES, TRAIN_CHARACTERS = 6, 1000
+LAYERS = {"body": range(6), "shoes": [1], "bottomwear": range(6), "topwear": range(6), "hair": range(6)}  # from below to above
 CELL, ROWS, COLUMNS = 64, 21, 13  # of a sheet
 # Cells along the rows, of the action to the left; the front is one row further down, the right two.
 LOOPS = {"spellcard": [*range(13, 19), 17, 13], "walk": [*range(118, 126)], "slash": [*range(169, 175), 173, 169]}
-DIRECTIONS = ("left", "front", "right")
 
 
 class Sprites(Drawn):
@@ -125,25 +113,20 @@ class Sprites(Drawn):
     UserError where a layer is missing or no sheet of 21 x 13 cells.
     """
 
-    classes = tuple(f"{action}_{direction}" for action in LOOPS for direction in DIRECTIONS)
+    classes = tuple(f"{action}_{direction}" for action in LOOPS for direction in ("left", "front", "right"))
 
     def __init__(self, root, role="train", resolution=CELL, num_frames=8, stride=1):
         super().__init__()
         self.resolution = resolution
         # The permutation of the authors' frame_to_npy.py: the same characters are held out. Its generator is frozen (NEP 19).
-        order = np.random.RandomState(423).permutation(CHOICES ** len(ATTRIBUTES))
-        self.characters = order[:TRAIN_CHARACTERS] if role == "train" else order[TRAIN_CHARACTERS:]
+        order = np.random.RandomState(423).permutation(6**4)
+        self.characters = order[:1000] if role == "train" else order[1000:]
         steps = [t * stride % 8 for t in range(num_frames)]
-        self.cells = [[loop[t] + COLUMNS * row for t in steps] for loop in LOOPS.values() for row in range(len(DIRECTIONS))]
-        numbers = {layer: range(CHOICES) if layer in ATTRIBUTES else [1] for layer in LAYERS}
-        self.sheets = {(layer, k): read_sheet(Path(root) / layer / f"{k}.png") for layer in LAYERS for k in numbers[layer]}
+        self.cells = [[loop[t] + COLUMNS * row for t in steps] for loop in LOOPS.values() for row in range(3)]
+        self.sheets = {(layer, k): read_sheet(Path(root) / layer / f"{k}.png") for layer in LAYERS for k in LAYERS[layer]}
 
     def __len__(self):
         return len(self.characters) * len(self.classes)
-
-    def name(self, i):
-        numbers = " ".join(f"{layer} {k}" for layer, k in self.character(i % len(self)).items() if layer in ATTRIBUTES)
-        return f"{self.classes[self.label(i % len(self))]} of {numbers}"
 
     def identity(self):
         return f"sprites {self.resolution} {self.cells}"
@@ -152,36 +135,29 @@ class Sprites(Drawn):
         """The class of clip i. Were it i mod 9, every ninth or 90th clip, as a few are taken of all, would be of one class."""
         return (i + i // 9 + i // 81 + i // 729) % 9
 
-    def character(self, i):
-        """The number of the sheet of each layer in clip i."""
-        number = int(self.characters[i // len(self.classes)])
-        chosen = {layer: number // CHOICES**k % CHOICES for k, layer in enumerate(reversed(ATTRIBUTES))}
-        return {layer: chosen.get(layer, 1) for layer in LAYERS}
-
     def draw(self, i):
         """Clip i as uint8 frames [T, H, W, 3]."""
-        frames = []
+        frames, n = [], int(self.characters[i // 9])
+        numbers = (n // 216, 1, n // 36 % 6, n // 6 % 6, n % 6)  # of the sheets of LAYERS
         for cell in self.cells[self.label(i)]:
             frame, (y, x) = Image.new("RGBA", (CELL, CELL), "black"), divmod(cell, COLUMNS)
-            for layer in self.character(i).items():
+            for layer in zip(LAYERS, numbers):
                 frame.alpha_composite(self.sheets[layer], source=(x * CELL, y * CELL, (x + 1) * CELL, (y + 1) * CELL))
             frames.append(np.asarray(frame)[..., :3])
         frames = np.stack(frames)
-        if self.resolution == CELL:
-            return frames
         if self.resolution % CELL == 0:
             return frames.repeat(self.resolution // CELL, 1).repeat(self.resolution // CELL, 2)
         size = (self.resolution, self.resolution)
-        return video.to_frames(F.interpolate(video.to_clip(frames), size, mode="bilinear", antialias=True))
+        return to_frames(F.interpolate(to_clip(frames), size, mode="bilinear", antialias=True))
 
 
 def read_sheet(path):
     """A sheet as a PIL image, RGBA. UserError for any other file."""
     try:
-        with video.image_of(path) as image:
-            if image.size != (COLUMNS * CELL, ROWS * CELL):
-                size = f"{image.width} x {image.height} pixels, and a sheet {COLUMNS * CELL} x {ROWS * CELL}"
-                raise video.BadVideo(path, f"it has {size}")
-            return image.convert("RGBA")
-    except video.BadVideo as error:
-        raise UserError(f"{error}; get the layers anew: {CLONE}") from None
+        image = Image.open(path).convert("RGBA")
+        if image.size != (COLUMNS * CELL, ROWS * CELL):
+            raise ValueError(f"{image.width} x {image.height} pixels")
+        return image
+    except Exception as error:  # what a damaged image makes PIL raise depends on where the damage is
+        about = f"{path} is no sheet of {COLUMNS * CELL} x {ROWS * CELL} ({error})"
+        raise UserError(f"{about}; get the layers anew: {CLONE}") from None

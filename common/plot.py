@@ -8,13 +8,6 @@ PAPER, INK, FAINT = "#f6f8fa", "#24292f", "#d0d7de"
 BLUE, RED, GREEN = "#0969da", "#b62324", "#1a7f37"  # the contrast of each with the card is 4.5 or more
 
 
-def font_file():
-    """The path of matplotlib's own font, DejaVu Sans, for text in pictures: Pillow's has no letter with an accent."""
-    import matplotlib
-
-    return f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
-
-
 def figure(count, columns=3, width=3.2, height=2.2):
     """A figure of `count` panels, of width × height inches each, so many in a row -> (figure, list of axes)."""
     from matplotlib.figure import Figure
@@ -34,17 +27,6 @@ def figure(count, columns=3, width=3.2, height=2.2):
     return fig, axes[:count]
 
 
-def logarithmic(axis, ticks=None):
-    """A logarithmic x or y axis with plain numbers, at the given ticks, or at those that its range asks for."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
-
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    low, high = getattr(axis.axes, f"get_{axis.axis_name}lim")()
-    axis.set_major_locator(FixedLocator(ticks) if ticks else LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
 def curves(path, panels):
     """Line plots [(name of x, name of y, [(x, y), …])] as a PNG; y is logarithmic where it spans a factor of 20."""
     fig, axes = figure(len(panels))
@@ -53,23 +35,8 @@ def curves(path, panels):
         ax.set(xlabel=x_name, ylabel=y_name)
         ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x >= 1e3 else f"{x:g}")
         ax.plot(*zip(*points), color=BLUE, linewidth=1.2, marker="o" if len(points) < 30 else "", markersize=3)
-        if not points:
-            ax.text(0.5, 0.5, "no finite value", color=RED, size=9, ha="center", transform=ax.transAxes)
-        elif 0 < 20 * min(y for _, y in points) < max(y for _, y in points):
-            logarithmic(ax.yaxis)
-    fig.savefig(path)
-
-
-def families(path, panels):
-    """Panels [(name of x, name of y, {name of a line: [(x, y), …]})] as a PNG, with a legend; x is logarithmic."""
-    fig, axes = figure(len(panels), width=4.6, height=3.6)
-    names = list(dict.fromkeys(name for _, _, lines in panels for name in lines))  # a line looks the same in all panels
-    for ax, (x_name, y_name, lines) in zip(axes, panels):
-        ax.set(xlabel=x_name, ylabel=y_name)
-        for name, points in lines.items():
-            k = names.index(name)
-            look = {"color": (BLUE, RED, GREEN, INK)[k % 4], "marker": "os^Dv"[k % 5], "linestyle": "-" if k < 4 else "--"}
-            ax.plot(*zip(*points), label=name, linewidth=1.2, markersize=3, **look)
-        logarithmic(ax.xaxis)
-    axes[0].legend(fontsize=7, labelcolor=INK, facecolor=PAPER, edgecolor=FAINT)
-    fig.savefig(path)
+        if points and 0 < 20 * min(y for _, y in points) < max(y for _, y in points):
+            ax.set_yscale("log")
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter("")
+    fig.savefig(path, format="png")

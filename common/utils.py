@@ -9,7 +9,7 @@ import functools
 import hashlib
 import math
 import os
-import re
+import resource
 import signal
 import subprocess
 import sys
@@ -21,11 +21,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed._functional_collectives import all_reduce  # its gradient is one that torch.compile takes
 from tqdm import tqdm
 
 from common import plot
-
-MEMORY_HELP = " Use --recompute, --accumulate 2, a smaller --batch-size or fewer --decode-frames, where the script has them."
 
 
 class UserError(Exception):
@@ -34,17 +33,18 @@ class UserError(Exception):
 
 def run(main):
     """Call a script's main() and turn a UserError into one line on stderr and exit status 2."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be any bytes
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # file names may be any bytes
     try:
         main()
         if dist.is_initialized():  # not after an error: it would wait for the other processes
             dist.destroy_process_group()
     except (UserError, OSError, torch.OutOfMemoryError) as error:  # an OSError is the machine's: no permission, no space
-        disk = isinstance(error, OSError) and error.strerror
-        reason = f"{error.filename or 'the machine'}: {error.strerror}" if disk else str(error).splitlines()[0]
-        advice = MEMORY_HELP if isinstance(error, torch.OutOfMemoryError) else ""
-        tqdm.write(f"error: {printable(reason)}{advice}", file=sys.stderr)  # on a line of its own, below a bar
+        reason = str(error).splitlines()[0]
+        if isinstance(error, torch.OutOfMemoryError):
+            reason += " Use --recompute, --accumulate 2, a smaller --batch-size or fewer --decode-frames, where there are such."
+        tqdm.write(f"error: {printable(reason)}", file=sys.stderr)  # on a line of its own, below a bar
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -89,10 +89,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     pass
 
 
-def parse_options(cls, description, presets=None, argv=None):
+def parse_options(cls, description, presets=None, argv=None, topics=None):
     """Command line -> an instance of the dataclass cls, options grouped in --help with their defaults.
 
     presets(argparse.Namespace) -> {name: value} changes defaults by the options that are given (--preset and --dataset, say).
+    topics {name: function}: one is named first, and the result is (its function, the options).
     """
     parser = Parser(description=description, formatter_class=HelpFormatter, add_help=False, allow_abbrev=False)
     groups = {}
@@ -110,16 +111,10 @@ def parse_options(cls, description, presets=None, argv=None):
         known, _ = parser.parse_known_args(argv)
         parser.set_defaults(**presets(known))
     parser.add_argument("-h", "--help", action="help", help="show this message and exit")
-    return cls(**vars(parser.parse_args(argv)))
-
-
-def parse_topic(cls, description, topics):
-    """Command line "topic, then options" -> (the function of topics {name: function} that is named, the options)."""
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    config = parse_options(cls, description, argv=sys.argv[2:] if name in topics else sys.argv[1:])
-    if name not in topics:
-        raise UserError(f"name a topic first: {', '.join(topics)}")
-    return topics[name], config
+    if topics:
+        parser.add_argument("topic", choices=topics, help="what to do")
+    options = vars(parser.parse_args(argv))
+    return (topics[options.pop("topic")], cls(**options)) if topics else cls(**options)
 
 
 def check_positive(config, *names):
@@ -134,9 +129,8 @@ def check_positive(config, *names):
 
 def pick_device(name="auto"):
     """ "auto" -> this process's CUDA device where there is one, set up for speed, else the CPU."""
-    if name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    name = "cpu" if name == "auto" else name
+    if name in ("auto", "cuda"):
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else name.replace("auto", "cpu")
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
@@ -156,7 +150,9 @@ def start_processes(name="auto"):
     device = pick_device(name)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device, 0, 1
-    alone = device.type == "cuda" and local_processes() <= torch.cuda.device_count()  # on its GPU, as NCCL requires
+    alone = (
+        device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= torch.cuda.device_count()
+    )  # on its GPU, as NCCL requires
     cuda = {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if alone else {"backend": "gloo"}
     # The others wait while rank 0 decodes or encodes a data set: hours, where the default is 10 minutes.
     dist.init_process_group(**cuda, timeout=datetime.timedelta(days=7))
@@ -171,23 +167,9 @@ def rows_per_process(batch_size, accumulate, world):
     return batch_size // parts
 
 
-class AverageOverRanks(torch.autograd.Function):
-    """The mean over processes; so is its gradient. torch.compile accepts it, unlike that of torch.distributed.nn."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x / dist.get_world_size()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return AverageOverRanks.forward(ctx, gradient)
-
-
 def average_over_ranks(x):
     """The mean of a tensor over all processes, with its gradient; x itself where there is one process."""
-    return AverageOverRanks.apply(x) if dist.is_initialized() else x
+    return all_reduce(x, "sum", dist.group.WORLD) / dist.get_world_size() if dist.is_initialized() else x
 
 
 @torch.no_grad()
@@ -221,17 +203,12 @@ class BatchNorm(nn.Module):
         return (x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
 
 
-def max_over_ranks(value):
-    """The largest of the numbers of all processes. It goes between CPUs, so that no GPU is waited for."""
+def max_over_ranks(value=0):
+    """The largest of the numbers of all processes, which wait for each other. It goes between CPUs: no GPU is waited for."""
     value = torch.tensor(float(value))
     if dist.is_initialized():
         dist.all_reduce(value, dist.ReduceOp.MAX)
     return value.item()
-
-
-def wait_for_all():
-    """Until every process has come here."""
-    max_over_ranks(0)
 
 
 def rank():
@@ -242,11 +219,6 @@ def rank():
 def cores():
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def local_processes():
-    """Processes of a training that share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def step_generator(device, seed, step):
@@ -312,9 +284,7 @@ class FiniteStep:
         """A step of size lr from the .grad of the parameters, which it clears; loss is 0-d and this process's."""
         loss, parameters = loss.detach(), [p for p in self.parameters if p.grad is not None]
         if dist.is_initialized():
-            flat = torch.cat([loss.float().view(1), *(p.grad.flatten() for p in parameters)])
-            dist.all_reduce(flat)
-            flat /= dist.get_world_size()
+            flat = average_over_ranks(torch.cat([loss.float().view(1), *(p.grad.flatten() for p in parameters)]))
             loss, *parts = flat.split([1, *(p.numel() for p in parameters)])
             # Copied, not assigned: a fused optimizer wants each gradient in the memory format of its parameter.
             torch._foreach_copy_([p.grad for p in parameters], [part.view_as(p) for p, part in zip(parameters, parts)])
@@ -330,10 +300,8 @@ class FiniteStep:
     def check(self, step):
         """UserError after LIMIT skipped steps in a row; a GPU waits for this."""
         if self.in_a_row >= self.LIMIT:
-            raise UserError(
-                f"the loss or its gradient was not finite in {int(self.in_a_row)} steps in a row, last in step {step + 1}: "
-                "look at the data, or resume from the last checkpoint with a smaller --lr"
-            )
+            what = f"{int(self.in_a_row)} steps in a row, last in step {step + 1}"
+            raise UserError(f"no finite loss or gradient in {what}: look at the data, or --resume with a smaller --lr")
 
     def state_dict(self):
         return {"optimizer": self.optimizer.state_dict(), "in_a_row": self.in_a_row}
@@ -356,14 +324,10 @@ def millions(network):
 
 
 def peak_memory(device):
-    """The most memory that this process has held, in GiB: of the GPU, or of the machine; nan where Python cannot tell."""
+    """The most memory that this process has held, in GiB: of the GPU, or of the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    with contextlib.suppress(ImportError):  # Windows has no such module
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 # ------------------------------------------------------------------------------------------------------------------ files
@@ -374,56 +338,42 @@ def make_parent(path):
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        taken = path.exists() and not path.is_file()
         tempfile.TemporaryFile(dir=path.parent).close()  # a disk that is read-only shows only in writing
+        if path.exists() and not path.is_file():  # /dev/null would be a file from then on
+            raise UserError(f"cannot write {path}: it is a directory, or no file")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
-    if taken:  # by a directory, or /dev/null, which would be a file from then on
-        raise UserError(f"cannot write {path}: it is " + ("a directory" if path.is_dir() else "no file"))
 
 
 def check_out(out):
     """UserError, before hours of work, where the checkpoint `out` of a training or its log cannot be written."""
     make_parent(out)
-    for name in ("losses.csv", "losses.png"):
-        make_parent(log_directory(out) / name)
+    make_parent(log_directory(out) / "losses.csv")
 
 
 def printable(text):
     """A path or name as one line of text that any file and terminal takes, whatever bytes it is made of."""
-    text = re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:x}", os.fsdecode(text))  # not UTF-8
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in os.fsdecode(text))
 
 
 def file_name(text, limit=200):
     """text as part of the name of a file: letters, digits and "-", and _ for all else; never empty, up to limit bytes."""
     name = "".join(c if c.isalnum() or c == "-" else "_" for c in str(text))
-    return name.encode(errors="replace")[:limit].decode(errors="ignore") or "_"
+    return name.encode()[:limit].decode(errors="ignore") or "_"
 
 
 @contextlib.contextmanager
-def whole(path, errors=OSError):
-    """Inside a `with`, a name to write to; the file gets its own once it is whole. UserError where it cannot be written.
-
-    errors: what a writer raises beside OSError where it fails.
-    """
-    part = Path(path).parent / f".{os.getpid()}-{threading.get_ident()}.part"
+def whole(path):
+    """Inside a `with`, a path to write to; the file gets its name once it is whole. UserError where it cannot be written."""
     make_parent(path)
+    part = Path(path).parent / f".{os.getpid()}-{threading.get_ident()}.part"
     try:
         yield part
         os.replace(part, path)
-    except (OSError, errors) as error:
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
-
-
-@contextlib.contextmanager
-def whole_file(path):
-    """`whole`, as a binary file that is open."""
-    with whole(path) as part, open(part, "wb") as file:
-        yield file
+        part.unlink(missing_ok=True)
 
 
 def fingerprint(state):
@@ -439,7 +389,7 @@ def git_revision():
     """The commit this code is at, with + where files were changed since; "" outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 
@@ -471,11 +421,9 @@ class RunLog:
 
     def __init__(self, out, steps, start=0, rank=0):
         self.out, self.directory, self.rank, self.steps = out, log_directory(out), rank, steps
-        self.rows, self.pending, path = [], {}, self.directory / "losses.csv"
-        if rank == 0:
-            make_parent(path)
-        if rank == 0 and start and path.is_file():
-            rows = csv.DictReader(path.read_text().splitlines())
+        self.rows, self.pending, self.file = [], {}, self.directory / "losses.csv"
+        if start and self.file.is_file():
+            rows = csv.DictReader(self.file.read_text().splitlines())
             rows = ({k: float(v) for k, v in row.items() if v} for row in rows)
             self.rows = [row for row in rows if row["step"] <= start]
         self.bar = bar(desc=self.directory.name, total=steps, unit="step", disable=rank > 0, initial=start)
@@ -495,9 +443,8 @@ class RunLog:
         self.bar.update()
         if (step + 1) % self.EVERY and step + 1 != self.steps:
             return False
-        means = torch.stack([torch.stack(v).float().mean() for v in self.pending.values()])
-        means = dict(zip(self.pending, average_over_ranks(means).tolist()))
-        self.pending = {}
+        means = average_over_ranks(torch.stack([torch.stack(v).float().mean() for v in self.pending.values()]))
+        means, self.pending = dict(zip(self.pending, means.tolist())), {}
         self.rows.append({"step": step + 1, "seconds": round(time.time() - self.start, 1), **means})
         self.bar.set_postfix_str(" ".join(f"{k} {v:.4g}" for k, v in means.items()))
         return True
@@ -507,12 +454,12 @@ class RunLog:
         if self.rank or not self.rows:
             return
         names = list(dict.fromkeys(k for row in self.rows for k in row))  # the adversarial ones join later
-        with whole_file(self.directory / "losses.csv") as f:
-            lines = ([f"{row[k]:.9g}" if k in row else "" for k in names] for row in self.rows)  # float32, exactly
-            f.write("".join(",".join(line) + "\n" for line in [names, *lines]).encode())
-        curves = [("step", k, [(r["step"], r[k]) for r in self.rows if k in r]) for k in names if k not in ("step", "seconds")]
-        with whole_file(self.directory / "losses.png") as f:
-            plot.curves(f, curves)
+        with whole(self.file) as part, open(part, "w") as f:
+            writer = csv.DictWriter(f, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({k: f"{v:.9g}" for k, v in row.items()} for row in self.rows)  # float32, exactly
+        with whole(self.directory / "losses.png") as part:
+            plot.curves(part, [("step", k, [(r["step"], r[k]) for r in self.rows if k in r]) for k in names[2:]])
 
     def close(self, device):
         self.print(f"wrote {self.out}; losses and sheets are in {self.directory}; {peak_memory(device):.2f} GiB at most")

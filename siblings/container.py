@@ -9,7 +9,7 @@ import struct
 import zlib
 from pathlib import Path
 
-from common.utils import UserError, whole_file
+from common.utils import UserError, whole
 from common.video import printable
 
 MAGIC, VERSION = b"NeRV", 1
@@ -50,8 +50,8 @@ def write(path, header, chunks):
     packer = zlib.compressobj(9, zlib.DEFLATED, -15, zdict=WORDS)
     head = packer.compress(json.dumps(header, separators=(",", ":")).encode()) + packer.flush()
     head += varint(len(chunks)) + b"".join(varint(len(chunk)) + struct.pack("<I", zlib.crc32(chunk)) for chunk in chunks)
-    with whole_file(path) as file:
-        return file.write(b"".join([START.pack(MAGIC, VERSION, len(head), zlib.crc32(head)), head, *chunks]))
+    with whole(path) as part:
+        return part.write_bytes(b"".join([START.pack(MAGIC, VERSION, len(head), zlib.crc32(head)), head, *chunks]))
 
 
 class Reader:

@@ -33,8 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import dit
 import extras
-from common import checkpoints, plot, utils
-from common.tables import table
+from common import checkpoints, utils
 from common.utils import UserError, option
 from common.video import printable, to_clip, to_frames, write_frames
 from siblings import codec, container, methods, rd, xinc
@@ -42,6 +41,7 @@ from siblings.components import Flow
 from siblings.fitted import MOST, FittedVideo, decoded, packed, unpack
 from siblings.frames import check_target, frame_range, join, read_video
 from siblings.methods import METHODS, Network
+from siblings.results import families, table
 from siblings.videofile import VideoFile
 
 
@@ -304,7 +304,7 @@ def fit(source, config):
     panels = []
     for k, what in ((1, "seconds of training"), (0, "steps of training")):
         panels.append((what, "PSNR after quantization, dB", {one.name: [(p[k], p[2]) for p in one.curve] for one in fits}))
-    plot.families(run / "curves.png", panels)
+    families(run / "curves.png", panels)
     print(f"\ncurves are in {run}")
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytorch_msssim
 import torch
 
-from common import plot, utils
-from common.tables import add_row, table
+from common import utils
 from common.video import to_clip
+from siblings.results import add_row, families, table
 
 BATCH = 16  # frames that are looked at together
 COLUMNS = ["codec", "setting", "videos", "frames", "bytes", "bpp", "bpp with model", "psnr", "ms-ssim", "seconds", "file"]
@@ -125,4 +125,4 @@ def report(directory, rows):
         if not all(math.isnan(row[name]) for row in rows):
             lines = {c: sorted((row["bpp"], row[name]) for row in rows if row["codec"] == c) for c in codecs}
             panels.append(("bits per pixel", name.upper(), lines))
-    plot.families(f"{directory}/curves.png", panels)
+    families(f"{directory}/curves.png", panels)

@@ -27,9 +27,9 @@ import evaluate
 import fvd
 import vae
 from common import utils
-from common.tables import read_rows, table
 from common.utils import option
 from common.video import to_frames
+from siblings.results import read_rows, table
 from studies import runs, variants
 
 FEW = "--token-dim 64 --num-tokens 8"

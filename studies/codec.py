@@ -65,7 +65,7 @@ def frames(config):
 
 
 def main():
-    topic, config = utils.parse_topic(Config, __doc__, {"curves": curves, "frames": frames})
+    topic, config = utils.parse_options(Config, __doc__, topics={"curves": curves, "frames": frames})
     Path(config.out_dir).mkdir(parents=True, exist_ok=True)
     topic(config)
 

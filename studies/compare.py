@@ -38,10 +38,10 @@ import evaluate
 import losses
 import vae
 from common import checkpoints, utils
-from common.tables import table
 from common.utils import UserError, option
 from common.video import to_clip
 from extras.muon import make_optimizer
+from siblings.results import table
 from studies import runs
 from studies.variants import Latte
 

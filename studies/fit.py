@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from common import utils
-from common.tables import table
 from common.utils import UserError, option
 from siblings.methods import METHODS
+from siblings.results import table
 from studies import fit_parity
 
 TIMES = {"1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2}  # of the training, at which PSNR is in the table

@@ -17,11 +17,11 @@ from unittest.mock import MagicMock
 import torch
 import torch.nn as nn
 
-from common.tables import table
 from common.utils import UserError, option
 from siblings import methods
 from siblings.components import Plan, sinusoid
 from siblings.methods import METHODS, Network
+from siblings.results import table
 
 T, TIME = 132, torch.tensor([5.0])  # frames, and the one that is compared
 COMMON = {"act": "gelu", "norm": "none", "bias": True, "num_blocks": 1, "conv_type": "conv", "reduction": 2, "sin_res": True}

@@ -16,8 +16,8 @@ from scipy.stats import linregress, spearmanr
 import data
 import fvd
 from common import utils
-from common.tables import table
 from common.utils import option
+from siblings.results import table
 
 
 @dataclass
@@ -99,7 +99,7 @@ def sensitivity(clips, detector, config):
 
 
 def main():
-    topic, config = utils.parse_topic(Config, __doc__, {"bias": bias, "sensitivity": sensitivity})
+    topic, config = utils.parse_options(Config, __doc__, topics={"bias": bias, "sensitivity": sensitivity})
     utils.check_positive(config, "clips", "repeats")
     dataset = data.open_dataset(data.Config("folder" if config.data_dir else "shapes", config.data_dir, 64, 16), "train")
     detector = fvd.load_detector(config.features, device=utils.pick_device())

@@ -27,10 +27,10 @@ import nerv
 import vae
 from common import checkpoints, utils, video
 from common.drawn import MOTIONS
-from common.tables import table
 from common.utils import option
 from evaluate import classify, train_classifier
 from siblings import smooth, vin
+from siblings.results import table
 from studies import runs
 
 # Row -> (the denoiser of siblings.vin, or the first stage of dit.py's; options beside those of all).

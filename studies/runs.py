@@ -4,8 +4,8 @@ import csv
 import time
 
 from common import checkpoints, utils
-from common.tables import add_row, read_rows
 from common.utils import UserError
+from siblings.results import add_row, read_rows
 
 
 def once(path, columns, key, run):

@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import mean
 
 from common import utils
-from common.tables import table
 from common.utils import option
+from siblings.results import table
 
 # The comparison: what the method, learning rate and settings of a row's runs contain, and of a column's.
 ROWS = {

@@ -2,9 +2,9 @@
 
 import pytest
 
-from common.tables import add_row
 from common.utils import UserError
 from siblings import rd
+from siblings.results import add_row
 from studies import codec as study
 
 

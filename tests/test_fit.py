@@ -16,7 +16,7 @@ from siblings.components import Plan
 from siblings.frames import read_video
 from siblings.methods import METHODS, Network
 
-CURVES = fit.plot.families
+CURVES = fit.families
 TINY = "--steps 6 --size 20k --lr 5e-3"
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def moving_frames(count=4, height=32, width=32):
 @pytest.fixture
 def call(call, monkeypatch):
     """call("a.mkv --steps 3") runs siblings.fit in a directory with a.mkv, 5 frames of 21 x 35."""
-    monkeypatch.setattr(fit.plot, "families", lambda path, panels: None)  # matplotlib takes longer than all else
+    monkeypatch.setattr(fit, "families", lambda path, panels: None)  # matplotlib takes longer than all else
     write_frames("a.mkv", [moving_frames(5, 21, 35)], 10)
     return functools.partial(call, "siblings.fit")
 
@@ -201,7 +201,7 @@ def test_decoding(call, capsys):
 
 
 def test_a_report_and_curves_of_several(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(fit.plot, "families", CURVES)
+    monkeypatch.setattr(fit, "families", CURVES)
     assert call(f"a.mkv --method plain,rnerv {TINY} --run-dir run --out out/x.nerv") == 0
     report, csv = (tmp_path / "run/report.csv").read_text(), (tmp_path / "run/curves.csv").read_text().splitlines()
     size = (tmp_path / "out/x.rnerv.nerv").stat().st_size

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
-from test_video import encode, gif, grey
+from test_video import animated, encode, grey
 
 from common import video
 from common.video import BadVideo, count_frames, probe, read_frames
@@ -58,13 +58,13 @@ def make_hostile(root):
         for k, frame in enumerate(noise):
             Image.fromarray(frame).save(root / name / f"{k}.png")
     (root / "broken" / "3.png").write_bytes((root / "frames" / "3.png").read_bytes()[:50])
-    gif(root / "bomb.gif", noise, 100)  # which says that it is of 65,535 x 65,535 pixels
+    animated(root / "bomb.gif", noise, 100)  # which says that it is of 65,535 x 65,535 pixels
     (root / "bomb.gif").write_bytes((small := (root / "bomb.gif").read_bytes())[:6] + b"\xff" * 4 + small[10:])
     return {
-        "zero.mp4": "empty", "text.mp4": "not a video", "noise.mp4": "not a video", "one frame.mp4": "it has 1 frames",
-        "dangling.mp4": "No such file", "loop.mp4": "symbolic links", "pipe.mp4": "not a file", "list.mp4": "not a video",
+        "zero.mp4": "not a video", "text.mp4": "not a video", "noise.mp4": "not a video", "one frame.mp4": "it has 1 frames",
+        "dangling.mp4": "not a file", "loop.mp4": "not a file", "pipe.mp4": "not a file", "list.mp4": "not a video",
         "hls.ts": "not a video", "net.mp4": "not a video", "dash.mkv": "not a video", "sdp.avi": "not a video",
-        "bomb.gif": "", "cut.mp4": "not a video", "sound.mp4": "not a video", "broken": "a damaged image",
+        "bomb.gif": "", "cut.mp4": "not a video", "sound.mp4": "not a video", "broken": "damaged",
     }, 10  # fmt: skip
 
 
@@ -104,9 +104,8 @@ def test_240_damaged_files_neither_hang_nor_crash(tmp_path):
     kinds = {"a.mp4": {}, "b.mkv": {}, "c.avi": {"codec": "mpeg4", "bf": 2}, "d.webm": {"codec": "libvpx-vp9"},
              "e.ts": {"container": "mpegts"}, "f.mpg": {"codec": "mpeg2video"}}  # fmt: skip
     sources = [encode(tmp_path / name, grey(12), **options) for name, options in kinds.items()]
-    gif(tmp_path / "g.gif", grey(12), 70)
-    gif(tmp_path / "h.webp", grey(12), 70)
-    sources += [tmp_path / "g.gif", tmp_path / "h.webp"] + [CLIPS / "video_90.mov"] * CLIPS.is_dir()
+    animated(tmp_path / "g.gif", grey(12), 70), animated(tmp_path / "h.apng", grey(12), 70)
+    sources += [tmp_path / "g.gif", tmp_path / "h.apng"] + [CLIPS / "video_90.mov"] * CLIPS.is_dir()
 
     def read(i):
         rng, source = random.Random(i), sources[i % len(sources)]
@@ -127,49 +126,25 @@ def test_240_damaged_files_neither_hang_nor_crash(tmp_path):
         assert 0 < sum(pool.map(read, range(240))) < 240
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOMEM, errno.ESTALE])
 @pytest.mark.parametrize("cache", ["auto", "off"])
 def test_failures_of_the_machine_are_no_property_of_a_video(tmp_path, monkeypatch, number, cache):
     """In the middle of a file, which is not taken for its end."""
     for name in ("a.mkv", "b.mkv"):
         encode(tmp_path / name, grey(24))
     config = Config("folder", str(tmp_path), resolution=32, num_frames=4, cache=cache, cache_dir=str(tmp_path / ".cache"))
-    failed, own_open = [], av.open
+    failed, decoded = [], video.decoded
 
-    class Failing:
-        def __init__(self, container):
-            self.container = container
+    def failing(container, stream):
+        yield from itertools.islice(decoded(container, stream), 9)
+        if not failed and container.name.endswith("a.mkv"):
+            failed.append(container)
+            raise av.error.OSError(number, os.strerror(number))
+        yield from decoded(container, stream)
 
-        def __getattr__(self, name):
-            return getattr(self.container, name)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *args):
-            self.container.close()
-
-        def demux(self, stream):
-            packets = self.container.demux(stream)
-            yield from itertools.islice(packets, 9)
-            if not failed and self.container.name.endswith("a.mkv"):
-                failed.append(raised := av.error.OSError(number, os.strerror(number)))
-                raise raised
-            yield from packets
-
-    monkeypatch.setattr(video.av, "open", lambda *args, **kw: Failing(own_open(*args, **kw)))
+    monkeypatch.setattr(video, "decoded", failing)
     dataset = open_dataset(config, "train")
     assert {dataset[i][0].shape for i in range(9)} == {(4, 32, 32, 3)}
     assert list(dataset.skipped.values()) == [os.strerror(number)]
     again = open_dataset(config, "train")
-    assert {again.name(i)[-5:] for i in range(2)} == {"a.mkv", "b.mkv"} and again[0][0].shape and not again.skipped
-
-
-def test_a_training_of_bad_files_only_says_so(call, tmp_path, capsys):
-    for bad in ("v/a.mp4", "v/z.mp4"):
-        (tmp_path / bad).parent.mkdir(exist_ok=True)
-        (tmp_path / bad).write_text("no")
-    assert call("vae.py", "--preset nano --num-frames 4 --steps 2 --batch-size 4 --dataset folder --data-dir v") == 2
-    said = capsys.readouterr()
-    assert said.err.count("error: none of the 2 videos can be used") == 1 and "Traceback" not in said.err
-    assert sum("skipping" in line and "z.mp4" in line for line in said.out.splitlines()) == 1
+    assert len(again) == 2 and again[0][0].shape and not again.skipped

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import tarfile
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -31,36 +32,35 @@ ARRAYS = {
     "AlexNet_0": {"Conv_0": {"kernel": np.arange(120, dtype="f4").reshape(2, 3, 4, 5), "bias": np.ones(5, "f4")}},
     "NetLinLayer_3": {"Conv_0": {"kernel": np.full((1, 1, 7, 1), 2, "f4")}},
 }
-BACKEND = """
+META = "Metadata-Version: 2.1\nName: tiny-jax\nVersion: 1.0\n"
+FILES = {
+    "PKG-INFO": META,
+    "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n',
+    "backend.py": f"""
 import pathlib
 def prepare_metadata_for_build_wheel(directory, settings=None):
     place = pathlib.Path(directory, "tiny_jax-1.0.dist-info")
     place.mkdir()
-    (place / "METADATA").write_text("Metadata-Version: 2.1\\nName: tiny-jax\\nVersion: 1.0\\n")
+    (place / "METADATA").write_text({META!r})
     return place.name
-"""
-PROJECT = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+""",
+}
 
 
 class Index:
     """A folder that pip takes for its index, with one source archive that holds the weights "lpips-alex"."""
 
     def __init__(self, root, monkeypatch):
-        self.archive, self.kept = (
-            root / "index" / "tiny_jax-1.0.tar.gz",
-            root / "cache" / "nerv-diffusion" / "tiny_jax-1.0.tar.gz",
-        )
+        self.archive, self.kept = (root / place / "tiny_jax-1.0.tar.gz" for place in ("index", "cache/nerv-diffusion"))
         self.archive.parent.mkdir()
-        monkeypatch.setenv("PIP_NO_INDEX", "1")
-        monkeypatch.setenv("PIP_FIND_LINKS", str(self.archive.parent))
-        monkeypatch.setenv("XDG_CACHE_HOME", str(root / "cache"))
+        for name, value in (("PIP_NO_INDEX", 1), ("PIP_FIND_LINKS", root / "index"), ("XDG_CACHE_HOME", root / "cache")):
+            monkeypatch.setenv(name, str(value))
         self.publish(pickle.dumps(ARRAYS))
         digests = [hashlib.sha256(content).hexdigest() for content in (self.archive.read_bytes(), pickle.dumps(ARRAYS))]
         monkeypatch.setattr(weights, "FILES", {"lpips-alex": ("tiny_jax-1.0", digests[0], "a", digests[1])})
 
     def publish(self, content):
-        files = {"tiny_jax/weights/a.ckpt": content, "backend.py": BACKEND.encode(), "pyproject.toml": PROJECT.encode()}
-        files["PKG-INFO"] = b"Metadata-Version: 2.1\nName: tiny-jax\nVersion: 1.0\n"
+        files = {name: text.encode() for name, text in FILES.items()} | {"tiny_jax/weights/a.ckpt": content}
         with tarfile.open(self.archive, "w:gz") as tar:
             for name, data in files.items():
                 member = tarfile.TarInfo(f"tiny_jax-1.0/{name}")
@@ -120,12 +120,8 @@ def test_a_machine_that_keeps_nothing_is_one_line(index, monkeypatch, place):
         monkeypatch.setenv("XDG_CACHE_HOME", str(index.archive))
         refused("Not a directory")
     elif place == "no home":
-
-        def home():
-            raise RuntimeError("Could not determine home directory.")  # as Path.home does
-
         monkeypatch.delenv("XDG_CACHE_HOME")
-        monkeypatch.setattr(weights.Path, "home", home)
+        monkeypatch.setattr(weights.Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
         refused("Could not determine home directory.")
     else:
         monkeypatch.setattr(sys, "executable", sys.executable + "-no-such")
@@ -142,17 +138,13 @@ class Call:
         return self.call
 
 
-@pytest.mark.parametrize(
-    "function, args, asked",
-    [(os.system, ("touch {}",), "posix.system"), (open, ("{}", "w"), "io.open"), (eval, ("open('{}', 'w')",), "builtins.eval"),
-     (np.save, ("{}", 1), "numpy.save")],
-)  # fmt: skip
 @pytest.mark.parametrize("inside", [lambda x: {"x": x}, lambda x: {"x": np.array([x], object)}])
-def test_a_pickle_runs_nothing(tmp_path, function, args, asked, inside):
-    trap = Call(function, *(arg.format(tmp_path / "sprung") if isinstance(arg, str) else arg for arg in args))
-    with pytest.raises(pickle.UnpicklingError, match=f"it asks for {asked}"):
-        weights.ArraysOnly(io.BytesIO(pickle.dumps(inside(trap)))).load()
-    assert os.listdir(tmp_path) == []
+def test_a_pickle_runs_nothing(tmp_path, monkeypatch, inside):
+    monkeypatch.chdir(tmp_path)
+    for trap in (Call(os.system, "touch a"), Call(open, "a", "w"), Call(eval, "open('a', 'w')"), Call(np.save, "a", 1)):
+        with pytest.raises(pickle.UnpicklingError, match="it asks for (posix.system|io.open|builtins.eval|numpy.save)"):
+            weights.ArraysOnly(io.BytesIO(pickle.dumps(inside(trap)))).load()
+    assert os.listdir() == []
 
 
 def test_arrays_of_old_and_of_new_numpys_come_back():

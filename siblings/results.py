@@ -1,0 +1,55 @@
+"""Results of many runs: tables, rows of a CSV file that a study goes on with, and plots of several lines."""
+
+import csv
+from pathlib import Path
+
+from common.plot import BLUE, FAINT, GREEN, INK, PAPER, RED, figure
+from common.utils import UserError
+
+
+def table(header, rows):
+    """Print rows as a Markdown table in even columns."""
+    rows = [header, ["---"] * len(header), *rows]
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
+    for row in rows:
+        print("| " + " | ".join(f"{cell!s:<{width}}" for cell, width in zip(row, widths)) + " |")
+
+
+def read_rows(path, columns):
+    """The rows of a CSV file, {column: string}, none where there is no file; UserError where it has other columns."""
+    if not Path(path).is_file():
+        return []
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != columns:
+            raise UserError(f"{path} is not of this version: it has other columns than {', '.join(columns)}")
+        return list(reader)
+
+
+def add_row(path, columns, row):
+    """Append a row {column: value} to a CSV file, which is begun where there is none; what has no value is left empty."""
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        if not file.tell():
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def families(path, panels):
+    """Panels [(name of x, name of y, {name of a line: [(x, y), …]})] as a PNG, with a legend; x is logarithmic."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    fig, axes = figure(len(panels), width=4.6, height=3.6)
+    names = list(dict.fromkeys(name for _, _, lines in panels for name in lines))  # a line looks the same in all panels
+    for ax, (x_name, y_name, lines) in zip(axes, panels):
+        ax.set(xlabel=x_name, ylabel=y_name)
+        for name, points in lines.items():
+            k = names.index(name)
+            look = {"color": (BLUE, RED, GREEN, INK)[k % 4], "marker": "os^Dv"[k % 5], "linestyle": "-" if k < 4 else "--"}
+            ax.plot(*zip(*points), label=name, linewidth=1.2, markersize=3, **look)
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_locator(NullLocator())
+    axes[0].legend(fontsize=7, labelcolor=INK, facecolor=PAPER, edgecolor=FAINT)
+    fig.savefig(path)
