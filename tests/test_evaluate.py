@@ -38,7 +38,7 @@ def detector(monkeypatch):
 
 def settings(trained, name, tmp_path, **kw):
     options = dict(videos=10, bootstrap=20, classifier_clips=64, steps=2, lpips="none", device="cpu")
-    return evaluate.Config(ckpt=str(trained / name), out_dir=str(tmp_path / "eval"), **options | kw)
+    return evaluate.Config(**{"ckpt": str(trained / name), "out_dir": str(tmp_path / "eval")} | options | kw)
 
 
 def run(config):
