@@ -20,7 +20,7 @@ from common.utils import UserError, option
 from common.video import to_clip, write_sheet
 from common.weights import weights
 from evaluate import accuracy, train_classifier
-from vae import clips_of, decode, psnr, reconstruct
+from vae import data_settings, decode_all, psnr, reconstruct
 
 TRAIN_CLIPS, PER_CLASS = 8192, 20  # real clips that train the classifier, generated clips of each class that it is given
 
@@ -82,7 +82,7 @@ def main():
         rows["trainings and sampling"] = f"{time.time() - start:.0f} s"
     ckpt = checkpoints.load(out / "dit.pt", "dit", "python demo.py")
     (model, vae, latent_map), classes = dit.load_dit(ckpt), ckpt["classes"]
-    t, source = torch.arange(vae.nerv_config.num_frames), clips_of(ckpt["vae"])
+    t, source = torch.arange(vae.nerv_config.num_frames), data_settings(ckpt["vae"])
     train_set, test_set = (data.open_dataset(source, role, classes) for role in ("train", "test"))
     clips, labels = data.fixed_clips(test_set, 20 * len(classes))
     decoded = reconstruct(vae, clips, device)
@@ -94,7 +94,7 @@ def main():
             rows[f"PSNR {name}, never trained on"] = f"{psnr(truth, reconstruct(vae, clips, device, times)):.2f} dB"
     classifier = train_classifier(train_set, len(classes), TRAIN_CLIPS, device)
     wanted = torch.arange(len(classes)).repeat_interleave(PER_CLASS)
-    generated = decode(vae, latent_map.inverse(dit.generate(model, wanted, guidance=1.0, seed=0)), t)
+    generated = decode_all(vae, latent_map.inverse(dit.generate(model, wanted, guidance=1.0, seed=0)), t)
     rows[f"classifier accuracy, {len(clips)} held-out real clips"] = f"{100 * accuracy(classifier, clips, labels):.1f} %"
     rows[f"classifier accuracy, {len(clips)} reconstructions"] = f"{100 * accuracy(classifier, decoded, labels):.1f} %"
     rows[f"classifier accuracy, {len(generated)} generated clips"] = f"{100 * accuracy(classifier, generated, wanted):.1f} %"

@@ -8,7 +8,6 @@ python dit.py --ckpt vae.pt
 """
 
 import copy
-import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -25,8 +24,6 @@ from common import checkpoints, utils
 from common.utils import UserError, option
 from common.video import write_sheet
 from extras.muon import make_optimizer
-
-# ------------------------------------------------------------------------------------------------------------------ model
 
 
 @dataclass
@@ -165,8 +162,7 @@ def generate(model, labels, steps=20, guidance=2.0, sampler="dpm", seed=None, gi
     sampler: "dpm" (DPM-Solver++, deterministic, second order), "ddim" (deterministic, first order) or "ddpm" (ancestral).
     """
     device, c = labels.device, model.config
-    # Noise is drawn on the CPU, so that a seed means the same videos on every device, and from a generator of its own, so that
-    # a preview leaves the random numbers of a training alone.
+    # On the CPU, from a generator of its own: a seed means the same videos on every device, and no preview changes a training.
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     x = torch.randn(len(labels), c.num_tokens, c.token_dim, generator=generator).to(device)
     alpha, sigma = noise_schedule(device)
@@ -230,9 +226,7 @@ def encode_given(vae, video, cond_frames):
 def load_dit(ckpt, denoiser=DiT, load_vae=stage1.load_vae):
     """A stage-2 checkpoint -> (DiT with its averaged weights, VAE, map from tokens to latents), in evaluation mode."""
     vae = load_vae(ckpt["vae"])
-    with checkpoints.fitting():
-        if ckpt["denoiser"] != denoiser.__name__:
-            raise ValueError(f"its denoiser is {ckpt['denoiser']!r}, not {denoiser.__name__!r}")
+    with checkpoints.fitting(ckpt["denoiser"], denoiser.__name__):
         model = denoiser(DiTConfig(**ckpt["dit_config"]))
         model.load_state_dict(ckpt["ema"])
         latent_map = extras.latent_map(ckpt["config"]["extras"], (vae.nerv_config.num_tokens, vae.nerv_config.token_dim))
@@ -271,19 +265,14 @@ def preset_defaults(args):
     """The defaults that the stage-1 checkpoint implies; without one, those of the paper's sizes."""
     if not (Path(args.ckpt).is_file() and checkpoints.load(args.ckpt, "vae", "python vae.py")["config"]["preset"] == "nano"):
         return {}
-    small = dict(width=96, depth=6, heads=3, steps=800, batch_size=256, lr=4e-3, warmup=50)
-    return small | {"extras": ["components=4x64", "muon"]}
+    return dict(width=96, depth=6, heads=3, steps=800, batch_size=256, lr=4e-3, warmup=50, extras=["components=4x64", "muon"])
 
 
 def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     config = utils.parse_options(Config, __doc__, preset_defaults, argv)
-    positive = ("steps", "batch_size", "width", "depth", "heads", "save_every") + ("num_latents",) * bool(config.num_latents)
-    utils.check_positive(config, *positive)
-    device, rank, world = utils.start_processes()
-    rows = utils.rows_per_process(config.batch_size, 1, world)
+    optional = ("num_latents",) * bool(config.num_latents)
+    device, rank, world, rows = utils.start_training(config, "width", "depth", "heads", *optional)
     mine = slice(rank * rows, (rank + 1) * rows)  # this process's clips in a batch
-    utils.check_out(config.out)
-    torch.manual_seed(config.seed)
     vae_ckpt = checkpoints.load(config.ckpt, "vae", "python vae.py")
     vae_ckpt.pop("training", None)  # stage 1 is used, and not trained
     vae, classes, stage1_hash = load_vae(vae_ckpt).to(device), vae_ckpt["classes"], utils.fingerprint(vae_ckpt["ema"])
@@ -292,7 +281,7 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
         raise UserError(f"--heads must divide --width, and --cond-frames leave some of the {c.num_frames} frames to predict")
 
     # All clips are encoded once. Up to 16,384 of them, spread over the set, give the map that brings tokens to unit deviation.
-    source = stage1.clips_of(vae_ckpt, data_dir=config.data_dir)
+    source = stage1.data_settings(vae_ckpt, data_dir=config.data_dir)
     videos = len(train_set := data.open_dataset(source, "train", classes))
     count = config.num_latents or min(max(512, 10 * videos), 4096 if nano else max(videos, 200_000))
 
@@ -314,7 +303,7 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     model = denoiser(dit_config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer_step = utils.FiniteStep(model, make_optimizer(model, muon="muon" in config.extras))
-    trained = {"model": model, "optimizer_step": optimizer_step, "latent_map": latent_map}
+    trained = {"model": model, "optimizer_step": optimizer_step, "latent_map": latent_map}  # what a checkpoint resumes
     start = checkpoints.restore(ckpt, trained, ema) if ckpt else 0
     stream = data.Stream(count, config.batch_size, config.seed)
     log = utils.RunLog(config.out, config.steps, start, rank)
@@ -330,20 +319,17 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
 
     def save(step):
         checkpoints.save(
-            config.out, stage="dit", step=step, config=dataclasses.asdict(config), classes=classes, vae=vae_ckpt,
-            stage1=stage1_hash, dit_config=dataclasses.asdict(dit_config), denoiser=denoiser.__name__,
-            latent_map=latent_map.state_dict(), ema=ema.state_dict(),
-            training={name: part.state_dict() for name, part in trained.items()},
+            config.out, stage="dit", step=step, config=config, classes=classes, vae=vae_ckpt, stage1=stage1_hash,
+            dit_config=dit_config, denoiser=denoiser.__name__, latent_map=latent_map, ema=ema, training=trained,
         )  # fmt: skip
         log.write()
         samples = latent_map.inverse(generate(ema, shown, seed=config.seed, given=known))
-        clips = stage1.decode(vae, samples, torch.arange(c.num_frames))
+        clips = stage1.decode_all(vae, samples, torch.arange(c.num_frames))
         write_sheet(log.directory / f"step{step:07d}.png", clips, [classes[i] for i in shown])
 
     for step in utils.training_steps(start, config, save):
         lr = utils.learning_rate(step, config.steps, config.lr, config.warmup)
-        # The random numbers of the whole batch, of which this process uses its rows. The coin is drawn on the CPU, so that
-        # nothing waits for a GPU, and from another seed than the noise.
+        # The random numbers of the whole batch, of which this process uses its rows. The coin is tossed on the CPU, at no wait.
         coin = torch.rand((), generator=utils.step_generator("cpu", config.seed - 1, step)).item()
         scheduled = coin < config.scheduled_sampling
         random = utils.step_generator(device, config.seed, step)

@@ -33,7 +33,7 @@ import fvd
 from common import checkpoints, utils, video
 from common.utils import UserError, option
 from losses import LPIPS
-from vae import clips_of, decode, load_vae, reconstruct
+from vae import data_settings, decode_all, load_vae, reconstruct
 
 BATCH = 8  # clips in the networks at once; the first batch is shown, and each has a seed of its own
 
@@ -145,7 +145,7 @@ class Networks:
         """Clips that are generated, or go on from the latents of given frames: uint8 [B, frames, H, W, 3]."""
         c = self.config
         latents = dit.generate(self.model, labels.to(self.device), c.steps, c.guidance, c.sampler, c.seed + start, given)
-        return video.to_frames(decode(self.vae, self.latent_map.inverse(latents), torch.arange(frames)))
+        return video.to_frames(decode_all(self.vae, self.latent_map.inverse(latents), torch.arange(frames)))
 
     @torch.no_grad()
     def reconstructed(self, clips, labels, start):
@@ -235,7 +235,7 @@ def main(config=None, load_dit=dit.load_dit, load_vae=load_vae):
     ckpt, out = checkpoints.load(config.ckpt, ("vae", "dit"), "python vae.py"), Path(config.out_dir)
     utils.make_parent(out / "results.json"), utils.make_parent(out / "report.html")
     device, rank, _ = utils.start_processes(config.device)
-    settings, classes = clips_of(ckpt.get("vae", ckpt), data_dir=config.data_dir), ckpt["classes"]
+    settings, classes = data_settings(ckpt.get("vae", ckpt), data_dir=config.data_dir), ckpt["classes"]
     held_out, train_set = (data.open_dataset(settings, role, classes) for role in ("test", "train"))
     files = [{Path(path).resolve() for path, _ in getattr(each, "items", ())} for each in (held_out, train_set)]
     shared, indices = files[0] & files[1], data.spread(held_out, config.videos)

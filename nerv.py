@@ -207,12 +207,12 @@ class NeRV(nn.Module):
         x = position_code(t, c).to(tokens.dtype).repeat(1, B, 1, 1)  # [T, 48, 8, 8] -> [T, B * 48, 8, 8]
         if not x.is_cuda:
             x = x.contiguous(memory_format=torch.channels_last)  # in which CPUs convolve up to twice as fast
-        x = self.rgb(GELU_GAIN * F.gelu(self.stem(x, tokens)), tokens)  # [T, B * 3, H, W]
+        x = self.blocks_to_rgb(GELU_GAIN * F.gelu(self.stem(x, tokens)), tokens)  # [T, B * 3, H, W]
         x = x.unflatten(1, (B, 3)).transpose(0, 1)  # [B, T, 3, H, W]
         # Not in the paper: 0.01 more gradient, as that of tanh is exactly zero in float32 beyond about ±9.
         return torch.tanh(x) + 0.01 * (x - x.detach())
 
-    def rgb(self, x, tokens):
+    def blocks_to_rgb(self, x, tokens):
         """The stem's map [T, B * D, h, w] -> [T, B * 3, H, W]."""
         for block in self.blocks:
             x = block(x, tokens)

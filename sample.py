@@ -125,7 +125,7 @@ class Sampler:
 
     def decode(self, tokens):
         """Tokens [B, N, d] -> clips [B, len(t), 3, H, W] on the CPU, at the positions that were asked for."""
-        return stage1.decode(self.vae, tokens, self.t)
+        return stage1.decode_all(self.vae, tokens, self.t)
 
     def write(self, name, clips, titles, given=0):
         """Each clip as a video of its own, all of them as one tiled video and as one sheet, where given frames have an edge."""

@@ -163,16 +163,14 @@ class VAE(nn.Module):
 
 def load_vae(ckpt, decoder=nerv.NeRV):
     """The VAE of a stage-1 checkpoint (also carried inside stage-2 checkpoints under "vae"), in evaluation mode."""
-    with checkpoints.fitting():
-        if ckpt["decoder"] != decoder.__name__:
-            raise ValueError(f"its decoder is {ckpt['decoder']!r}, not {decoder.__name__!r}")
+    with checkpoints.fitting(ckpt["decoder"], decoder.__name__):
         configs = nerv.NeRVConfig(**ckpt["nerv_config"]), EncoderConfig(**ckpt["encoder_config"])
         vae = extras.build_vae(VAE, *configs, decoder, ckpt["config"]["extras"])
         vae.load_state_dict(ckpt["ema"])
     return vae.eval().requires_grad_(False)
 
 
-def clips_of(ckpt, **own):
+def data_settings(ckpt, **own):
     """The settings of a stage-1 checkpoint, for data.open_dataset; `own` replace them, but for those that are empty."""
     return Config(**ckpt["config"] | {name: value for name, value in own.items() if value})
 
@@ -184,7 +182,7 @@ def psnr(clips, reconstructions):
 
 
 @torch.no_grad()
-def decode(vae, tokens, t, batch_size=16):
+def decode_all(vae, tokens, t, batch_size=16):
     """Tokens [B, N, d] of any number of videos -> their frames at positions t [T], on the CPU: [B, T, 3, H, W]."""
     return torch.cat([vae.decode(part, t.to(part.device)).float().cpu() for part in tokens.split(batch_size)])
 
@@ -193,7 +191,7 @@ def decode(vae, tokens, t, batch_size=16):
 def reconstruct(vae, clips, device, t=None, batch_size=16):
     """Clips [B, T, 3, H, W] through the posterior's mean and back, at frame positions t (those of the clip by default)."""
     t = torch.arange(clips.shape[1]) if t is None else t
-    return torch.cat([decode(vae, vae.encode(batch.to(device))[0], t) for batch in clips.split(batch_size)])
+    return torch.cat([decode_all(vae, vae.encode(batch.to(device))[0], t) for batch in clips.split(batch_size)])
 
 
 # --------------------------------------------------------------------------------------------------------------- training
@@ -266,17 +264,14 @@ def networks(config, decoder, device):
 
 def main(argv=None, decoder=nerv.NeRV):
     config = utils.parse_options(Config, __doc__, preset_defaults, argv)
-    utils.check_positive(config, "steps", "batch_size", "accumulate", "decode_frames", "stride", "save_every", *SIZES)
-    device, rank, world = utils.start_processes()
-    rows = utils.rows_per_process(config.batch_size, config.accumulate, world)  # clips that this process takes at a time
-    utils.check_out(config.out)
-    torch.manual_seed(config.seed)
+    device, rank, world, rows = utils.start_training(config, "accumulate", "decode_frames", "stride", *SIZES)
     vae, discriminator, perceptual = networks(config, decoder, device)
     train_set = data.open_dataset(config, "train")
     held_out, _ = data.fixed_clips(data.open_dataset(config, "test", train_set.classes), 64)
     ema = copy.deepcopy(vae).eval().requires_grad_(False)
     T, count = config.num_frames, min(config.decode_frames, config.num_frames)
-    trained = {"model": vae, "optimizer_step": utils.FiniteStep(vae, make_optimizer(vae, muon="muon" in config.extras))}
+    optimizer_step = utils.FiniteStep(vae, make_optimizer(vae, muon="muon" in config.extras))
+    trained = {"model": vae, "optimizer_step": optimizer_step}  # what a checkpoint resumes
     if discriminator:
         disc_step = utils.FiniteStep(discriminator, make_optimizer(discriminator))
         trained |= {"discriminator": discriminator, "discriminator_step": disc_step}
@@ -296,10 +291,8 @@ def main(argv=None, decoder=nerv.NeRV):
 
     def save(step):
         checkpoints.save(
-            config.out, stage="vae", step=step, config=dataclasses.asdict(config), classes=list(train_set.classes),
-            nerv_config=dataclasses.asdict(vae.nerv_config), encoder_config=dataclasses.asdict(vae.encoder_config),
-            decoder=decoder.__name__, gan_start=gan_start, ema=ema.state_dict(),
-            training={name: part.state_dict() for name, part in trained.items()},
+            config.out, stage="vae", step=step, config=config, classes=list(train_set.classes), nerv_config=vae.nerv_config,
+            encoder_config=vae.encoder_config, decoder=decoder.__name__, gan_start=gan_start, ema=ema, training=trained,
         )  # fmt: skip
         with utils.autocast(device, config.bf16):
             reconstructions = reconstruct(ema, held_out, device)
@@ -346,13 +339,14 @@ def main(argv=None, decoder=nerv.NeRV):
                 (disc_loss / config.accumulate).backward()
                 log.add(disc_loss=disc_loss, disc_margin=margin)
 
-        trained["optimizer_step"](loss, lr)
+        optimizer_step(loss, lr)
         utils.update_ema(ema, vae, 0.99 if config.preset == "nano" else 0.9995, step)
         if update:
             disc_step(disc_loss, lr * GAN_LR)
         if log.step(step):
-            for name in trained.keys() & {"optimizer_step", "discriminator_step"}:
-                trained[name].check(step)
+            optimizer_step.check(step)
+            if discriminator:
+                disc_step.check(step)
     log.close(device)
 
 

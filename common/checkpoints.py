@@ -31,11 +31,18 @@ from common.utils import UserError, bar, git_revision, max_over_ranks, run, whol
 FORMAT = "nerv-diffusion 6"
 
 
+def plain(x):
+    """What a file may hold: of networks and optimizers their state, of settings a dictionary, also inside a dictionary."""
+    if isinstance(x, dict):
+        return {name: plain(value) for name, value in x.items()}
+    return plain(x.state_dict()) if hasattr(x, "state_dict") else dataclasses.asdict(x) if dataclasses.is_dataclass(x) else x
+
+
 def save(path, **content):
     """Write a checkpoint, so that a kill or a full disk (UserError) at any moment leaves the old one or the new one."""
     try:
         with whole(path) as part, open(part, "wb") as f:
-            torch.save({"format": FORMAT, "revision": git_revision(), **content}, f)
+            torch.save({"format": FORMAT, "revision": git_revision()} | plain(content), f)
     except RuntimeError as error:  # torch's writer covers an error of the disk with one of its own
         reason = getattr(error.__context__, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"cannot write {path}: {reason}") from None
@@ -122,9 +129,14 @@ def load(path, stage, made_by):
 
 
 @contextlib.contextmanager
-def fitting():
-    """Turn what goes wrong when a network is built from a checkpoint of another configuration into a UserError."""
+def fitting(found="", wanted=""):
+    """Turn what goes wrong when a network is built from a checkpoint of another configuration into a UserError.
+
+    found, wanted: the names of the network's class in the checkpoint and in the code, where it may be a variant.
+    """
     try:
+        if found != wanted:
+            raise ValueError(f"its network is {found!r}, not {wanted!r}")
         yield
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

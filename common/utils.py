@@ -159,12 +159,21 @@ def start_processes(name="auto"):
     return device, dist.get_rank(), dist.get_world_size()
 
 
-def rows_per_process(batch_size, accumulate, world):
-    """Clips that one process takes at a time; UserError where the batch does not divide."""
-    parts = accumulate * world
-    if batch_size % parts:
-        raise UserError(f"--batch-size {batch_size}, of all processes together, must be a multiple of {parts}")
-    return batch_size // parts
+def start_training(config, *positive, device="auto"):
+    """Check the settings of a training and start its processes -> device, rank, world, clips that each takes at a time.
+
+    UserError for settings that are not positive (steps, batch_size, save_every and those that are named), for a batch that the
+    processes cannot share, and, before hours of work, for an --out or a log that cannot be written.
+    """
+    check_positive(config, "steps", "batch_size", "save_every", *positive)
+    device, rank, world = start_processes(device)
+    parts = world * getattr(config, "accumulate", 1)
+    if config.batch_size % parts:
+        raise UserError(f"--batch-size {config.batch_size}, of all processes together, must be a multiple of {parts}")
+    make_parent(config.out)
+    make_parent(log_directory(config.out) / "losses.csv")
+    torch.manual_seed(config.seed)
+    return device, rank, world, config.batch_size // parts
 
 
 def average_over_ranks(x):
@@ -343,12 +352,6 @@ def make_parent(path):
             raise UserError(f"cannot write {path}: it is a directory, or no file")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
-
-
-def check_out(out):
-    """UserError, before hours of work, where the checkpoint `out` of a training or its log cannot be written."""
-    make_parent(out)
-    make_parent(log_directory(out) / "losses.csv")
 
 
 def printable(text):

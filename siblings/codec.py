@@ -12,7 +12,6 @@ python -m siblings.codec compare in.mp4 clips/                    rate and disto
 """
 
 import copy
-import dataclasses
 import functools
 import itertools
 import math
@@ -349,20 +348,17 @@ def preview(codec, real, seen, device, path):
 
 
 def train(config):
-    utils.check_positive(config, "steps", "batch_size", "stride", "num_frames", "width", "save_every")
-    device, rank, world = utils.start_processes(config.device)
-    rows = utils.rows_per_process(config.batch_size, 1, world)  # clips that this process takes
-    utils.check_out(config.out)
-    torch.manual_seed(config.seed)
+    device, rank, world, rows = utils.start_training(config, "stride", "num_frames", "width", device=config.device)
     codec = new_codec(config).to(device)
     train_set = data.open_dataset(config, "train")
     held_out, _ = data.fixed_clips(data.open_dataset(config, "test", train_set.classes), 64)
     grid = torch.rand(len(held_out), 8, 8, generator=torch.Generator().manual_seed(0))
     seen = degrade(held_out, config.degrade, grid)  # what the encoder sees of them
     ema = copy.deepcopy(codec).eval().requires_grad_(False)
-    parts = {"model": codec, "step": utils.FiniteStep(codec, make_optimizer(codec, muon="muon" in codec.chosen))}
+    optimizer_step = utils.FiniteStep(codec, make_optimizer(codec, muon="muon" in codec.chosen))
+    trained = {"model": codec, "optimizer_step": optimizer_step}
     ckpt = checkpoints.resume(config, "codec")
-    start = checkpoints.restore(ckpt, parts, ema) if ckpt else 0
+    start = checkpoints.restore(ckpt, trained, ema) if ckpt else 0
     stream = data.Stream(len(train_set), config.batch_size, config.seed, start, 1, rank, world)
     batches = data.endless(train_set, stream, device)
     log = utils.RunLog(config.out, config.steps, start, rank)
@@ -374,9 +370,8 @@ def train(config):
 
     def save(step):
         checkpoints.save(
-            config.out, stage="codec", step=step, config=dataclasses.asdict(config), classes=list(train_set.classes),
-            codec_config=dataclasses.asdict(codec.config), encoder_config=dataclasses.asdict(codec.vit_config),
-            ema=ema.state_dict(), training={name: part.state_dict() for name, part in parts.items()},
+            config.out, stage="codec", step=step, config=config, classes=list(train_set.classes), codec_config=codec.config,
+            encoder_config=codec.vit_config, ema=ema, training=trained,
         )  # fmt: skip
         log.write()
         found = preview(ema, held_out, seen, device, log.directory / f"step{step:07d}.png")
@@ -407,10 +402,10 @@ def train(config):
             loss = l2 + (config.rate or 1e-3) * bpp
         loss.backward()
         log.add(loss=loss, l2=l2, bpp=bpp)
-        parts["step"](loss, lr)
+        optimizer_step(loss, lr)
         utils.update_ema(ema, codec, 0.99 if "ema" in codec.chosen else 0.0, step)  # without: ema is the codec
         if log.step(step):
-            parts["step"].check(step)
+            optimizer_step.check(step)
     log.close(device)
 
 

@@ -186,10 +186,10 @@ def play(vae, tokens, t, overlap):
     owners, counts = owners.unique_consecutive(return_counts=True)
     for c, mine in zip(owners.tolist(), t.split(counts.tolist())):
         local = mine - c * stride
-        clip, weight = stage1.decode(vae, tokens[c : c + 1], local)[0], (local + 1) / (overlap + 1)
+        clip, weight = stage1.decode_all(vae, tokens[c : c + 1], local)[0], (local + 1) / (overlap + 1)
         fading = weight < 1
         if c and fading.any():
-            before = stage1.decode(vae, tokens[c - 1 : c], local[fading] + stride)[0]
+            before = stage1.decode_all(vae, tokens[c - 1 : c], local[fading] + stride)[0]
             clip[fading] = torch.lerp(before, clip[fading], weight[fading, None, None, None])
         yield clip
 
@@ -229,12 +229,8 @@ def preset_defaults(args):
 
 def train(argv=None, denoiser=VIN):
     config = utils.parse_options(Config, __doc__, preset_defaults, argv)
-    utils.check_positive(config, "chunks", "global_tokens", "steps", "batch_size", "save_every")
-    device, rank, world = utils.start_processes()
-    rows = utils.rows_per_process(config.batch_size, 1, world)
+    device, rank, world, rows = utils.start_training(config, "chunks", "global_tokens")
     mine = slice(rank * rows, (rank + 1) * rows)  # this process's videos in a batch
-    utils.check_out(config.out)
-    torch.manual_seed(config.seed)
     dit_ckpt = checkpoints.load(config.ckpt, "dit", "python dit.py")
     start_model, vae, latent_map = (part.to(device) for part in dit.load_dit(dit_ckpt))
     how, classes, nano = dit_ckpt["config"], dit_ckpt["classes"], dit_ckpt["vae"]["config"]["preset"] == "nano"
@@ -246,13 +242,14 @@ def train(argv=None, denoiser=VIN):
     model = denoiser(start_model.config, vin_config).to(device)
     model.dit.load_state_dict(start_model.state_dict())
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    parts = {"model": model, "step": utils.FiniteStep(model, make_optimizer(model, muon="muon" in how["extras"]))}
+    optimizer_step = utils.FiniteStep(model, make_optimizer(model, muon="muon" in how["extras"]))
+    trained = {"model": model, "optimizer_step": optimizer_step}
     start, start_hash = 0, utils.fingerprint(dit_ckpt["ema"])
     if ckpt := checkpoints.resume(config, "vin", denoiser=denoiser.__name__, start=start_hash):
-        start = checkpoints.restore(ckpt, parts, ema)
+        start = checkpoints.restore(ckpt, trained, ema)
 
     frames, stride = C * (c.num_frames - overlap) + overlap, c.num_frames - overlap
-    source = stage1.clips_of(dit_ckpt["vae"], num_frames=frames, data_dir=config.data_dir or how["data_dir"])
+    source = stage1.data_settings(dit_ckpt["vae"], num_frames=frames, data_dir=config.data_dir or how["data_dir"])
     train_set = data.open_dataset(source, "train", classes)
     count = config.num_latents or max(64, min(10 * len(train_set), (4096 if nano else 200_000) // C))
 
@@ -277,8 +274,7 @@ def train(argv=None, denoiser=VIN):
         checkpoints.save(
             config.out, stage="vin", step=step, config=dataclasses.asdict(config) | {"extras": how["extras"]},
             **{name: dit_ckpt[name] for name in ("classes", "vae", "stage1", "dit_config", "latent_map")}, start=start_hash,
-            vin_config=dataclasses.asdict(vin_config), denoiser=denoiser.__name__, ema=ema.state_dict(),
-            training={name: part.state_dict() for name, part in parts.items()},
+            vin_config=vin_config, denoiser=denoiser.__name__, ema=ema, training=trained,
         )  # fmt: skip
         log.write()
         samples = latent_map.inverse(generate(ema, shown, C, seed=config.seed))
@@ -310,10 +306,10 @@ def train(argv=None, denoiser=VIN):
         loss.backward()
         log.add(loss=loss / 2 if scheduled else loss)
 
-        parts["step"](loss, lr)
+        optimizer_step(loss, lr)
         utils.update_ema(ema, model, 0.99 if nano else 0.9999, step)
         if log.step(step):
-            parts["step"].check(step)
+            optimizer_step.check(step)
     log.close(device)
 
 

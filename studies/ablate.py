@@ -132,7 +132,7 @@ class Study:
             model, network, latent_map = (part.to(self.device) for part in variants.load_dit(ckpt))
             _, labels, real = self.real
             tokens = latent_map.inverse(dit.generate(model, labels.to(self.device), seed=seed))
-            clips = vae.decode(network, tokens, torch.arange(network.nerv_config.num_frames))
+            clips = vae.decode_all(network, tokens, torch.arange(network.nerv_config.num_frames))
             for file in (out, utils.log_directory(out) / "values.npy"):
                 file.unlink()
             references = {"to_real": real, "to_reconstructed": self.reconstructed(network)}

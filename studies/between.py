@@ -28,7 +28,7 @@ def main(argv=None):
     config = utils.parse_options(Config, __doc__, argv=argv)
     utils.check_positive(config, "scale", "clips")
     ckpt = checkpoints.load(config.ckpt, "vae", "python vae.py")
-    network, settings, scale = vae.load_vae(ckpt), vae.clips_of(ckpt), config.scale
+    network, settings, scale = vae.load_vae(ckpt), vae.data_settings(ckpt), config.scale
     if settings.dataset not in data.SHAPES:
         raise UserError(f"{config.ckpt} is of {settings.dataset}, and only {', '.join(data.SHAPES)} can be drawn at any time")
     held_out = data.open_dataset(settings, "test")

@@ -226,9 +226,9 @@ def run(method, lr, seed, config):
     model, first, latent_map = (part.to(device) for part in load_dit(ckpt))
     labels, began = torch.arange(8, device=device) % len(ckpt["classes"]), time.time()
     tokens = latent_map.inverse(dit.generate(model, labels, guidance=1, seed=0))
-    clips = vae.decode(first, tokens, torch.arange(config.num_frames))
+    clips = vae.decode_all(first, tokens, torch.arange(config.num_frames))
     row["seconds a clip"] = (time.time() - began) / len(clips)
-    train_set = data.open_dataset(vae.clips_of(ckpt["vae"]), "train", ckpt["classes"])
+    train_set = data.open_dataset(vae.data_settings(ckpt["vae"]), "train", ckpt["classes"])
     row["nearest"] = vae.psnr(clips, demo.nearest_clips(clips, train_set))
     return row | {"numbers": math.prod(latent_map.shape)}
 

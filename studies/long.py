@@ -124,10 +124,10 @@ class Study:
         self.train(dit.main, "dit", f"--ckpt {self.out}/vae.pt {config.dit_options}", config.seconds)
         T = ckpt["config"]["num_frames"]
         self.vae, self.T, self.F = vae.load_vae(ckpt), T, config.chunks * T
-        real = data.open_dataset(vae.clips_of(ckpt, num_frames=self.F), "test")
+        real = data.open_dataset(vae.data_settings(ckpt, num_frames=self.F), "test")
         frames, self.labels = zip(*(real[i] for i in range(config.videos)))
         self.real, self.detector = np.stack(frames), fvd.load_detector(config.features)
-        short = data.open_dataset(vae.clips_of(ckpt), "train")
+        short = data.open_dataset(vae.data_settings(ckpt), "train")
         self.classifier = train_classifier(short, len(short.classes), 4096, torch.device("cpu"))
 
     def train(self, main, name, options, seconds=0.0, **kw):

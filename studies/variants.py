@@ -159,7 +159,7 @@ class SkipNeRV(PlainNeRV):
         channels = [block.convs[-1].kernel_shape[0] for block in self.blocks[:-1]]
         self.skips = nn.ModuleList(self.Conv(config, ch, 3, 1, min(config.block, ch), 3) for ch in channels)
 
-    def rgb(self, x, tokens):
+    def blocks_to_rgb(self, x, tokens):
         image = None
         for block, to_rgb in zip(self.blocks, [*self.skips, self.to_rgb]):
             x = block(x, tokens)

@@ -90,7 +90,7 @@ def test_stage_2_and_its_report(trained, tmp_path, detector, capsys):
     made = []
     for k in range(0, 10, 4):
         latents = dit.generate(model, labels[k : k + 4], config.steps, config.guidance, config.sampler, config.seed + k)
-        made.append(video.to_frames(stage1.decode(vae, latent_map.inverse(latents), torch.arange(16))))
+        made.append(video.to_frames(stage1.decode_all(vae, latent_map.inverse(latents), torch.arange(16))))
     others = spread(held_out)
     reconstructed = video.to_frames(stage1.reconstruct(vae, video.to_clip(others), torch.device("cpu")))
     for title, clips in (("", np.concatenate(made)), (" of real clips", others), (" of reconstructions", reconstructed)):

@@ -68,7 +68,7 @@ def frames(networks, label, seed, guidance, steps, t):
     """What sample.py makes: [T, H, W, 3]."""
     model, autoencoder, latent_map = networks
     tokens = latent_map.inverse(dit.generate(model, torch.tensor([label]), steps, guidance, seed=seed))
-    return vae.decode(autoencoder, tokens, torch.tensor(t))[0].permute(0, 2, 3, 1)
+    return vae.decode_all(autoencoder, tokens, torch.tensor(t))[0].permute(0, 2, 3, 1)
 
 
 def node(code, job):

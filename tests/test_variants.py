@@ -155,7 +155,7 @@ def test_skips_sum_the_images_of_all_levels():
     first = model.blocks[0](x, tokens)
     second = model.blocks[1](first, tokens)
     expected = model.to_rgb(second, tokens) + F.interpolate(model.skips[0](first, tokens), scale_factor=2, mode="bilinear")
-    torch.testing.assert_close(model.rgb(x, tokens), expected)
+    torch.testing.assert_close(model.blocks_to_rgb(x, tokens), expected)
 
 
 def test_plain_blocks_are_the_main_path_alone():

@@ -242,6 +242,6 @@ def test_two_processes_share_the_batch_of_one(trained, tmp_path, monkeypatch):
 
     monkeypatch.setattr(dit, "diffusion_loss", keep)
     for process in ((0, 1), (0, 2), (1, 2)):
-        monkeypatch.setattr(utils, "start_processes", lambda process=process: (torch.device("cpu"), *process))
+        monkeypatch.setattr(utils, "start_processes", lambda device, process=process: (torch.device("cpu"), *process))
         assert run(f"{OPTIONS} --ckpt {trained}/dit.pt --steps 1 --out {tmp_path}/vin.pt") == 0
     assert all(torch.equal(whole, torch.cat(parts)) for whole, *parts in zip(*seen))
