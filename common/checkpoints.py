@@ -76,9 +76,10 @@ def resume(config, stage, **fixed):
 
 def restore(ckpt, parts, ema):
     """Load what resume() gave into {name: network or optimizer} and the averaged network; returns the finished steps."""
-    ema.load_state_dict(ckpt["ema"])
-    for name, part in parts.items():
-        part.load_state_dict(ckpt["training"][name])
+    with fitting():
+        ema.load_state_dict(ckpt["ema"])
+        for name, part in parts.items():
+            part.load_state_dict(ckpt["training"][name])
     return ckpt["step"]
 
 
