@@ -249,7 +249,7 @@ def fixed_clips(dataset, count):
 @dataclass
 class Config:
     dataset: str = option("data", "shapes", "built-in, any folder of videos, or as distributed", choices=DATASETS)
-    data_dir: str = option("data", "", "where it is; classes of a folder are its sub-folders")
+    data_dir: str = option("data", "", "where it is, if not in its usual place; classes of a folder are its sub-folders")
     resolution: int = option("data", 128, "height and width in pixels; shorter side scaled, centre cut out")
     num_frames: int = option("data", 16, "frames of a clip")
     stride: int = option("data", 1, "frames of the video per frame of the clip")

@@ -256,9 +256,9 @@ class Config:
     seed: int = option("training", 0, "of weights, data order and noise")
     bf16: str = option("machine", "auto", "bfloat16 autocast; auto: with CUDA", choices=["auto", "on", "off"])
     compile: str = option("machine", "auto", "torch.compile; auto: with CUDA", choices=["auto", "on", "off"])
-    out: str = option("output", "dit.pt", "the checkpoint, stage 1 included; losses and sheets go to runs/dit beside it")
-    resume: bool = option("output", False, "go on from the checkpoint --out where it exists")
-    save_every: int = option("output", 500, "steps between checkpoints and sample sheets")
+    out: str = option("output", "dit.pt", "the checkpoint, stage 1 included; losses and sample grids go to runs/dit beside it")
+    resume: bool = option("output", False, "continue from the checkpoint --out where it exists")
+    save_every: int = option("output", 500, "steps between checkpoints and sample grids")
 
 
 def preset_defaults(args):

@@ -200,10 +200,10 @@ def reconstruct(vae, clips, device, t=None, batch_size=16):
 @dataclass
 class Config:
     dataset: str = option("data", "shapes", "built-in shapes, a folder of videos, or one as distributed", choices=data.DATASETS)
-    data_dir: str = option("data", "", "where it is; classes of a folder are its sub-folders")
+    data_dir: str = option("data", "", "where it is, if not in its usual place; classes of a folder are its sub-folders")
     stride: int = option("data", 1, "frames of the video per frame of the clip")
     flip: bool = option("data", False, "mirror half of the training clips, left to right")
-    preset: str = option("model", "", "sizes to start from; nano for drawn data, S for videos", choices=list(nerv.CONFIGS))
+    preset: str = option("model", "", "sizes to start from; nano for synthetic data, S for videos", choices=list(nerv.CONFIGS))
     resolution: int = option("model", 128, "height and width in pixels: 8 times a power of two")
     num_frames: int = option("model", 16, "T, frames of a clip")
     num_tokens: int = option("model", 128, "N, weight tokens of a video")
@@ -212,22 +212,22 @@ class Config:
     extras: list = option("model", [], "not the paper's: see extras/; without a name, all are off", nargs="*", metavar="NAME")
     steps: int = option("training", 2_000_000, "optimizer steps")
     batch_size: int = option("training", 32, "clips per step, of all processes together")
-    accumulate: int = option("training", 1, "parts of the batch that go through one after another, to save memory")
+    accumulate: int = option("training", 1, "parts of the batch, to save memory; batch norm sees one at a time")
     decode_frames: int = option(
         "training", 16, "frames of each clip that are decoded in a step, at random; neighbours for the GAN"
     )
     lr: float = option("training", 1e-4, "peak learning rate, reached after the warm-up, then cosine decay")
     warmup: int = option("training", 10_000, "steps of linear warm-up")
     seed: int = option("training", 0, "of weights, data order and noise")
-    kl_weight: float = option("losses", 1e-5, "weight of the KL divergence, summed over tokens and widths")
+    kl_weight: float = option("losses", 1e-5, "of the KL: a sum over tokens and widths, mean over clips (L2: mean over pixels)")
     lpips: str = option("losses", "vgg", "backbone of the perceptual loss", choices=["vgg", "alex", "none"])
     lpips_weight: float = option("losses", 1.0, "weight of the perceptual loss")
     gan_weight: float = option("losses", 1.0, "weight of the adversarial loss; 0 trains no discriminator")
     bf16: str = option("machine", "auto", "bfloat16 autocast; auto: with CUDA", choices=["auto", "on", "off"])
     compile: str = option("machine", "auto", "torch.compile; auto: with CUDA", choices=["auto", "on", "off"])
     recompute: bool = option("machine", False, "activation checkpointing of the encoder, to save memory")
-    out: str = option("output", "vae.pt", "the checkpoint; losses and sheets go to runs/vae beside it")
-    resume: bool = option("output", False, "go on from the checkpoint --out where it exists")
+    out: str = option("output", "vae.pt", "the checkpoint; losses and sample grids go to runs/vae beside it")
+    resume: bool = option("output", False, "continue from the checkpoint --out where it exists")
     save_every: int = option("output", 500, "steps between checkpoints and previews")
 
 
