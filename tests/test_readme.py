@@ -118,7 +118,8 @@ def test_pages_name_what_is_there(page, check):
 
 def test_the_readme_fits_and_leads_everywhere():
     text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) <= 200 and len(list(commands(text))) > 15
+    assert len(text.splitlines()) <= 150 and len(list(commands(text))) > 15
+    assert sum(len(page.read_text().splitlines()) for page in (ROOT / "docs").glob("*.md")) <= 1400
     files = {path.name for path in ROOT.glob("*.py")} | set(ROOMS) - {"tests", "docs"}
     assert files <= set(links(text))
     found = {target.split("/")[-1] for page in PAGES for target in links(page.read_text())}
