@@ -30,7 +30,7 @@ from extras.muon import make_optimizer
 class DiTConfig:
     """Sizes of the denoiser. The defaults are DiT-L (§A.1)."""
 
-    num_tokens: int = 128  # N and d of the latents, which may be other than those of the tokens (extras/components.py)
+    num_tokens: int = 128  # N and d of the latents, which may differ from those of the tokens (extras/components.py)
     token_dim: int = 128
     num_classes: int = 101
     cond_frames: int = 0  # given frames in frame prediction; 0 generates from noise alone
@@ -70,7 +70,7 @@ class DiT(nn.Module):
         self.config, width = config, config.width
         # In frame prediction the latents of the given frames are concatenated along the width (§4.3).
         self.embed = nn.Linear(config.token_dim * (2 if config.cond_frames else 1), width)
-        # Tokens have no position in space or time; what part of the kernels a token makes is learned.
+        # Tokens have no position in space or time. Which kernel entries token n generates is fixed; its embedding is learned.
         self.position = nn.Parameter(torch.randn(config.num_tokens, width) * 0.5)  # 0.5: not in the paper
         self.step_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(config.num_classes + 1, width)  # the last one is "no class", for guidance
@@ -87,8 +87,8 @@ class DiT(nn.Module):
 
         given: in frame prediction, the latents [B, N, d] of the given frames (`encode_given`); zeros are no frames.
         """
-        x, condition, label = self.embed_all(latents, timestep, label, given)
-        condition = condition + label
+        x, time, label = self.embed_all(latents, timestep, label, given)
+        condition = time + label
         for block in self.blocks:
             x = block(x, condition)
         return self.read_out(x, condition)
@@ -143,7 +143,7 @@ def sampling_times(sampler, steps, alpha, sigma):
     """The timesteps that sampling visits, from 1000, all noise, to 0, clean. UserError where steps are not 1 … 1000.
 
     DPM-Solver++ takes even steps in λ = log(α / σ), down to timestep 5, and from there one to clean, where λ is infinite.
-    Beyond a hundred steps or so, neighbouring timesteps are further apart in λ than that, and there are fewer steps.
+    Above about a hundred steps, several of these round to the same timestep, which is visited once.
     """
     if not 1 <= steps <= NUM_STEPS:
         raise UserError(f"--steps {steps}: the denoiser has 1 to {NUM_STEPS}")
@@ -158,7 +158,7 @@ def sampling_times(sampler, steps, alpha, sigma):
 def generate(model, labels, steps=20, guidance=2.0, sampler="dpm", seed=None, given=None):
     """Latents [B, N, d] for labels [B], from noise, and from given frames' latents [B, N, d] in prediction.
 
-    steps: evaluations of the model, 1 … 1000; guidance: scale of classifier-free guidance, 1 is none (Ho & Salimans 2022);
+    steps: evaluations at most, 1 … 1000; guidance: scale of classifier-free guidance, 1 is none (Ho & Salimans 2022);
     sampler: "dpm" (DPM-Solver++, deterministic, second order), "ddim" (deterministic, first order) or "ddpm" (ancestral).
     """
     device, c = labels.device, model.config
@@ -181,8 +181,8 @@ def generate(model, labels, steps=20, guidance=2.0, sampler="dpm", seed=None, gi
             with_class, without = both.chunk(2)
             eps = without + guidance * (with_class - without)
         if sampler == "dpm":
-            # DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2) is the DDIM step with another θ_0: the line through the last two
-            # predictions, taken halfway through the step in λ. The first step has one prediction only, the last has no half.
+            # DPM-Solver++(2M) (Lu et al. 2022, Alg. 2) is the DDIM step with θ_0 extrapolated linearly in λ from the last two
+            # predictions to the middle of the step. The first step has one prediction; in the last, λ is infinite.
             x0 = (x - sigma[now] * eps) / alpha[now]
             if before is not None and then > 0:
                 ratio = (lam[then] - lam[now]) / (lam[now] - lam[before])  # their 1 / r
@@ -241,7 +241,7 @@ def load_dit(ckpt, denoiser=DiT, load_vae=stage1.load_vae):
 class Config:
     ckpt: str = option("data", "vae.pt", "stage-1 checkpoint, from vae.py")
     data_dir: str = option("data", "", "where its data set is; default: where it was")
-    num_latents: int = option("data", 0, "clips that are encoded; 0: ten per video, at most 200,000 (nano: 4096)")
+    num_latents: int = option("data", 0, "clips that are encoded; 0: ten per video, 512 to 200,000 (nano: 4096), or one")
     width: int = option("model", 1024, "of the transformer")
     depth: int = option("model", 24, "its blocks")
     heads: int = option("model", 16, "heads of its attention, which divide the width")
@@ -280,7 +280,7 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     if config.width % config.heads or not 0 <= cond_frames < c.num_frames:
         raise UserError(f"--heads must divide --width, and --cond-frames leave some of the {c.num_frames} frames to predict")
 
-    # All clips are encoded once. Up to 16,384 of them, spread over the set, give the map that brings tokens to unit deviation.
+    # All clips are encoded once. Up to 16,384 of them, spread over the set, determine the map from tokens to latents.
     source = stage1.data_settings(vae_ckpt, data_dir=config.data_dir)
     videos = len(train_set := data.open_dataset(source, "train", classes))
     count = config.num_latents or min(max(512, 10 * videos), 4096 if nano else max(videos, 200_000))
@@ -296,7 +296,7 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     key, shape = key | {"cond_frames": cond_frames}, (3 if cond_frames else 2, c.num_tokens, c.token_dim)
     latent_map = extras.latent_map(config.extras, shape[1:]).to(device)
     tokens, labels = checkpoints.cached(utils.log_directory(config.out), key, count, shape, encode, rank, world)
-    latent_map.fit(*tokens[:: max(1, count // 16384), :2].float().to(device).unbind(1))
+    latent_map.fit(*tokens[:: math.ceil(count / 16384), :2].float().to(device).unbind(1))
     utils.from_first_rank(latent_map)  # rounding may flip the sign of an eigenvector
 
     dit_config = DiTConfig(*latent_map.shape, len(classes), cond_frames, config.width, config.depth, config.heads)

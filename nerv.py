@@ -3,7 +3,7 @@
 A NeRV (neural representation for videos) takes a frame index and returns that frame. Here a part of every kernel is generated
 from N weight tokens of width d, which differ from video to video; the rest is shared by all videos. One call, top to bottom:
 
-    tokens [B, N, d]  --multi-head affine-->  a block of kernel entries for each layer and video   (ModulatedConv.kernel)
+    tokens [B, N, d]  --multi-head affine-->  a part of each layer's kernel, for each video        (ModulatedConv.kernel)
     t [T]             --position code----->   [T, 48, 8, 8], the only input of the network         (position_code)
     both              --convolutions------>   frames [B, T, 3, H, W]                               (NeRV.forward)
 
@@ -30,8 +30,8 @@ class NeRVConfig:
     token_dim: int = 128  # d, width of a token
     width: int = 128  # D, channels of all blocks but the last
     last_factor: int = 2  # the last block has 2D channels (§3.2, "Scaling up Blocks")
-    block: int = 64  # generated channels of a layer (twice that on the way from D to 2D)
-    stem_fraction: int = 1  # the first layer's generated block is [48/f, D/f]: f = 1 in S, 2 in B and L
+    block: int = 64  # m: of a kernel [D, D] the part [m, m] is generated, of one [2D, D] the part [2m, m]
+    stem_fraction: int = 1  # f: of the stem's [D, 48] the part [D/f, 48/f] is generated; f = 1 in S, 2 in B and L
     pos_dim: int = 16  # sinusoidal dimensions each for time, height and width
     pos_size: int = 8  # h = w of the position code (Table 2c)
 
@@ -55,8 +55,8 @@ CONFIGS |= {f"{name}-long": replace(c, num_frames=128) for name, c in CONFIGS.it
 def sinusoid(position, dim, length):
     """Sine and cosine features of real positions (§A.1: "sinusoidal", in the index, not exponential).
 
-    position [...], in cells or frames -> [..., dim], dim even. Angular frequencies are evenly spaced (not in the paper), from a
-    quarter of a wave over the length, which tells positions apart, up to 0.9 π at most, below aliasing.
+    position [...], in cells or frames -> [..., dim], dim even. Angular frequencies are evenly spaced (not in the paper): the
+    lowest is a quarter period over the length, so that no two positions share a code, the highest at most 0.9 π (no aliasing).
     """
     count = dim // 2
     highest = min((count - 0.5) * math.pi / length, 0.9 * math.pi)
@@ -86,16 +86,16 @@ class ModulatedConv(nn.Module):
         k, std, self.upsample, self.gain = kernel_size, 1 / math.sqrt(in_ch * kernel_size**2), upsample, gain
         self.kernel_shape, self.block_shape = (out_ch, in_ch, k, k), (block_out, block_in, k, k)
         self.add_head(config, math.prod(self.block_shape), std)
-        self.beside = nn.Parameter(torch.randn(block_out, in_ch - block_in, k, k) * std)  # W[:block_out, block_in:]
-        self.below = nn.Parameter(torch.randn(out_ch - block_out, in_ch, k, k) * std)  # W[block_out:]
+        self.beside = nn.Parameter(torch.randn(block_out, in_ch - block_in, k, k) * std)  # shared: W[:block_out, block_in:]
+        self.below = nn.Parameter(torch.randn(out_ch - block_out, in_ch, k, k) * std)  # shared: W[block_out:]
         self.bias = nn.Parameter(torch.zeros(out_ch))
 
     def add_head(self, config, entries, std):
-        """The multi-head affine mapping to this layer's block; its matrix and its offset start at standard deviation std."""
+        """The multi-head affine: one map [d -> per_token] for all tokens; matrix and offset start at standard deviation std."""
         per_token = math.ceil(entries / config.num_tokens)  # where N does not divide the block, the surplus is cut off
         self.head = nn.Linear(config.token_dim, per_token, bias=False)
         nn.init.normal_(self.head.weight, std=std / math.sqrt(config.token_dim))
-        # One offset per entry. A bias of the head would start all output channels with the same kernel (not in the paper).
+        # One offset per entry (not in the paper): a bias of the head would start all output channels with the same kernel.
         self.offset = nn.Parameter(torch.randn(entries) * std)
 
     def generate(self, tokens):
@@ -120,7 +120,8 @@ class ModulatedConv(nn.Module):
 
         Frames are the batch and videos the groups of a group convolution (FastNeRV, Fig. 5): B networks run in one call.
         """
-        B, weight = len(tokens), self.kernel(tokens).to(x.dtype)
+        B = len(tokens)
+        weight = self.kernel(tokens).to(x.dtype)
         weight = weight.transpose(1, 2) if self.upsample else weight  # [B, in, out, 4, 4], as transposed convolutions take it
         return self.convolve(x, weight.flatten(0, 1), self.bias.to(x.dtype).repeat(B), B)
 
@@ -145,7 +146,7 @@ def double(x):
 
 
 class Block(nn.Module):
-    """One ×2 level: a transposed convolution, one or two 3×3 convolutions, and a residual side connection (Table A1)."""
+    """One ×2 level: a transposed convolution, two 3×3 convolutions (the last block: one), and a residual side connection."""
 
     def __init__(self, up, convs, side=None):
         super().__init__()
@@ -174,7 +175,7 @@ class NeRV(nn.Module):
         def conv(in_ch, out_ch, k=3, gain=GELU_GAIN, **kw):
             return self.Conv(config, in_ch, out_ch, k, m, m * out_ch // in_ch, gain=gain, **kw)
 
-        def up(ch):  # an output pixel of a stride-2 4×4 transposed convolution meets only 4 of the 16 taps
+        def up(ch):  # each output pixel gets only 4 of the 16 taps, a quarter of the variance, hence gain 2
             return conv(ch, ch, 4, gain=2.0, upsample=True)
 
         levels = (config.resolution // config.pos_size).bit_length() - 1
@@ -193,7 +194,7 @@ class NeRV(nn.Module):
         return layers + [("to_rgb", self.to_rgb)]
 
     def num_kernel_weights(self):
-        """Entries of one video's kernels, generated and shared together: the "#Params detokenizer" of Table 1."""
+        """Entries of one video's kernels, without side connections: the "#Params detokenizer" of Table 1."""
         return sum(math.prod(layer.kernel_shape) for _, layer in self.table_layers())
 
     def forward(self, tokens, t):
@@ -209,7 +210,7 @@ class NeRV(nn.Module):
             x = x.contiguous(memory_format=torch.channels_last)  # in which CPUs convolve up to twice as fast
         x = self.blocks_to_rgb(GELU_GAIN * F.gelu(self.stem(x, tokens)), tokens)  # [T, B * 3, H, W]
         x = x.unflatten(1, (B, 3)).transpose(0, 1)  # [B, T, 3, H, W]
-        # Not in the paper: 0.01 more gradient, as that of tanh is exactly zero in float32 beyond about ±9.
+        # The value is tanh(x). Its gradient gets 0.01 more (not in the paper): in float32 it is exactly zero beyond about ±9.
         return torch.tanh(x) + 0.01 * (x - x.detach())
 
     def blocks_to_rgb(self, x, tokens):

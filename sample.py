@@ -34,8 +34,8 @@ class Config:
         "what", [], "go on from the first frames of FILEs; --classes may name theirs", nargs="+", metavar="FILE"
     )
     refine: int = option("what", 0, "gradient steps on the tokens of FILEs, or on predicted ones by the given frames")
-    time_scale: float = option("time", 1.0, "decoded frames per frame of the training clips; 8 makes 128 of 16")
-    extrapolate: float = option("time", 0.0, "go on for this many frames beyond the end of the clip")
+    time_scale: float = option("time", 1.0, "decoded frames per frame of the training clips: 8 decodes 128 in the time of 16")
+    extrapolate: float = option("time", 0.0, "continue for the time of this many training frames beyond the end of the clip")
     fps: float = option("time", 12.0, "frames per second of what is written")
     steps: int = option("sampling", 20, "evaluations of the denoiser, 1 to 1000; ddim takes about 100 for the same")
     sampler: str = option("sampling", "dpm", "DPM-Solver++, DDIM, or ancestral", choices=["dpm", "ddim", "ddpm"])
@@ -63,7 +63,7 @@ class Sampler:
         T = self.vae.nerv_config.num_frames
         inside = max(1, round(T * config.time_scale))
         step = (T - 1) / max(1, inside - 1)
-        self.t = torch.arange(inside + round(config.extrapolate / max(step, 1e-9))) * step
+        self.t = torch.arange(inside + (round(config.extrapolate / step) if step else 0)) * step
 
     def labels(self, default):
         """Class names or numbers of --classes, or the default labels -> list of labels."""

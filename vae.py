@@ -49,7 +49,8 @@ def encoder_config(preset, c):
 class Attention(nn.Module):
     """Multi-head self-attention: [B, L, width] -> [B, L, width].
 
-    qk_gain > 0 normalizes queries and keys (Dehghani et al. 2023; not in the paper), so that attention starts out sharp.
+    qk_gain > 0 normalizes queries and keys (Dehghani et al. 2023; not in the paper), so that attention starts out peaked, not
+    uniform. The blocks of stage 2 do without.
     """
 
     def __init__(self, width, heads, qk_gain=0.0):
@@ -61,7 +62,7 @@ class Attention(nn.Module):
             nn.init.constant_(self.q_norm.weight, qk_gain), nn.init.constant_(self.k_norm.weight, qk_gain)
 
     def forward(self, x, last=0):
-        """last: how many tokens, from the end, have an output; they attend to all. 0 is all, as x[:, -0:] is x."""
+        """last: the number of tokens, from the end, that have an output; they attend to all. 0 means all, as x[:, -0:] is x."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each [B, L, heads, width / heads]
         q, k = self.q_norm(q[:, -last:]), self.k_norm(k)
         x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # [B, heads, L, …]
@@ -95,8 +96,8 @@ class ViT(nn.Module):
         self.position = nn.Parameter(grid_position(grid, config.width))
         self.query = nn.Parameter(torch.randn(nerv_config.num_tokens, config.width) * 0.02)
         self.blocks = nn.ModuleList(EncoderBlock(config.width, config.heads) for _ in range(config.depth))
-        # "Batch normalized along the token embedding dimension" (§3.1), each token by itself: at the start most of the variance
-        # is between tokens, not between videos.
+        # "Batch normalized along the token embedding dimension" (§3.1): each of the N × width numbers by itself, since at the
+        # start they vary more between tokens than between videos.
         self.norm = utils.BatchNorm(nerv_config.num_tokens * config.width)
 
     def forward(self, video):
@@ -107,11 +108,10 @@ class ViT(nn.Module):
         x = self.embed(x) + self.position
         x = torch.cat([x, self.query.expand(len(x), -1, -1)], 1)
         for block in self.blocks[:-1]:
-            x = (
-                torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
-                if self.recompute and self.training
-                else block(x)
-            )
+            if self.recompute and self.training:
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         x = self.blocks[-1](x, last=self.num_tokens)  # what the patches would become is not used
         return self.norm(x.flatten(1)).unflatten(1, (self.num_tokens, -1))
 
@@ -122,7 +122,7 @@ class Encoder(ViT):
     def __init__(self, config, nerv_config):
         super().__init__(config, nerv_config)
         self.to_latent = nn.Linear(config.width, 2 * nerv_config.token_dim)
-        # Not in the paper: the posterior starts narrow, so that the decoder uses the tokens before the KL term penalizes them.
+        # Not in the paper: the posterior starts narrow, with deviation exp(-6), so that noise does not hide the tokens.
         nn.init.zeros_(self.to_latent.weight.data[nerv_config.token_dim :])
         nn.init.constant_(self.to_latent.bias.data[nerv_config.token_dim :], -12.0)
 
@@ -132,7 +132,7 @@ class Encoder(ViT):
 
 
 def grid_position(grid, width):
-    """Fixed-frequency position embeddings to start from: [t * h * w, width], a third of the width for each axis."""
+    """The initial value of the learned position embedding: [t * h * w, width], a third of the width for each axis."""
     dim = width // 6 * 2
     t, h, w = (nerv.sinusoid(torch.arange(n, dtype=torch.float32), dim, n) for n in grid)  # each [n, dim]
     code = torch.cat([axis.expand(*grid, dim) for axis in (t[:, None, None], h[:, None], w)], -1)
@@ -154,11 +154,12 @@ class VAE(nn.Module):
     def decode(self, tokens, t):
         """tokens [B, N, d], frame positions t [T] -> frames [B, T, 3, H, W], [-1, 1] (NeRV.forward).
 
-        All videos decode in one call while their maps fit a GPU's 32-bit indices, or a CPU's cache: 3 times as fast there.
+        All videos decode in one call while their maps fit a GPU's 32-bit indices, or a CPU's cache (one by one, nano is three
+        times as fast there).
         """
-        c = self.nerv_config
+        c, limit = self.nerv_config, 2**31 - 1 if t.is_cuda else 2**19  # elements
         video = len(t) * c.last_factor * c.width * c.resolution**2  # elements of a video's largest map
-        return torch.cat([self.nerv(part, t) for part in tokens.split(max(1, (2**31 - 1 if t.is_cuda else 2**19) // video))])
+        return torch.cat([self.nerv(part, t) for part in tokens.split(max(1, limit // video))])
 
 
 def load_vae(ckpt, decoder=nerv.NeRV):
@@ -171,8 +172,8 @@ def load_vae(ckpt, decoder=nerv.NeRV):
 
 
 def data_settings(ckpt, **own):
-    """The settings of a stage-1 checkpoint, for data.open_dataset; `own` replace them, but for those that are empty."""
-    return Config(**ckpt["config"] | {name: value for name, value in own.items() if value})
+    """The settings of a stage-1 checkpoint, for data.open_dataset, with those of `own` in their place that are not empty."""
+    return Config(**(ckpt["config"] | {name: value for name, value in own.items() if value}))
 
 
 def psnr(clips, reconstructions):
@@ -231,7 +232,7 @@ class Config:
     save_every: int = option("output", 500, "steps between checkpoints and previews")
 
 
-SIZES = ("resolution", "num_frames", "num_tokens", "token_dim", "width")  # of the decoder, as options
+SIZES = ("resolution", "num_frames", "num_tokens", "token_dim", "width")  # fields of NeRVConfig that are options too
 # The discriminator learns every 5 steps at a fifth of the learning rate (§A.1); when it joins, and R1, is not in the paper.
 GAN_EVERY, GAN_LR, R1_WEIGHT, R1_EVERY = 5, 0.2, 1.0, 16
 
@@ -286,7 +287,7 @@ def main(argv=None, decoder=nerv.NeRV):
     encoder_size, kernels = utils.millions(vae.encoder), vae.nerv.num_kernel_weights() / 1e6
     log.print(f"{len(train_set)} clips, encoder {encoder_size:.2f} M, kernels of a video {kernels:.2f} M, from step {start} on")
     if utils.wants_compile(device, config.compile):
-        for network in filter(None, (vae.encoder, vae.nerv, perceptual)):  # R1 differentiates the discriminator twice
+        for network in filter(None, (vae.encoder, vae.nerv, perceptual)):  # R1 takes second derivatives of the discriminator
             network.compile()
 
     def save(step):
@@ -296,7 +297,8 @@ def main(argv=None, decoder=nerv.NeRV):
         )  # fmt: skip
         with utils.autocast(device, config.bf16):
             reconstructions = reconstruct(ema, held_out, device)
-        pairs = torch.stack([held_out, reconstructions], 1)[data.spread(held_out, 6)].flatten(0, 1)
+        shown = data.spread(held_out, 6)
+        pairs = torch.stack([held_out[shown], reconstructions[shown]], 1).flatten(0, 1)
         write_sheet(log.directory / f"step{step:07d}.png", pairs, ["real", "reconstructed"] * (len(pairs) // 2))
         log.write()
         log.print(f"step {step}: held-out PSNR {psnr(held_out, reconstructions):.2f} dB")
@@ -306,13 +308,13 @@ def main(argv=None, decoder=nerv.NeRV):
         # The random numbers of the whole batch, of which this process uses its rows.
         random = utils.step_generator(device, config.seed, step)
         noise = torch.randn(config.batch_size, config.num_tokens, config.token_dim, generator=random, device=device)
-        # Frames are independent given the weights: any few of them will do. The discriminator needs neighbours, for motion.
+        # Frames are independent given the weights: a random few give an unbiased loss. The discriminator needs neighbours.
         adversarial = discriminator is not None and step >= gan_start
         t = torch.randperm(T, generator=random, device=device)[:count].sort().values
         if adversarial:
             t = torch.randint(T - count + 1, (1,), generator=random, device=device) + torch.arange(count, device=device)
         update = adversarial and (step - gan_start) % GAN_EVERY == 0  # of the discriminator
-        lazy = (step - gan_start) % (GAN_EVERY * R1_EVERY) == 0  # R1 in every R1_EVERY-th update, scaled to match
+        with_r1 = (step - gan_start) % (GAN_EVERY * R1_EVERY) == 0  # in every R1_EVERY-th update, with a weight that makes up
 
         for turn in range(config.accumulate):
             place = (turn * world + rank) * rows  # of this process's clips in the batch
@@ -335,14 +337,14 @@ def main(argv=None, decoder=nerv.NeRV):
             log.add(loss=loss, **terms)
             if update:
                 with utils.autocast(device, config.bf16):
-                    disc_loss, margin = losses.discriminator_loss(discriminator, real, frames, R1_WEIGHT * R1_EVERY * lazy)
+                    disc_loss, margin = losses.discriminator_loss(discriminator, real, frames, R1_WEIGHT * R1_EVERY * with_r1)
                 (disc_loss / config.accumulate).backward()
                 log.add(disc_loss=disc_loss, disc_margin=margin)
 
         optimizer_step(loss, lr)
         utils.update_ema(ema, vae, 0.99 if config.preset == "nano" else 0.9995, step)
         if update:
-            disc_step(disc_loss, lr * GAN_LR)
+            disc_step(disc_loss, lr * GAN_LR)  # of the loss, only whether it is finite matters
         if log.step(step):
             optimizer_step.check(step)
             if discriminator:
