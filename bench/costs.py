@@ -18,6 +18,7 @@ import nerv
 import vae
 from common import utils
 from common.utils import option
+from siblings import vin
 from siblings.results import table
 
 
@@ -82,17 +83,23 @@ def costs(config):
     print("encode, decode, denoise once: GFLOP of one clip's forward pass; keeps: GiB for its backward pass, in float32")
 
 
+def long_costs(c, config, C):
+    """FLOPs of C chunks by themselves, with the interface, to which neighbours are added, and with full attention."""
+    with FakeTensorMode():
+        x, step = torch.empty(C, c.num_tokens, c.token_dim), torch.ones(C, dtype=torch.long)
+        nets = [partial(vin.VIN(c, replace(config, neighbours=near)), chunks=C) for near in (False, True)]
+        runs = [partial(net, x, step, step) for net in (dit.DiT(c), *nets)]
+        runs.append(partial(dit.DiT(replace(c, num_tokens=C * c.num_tokens)), x.flatten(0, 1)[None], step[:1], step[:1]))
+        return [forward_costs(run)[0] for run in runs]
+
+
 def long_videos(config):
     """GFLOP of S's denoiser, once, on one video of C chunks; in brackets, the difference from full attention."""
-    from siblings import vin
-
-    rows, ways = [], []
+    rows = []
     for tokens, chunks in itertools.product(config.tokens, config.chunks):
-        costs = vin.flops(replace(dit.DiTConfig(), num_tokens=tokens), vin.VINConfig(), chunks)
-        *ways, full = costs
-        cells = [f"{costs[way] / 1e9:.0f} ({100 * (costs[way] / costs[full] - 1):+.0f} %)" for way in ways]
-        rows.append([tokens, chunks, *cells, f"{costs[full] / 1e9:.0f}"])
-    table(["tokens a chunk", "chunks", *ways, full], rows)
+        costs = long_costs(replace(dit.DiTConfig(), num_tokens=tokens), vin.VINConfig(), chunks)
+        rows.append([tokens, chunks, *(f"{cost / 1e9:.0f} ({100 * (cost / costs[-1] - 1):+.0f} %)" for cost in costs)])
+    table(["tokens a chunk", "chunks", "by themselves", "interface, --no-neighbours", "interface", "full attention"], rows)
 
 
 def main():

@@ -2,14 +2,12 @@
 
 python -m bench.load --data-dir clips/train
 
-Videos are 8 frames of 256 × 256. Weights and H.264 are decoded anew each time, from bytes in memory; the model is not trained,
-which takes as long. All rows are measured in turns.
+Videos are 8 frames of 256 × 256. Weights, a byte a code, and H.264 are decoded anew each time; the model is not trained, which
+takes as long. All rows are measured in turns, on OMP_NUM_THREADS threads.
 """
 
 import io
-import itertools
 import math
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,16 +22,13 @@ from common import utils, video
 from common.utils import option
 from siblings import codec, rivals
 from siblings.results import table
-from siblings.videofile import VideoFile
 
 
 @dataclass
 class Config:
     videos: list = option("what", [1, 4, 16, 64], "in a batch", nargs="+", type=int)
-    threads: list = option("what", [1, 2], "that decode", nargs="+", type=int)
     data_dir: str = option("what", "", "folder of videos; default: the built-in shapes")
     repeats: int = option("what", 5, "measurements, after one that is not counted")
-    device: str = option("what", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
 
 
 def h264(stream):
@@ -43,41 +38,39 @@ def h264(stream):
         return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
 
 
+@torch.no_grad()
 def main():
     config = utils.parse_options(Config, __doc__)
     utils.check_positive(config, "repeats")
-    device, count = utils.pick_device(config.device), math.lcm(*config.videos)
-    source = {"dataset": "folder", "data_dir": config.data_dir} if config.data_dir else {}
-    clips = data.open_dataset(data.Config(**source, resolution=256, num_frames=8), "train")
-    frames = np.stack([clips[i][0] for i in range(count)])  # uint8 [count, 8, 256, 256, 3]
+    device, count = utils.pick_device(), math.lcm(*config.videos)
+    dataset = data.open_dataset(data.Config("folder" if config.data_dir else "shapes", config.data_dir, 256, 8), "train")
+    frames = np.stack([dataset[i][0] for i in range(count)])  # uint8 [count, 8, 256, 256, 3]
     streams = [rivals.encode("x264", clip, 25, crf=40) for clip in frames]
     model = codec.Codec(codec.CodecConfig(), codec.ENCODERS["fastnerv"]).to(device).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        untrained = {"config": {"degrade": "none", "rate": 0}}
-        codec.write_video(frames.reshape(-1, 256, 256, 3), 25, f"{folder}/a.nerv", model, untrained, codec.BITS, 1.0, 0)
-        file = VideoFile(f"{folder}/a.nerv", model, "")
+    clips = (video.to_clip(clip)[None].to(device) for clip in frames)
+    numbers = torch.cat([codec.encode_clips(model, clip, codec.BITS, keep=1.0) for clip in clips]).to(torch.int8)
 
-    def of_streams(chosen, pool):
+    def of_weights(chosen, bf16):
+        codes = model.decoder.dequantize(numbers[chosen].float(), codec.BITS)
+        with utils.autocast(device, bf16):
+            return model.decoder(codes, torch.arange(8, device=device)).float().clamp_(-1, 1)
+
+    def of_streams(chosen):
         return video.to_clip(np.stack(list(pool.map(h264, [streams[i] for i in chosen])))).to(device)
 
-    def all_videos(threads, B, batch_of):
+    def all_videos(B, batch_of):
         """Every video once, B at a time."""
-        torch.set_num_threads(threads)
         for chosen in np.random.default_rng(0).permutation(count).reshape(-1, B):
             batch_of(chosen)
 
-    runs, rows = {}, {}
-    for threads, B in itertools.product(config.threads, config.videos):
-        loaders = {kind: codec.load_clips([file], model, B, bf16=bf16) for kind, bf16 in (("", "off"), (", bfloat16", "on"))}
-        ways = {f"weights{kind}": lambda chosen, loader=loader: next(loader) for kind, loader in loaders.items()}
-        ways["H.264"] = partial(of_streams, pool=ThreadPoolExecutor(threads))
-        ways["raw frames in memory"] = lambda chosen: video.to_clip(frames[chosen]).to(device)
-        runs |= {(way, threads, B): partial(all_videos, threads, B, batch_of) for way, batch_of in ways.items()}
-    for (way, threads, _), seconds in measure(runs, config.repeats, device).items():
-        rows.setdefault((way, threads), [way, threads]).append(spread([count / each for each in seconds]))
-    table(["videos / s from", "threads", *(f"{B} in a batch" for B in config.videos)], list(rows.values()))
-    sizes = sum(model.config.codes) * codec.BITS / 8, np.mean([len(stream) for stream in streams]), frames[0].nbytes
-    print("\nbytes of a video: weights {:.0f} before entropy coding, H.264 {:.0f}, raw {:.0f}".format(*sizes))
+    pool, runs, rows = ThreadPoolExecutor(torch.get_num_threads()), {}, {}
+    ways = {"weights": partial(of_weights, bf16="off"), "weights, bfloat16": partial(of_weights, bf16="on")}
+    ways |= {"H.264": of_streams, "raw frames in memory": lambda chosen: video.to_clip(frames[chosen]).to(device)}
+    for B in config.videos:
+        runs |= {(way, B): partial(all_videos, B, batch_of) for way, batch_of in ways.items()}
+    for (way, _), seconds in measure(runs, config.repeats, device).items():
+        rows.setdefault(way, [way]).append(spread([count / each for each in seconds]))
+    table(["videos / s from", *(f"{B} in a batch" for B in config.videos)], list(rows.values()))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from extras.refine import refine
 from extras.renorm import BatchRenorm
 from siblings import container, rd, rivals
 from siblings.degrade import KINDS, degrade
-from siblings.frames import check_target, cut, frame_range, join, read_video
+from siblings.frames import check_target, cut, frame_range, read_video
 from siblings.videofile import VideoFile, coding_order, decode_frames, model_name, packed
 
 # ------------------------------------------------------------------------------------------------------------------- model
@@ -444,7 +444,7 @@ class Compare:
 def write_video(frames, fps, target, codec, ckpt, bits, keep, refine, quiet=True):
     """Encode frames, uint8 [F, H, W, 3], as the file `target`; the settings are those of Encode.
 
-    Returns (bytes, "nerv", seconds of encoding, the frames decoded from it), as rd.Point.run.
+    Returns (bytes, seconds of encoding, the frames decoded from it), as rd.Point.run.
     """
     c, (count, height, width, _), trained, begin = codec.config, frames.shape, ckpt["config"], time.time()
     if not 4 <= bits <= 8 or not 0 < keep <= 1:
@@ -458,7 +458,7 @@ def write_video(frames, fps, target, codec, ckpt, bits, keep, refine, quiet=True
         chunks.append(packed(torch.cat(numbers).cpu().numpy(), order))
     header = {"kind": "codec", "model": model_name(codec), "size": [width, height], "frames": count, "rate": round(fps, 4)}
     size, seconds = container.write(target, header | {"bits": [bits], "keep": keep}, chunks), time.time() - begin
-    return size, "nerv", seconds, np.concatenate(list(decode_frames(VideoFile(target, codec, ""), codec, 0, count)))
+    return size, seconds, np.concatenate(list(decode_frames(VideoFile(target, codec, ""), codec, 0, count)))
 
 
 def encode(source, target, config):
@@ -467,7 +467,7 @@ def encode(source, target, config):
     check_target(target, source, config.ckpt)
     frames, fps = read_video(source)
     settings = config.bits, config.keep, config.refine
-    size, _, seconds, made = write_video(frames, fps, target, codec, ckpt, *settings, quiet=False)
+    size, seconds, made = write_video(frames, fps, target, codec, ckpt, *settings, quiet=False)
     error = np.mean([np.square(x - y.astype(np.float32)).mean() for x, y in zip(made, frames)])
     print(
         f"wrote {target}: {len(frames)} frames of {frames.shape[2]} x {frames.shape[1]} in {size} bytes, "
@@ -511,23 +511,6 @@ def compare(*sources, config):
         raise UserError(f"{' '.join(map(printable, sources))}: there are no videos in it")
     videos = [read_video(paths[i], config.size or None) for i in data.spread(paths, config.videos or len(paths))]
     rd.compare(points, videos, config.out_dir)
-
-
-@torch.no_grad()
-def load_clips(files, codec, batch_size, seed=0, bf16="auto"):
-    """Random clips of VideoFiles of one size of frame, as batches without end: [B, T, 3, H, W] in [-1, 1], on the device.
-
-    Many videos decode in one call (§3.2, "NeRV-Dec"). Every whole chunk comes once in a pass, each pass in an order that
-    follows from the seed. What has been read stays in memory, a byte a code.
-    """
-    T, device = codec.config.num_frames, codec.decoder.mean.device
-    clips = [(file, chunk) for file in files for chunk in range(file.frames // T)]
-    numbers = functools.cache(lambda file, chunk: file.numbers(chunk))
-    for indices in data.Stream(len(clips), batch_size, seed):
-        codes = torch.cat([clips[i % len(clips)][0].codes(numbers(*clips[i % len(clips)])) for i in indices])
-        with utils.autocast(device, bf16):
-            tiles = codec.decoder(codes, torch.arange(T, device=device)).float().clamp_(-1, 1)
-        yield join(tiles.unflatten(0, (len(indices), -1)), files[0].height, files[0].width)
 
 
 # Each command: its function, its settings, its presets, and the files it takes, "…" for more of the last one.

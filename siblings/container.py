@@ -57,7 +57,7 @@ def write(path, header, chunks):
 class Reader:
     """header: the dictionary. len(reader): number of chunks. reader[i]: the bytes of one, or None where it is damaged.
 
-    Raises BadFile for what is not such a file, or whose header is damaged. `tail` are bytes too many, or, below 0, missing.
+    Raises BadFile for what is not such a file, or whose header is damaged, or after which bytes follow.
     """
 
     def __init__(self, path):
@@ -89,7 +89,8 @@ class Reader:
                 raise ValueError
         except (zlib.error, ValueError, IndexError, struct.error, RecursionError):
             raise BadFile(path, "its header is not one of this program") from None
-        self.tail = self.length - offset
+        if self.length > offset:
+            raise BadFile(path, f"{self.length - offset} bytes follow its end")
 
     def __len__(self):
         return len(self.entries)

@@ -12,9 +12,10 @@ import torch
 from common.video import to_frames
 from siblings import container, entropy, methods
 from siblings.components import Plan
+from siblings.frames import LARGEST
 from siblings.methods import METHODS, Network
 
-PIXELS, MOST = 2**25, 10**8  # of a frame, and parameters of a network, at most
+MOST = 10**8  # parameters of a network
 
 
 def width(x, bits):
@@ -82,7 +83,7 @@ class FittedVideo:
             good = good and 4 <= self.bits <= 8 and 0 < self.rate < 1e6 and max(steps) <= 8 and max(channels) <= 2**16
             good = good and 1 <= len(steps) <= 16 and len(channels) == len(steps) + 1 and self.frames <= 10**7
             plan = Plan(self.frames, self.height, self.width, steps, channels)
-            good = good and self.width * self.height <= PIXELS and math.prod(plan.padded) <= 16 * PIXELS
+            good = good and self.width * self.height <= LARGEST and math.prod(plan.padded) <= 16 * LARGEST
             # Counted before anything of that size is allocated; a parameter takes at least this much of a file.
             self.parameters = methods.count(METHODS[self.method], plan, codes=True) if good else 0
         except (KeyError, TypeError, ValueError, RuntimeError):
@@ -95,8 +96,6 @@ class FittedVideo:
             unpack(self.network, [reader[i] for i in range(len(reader))], self.bits)
         except ValueError:
             raise container.BadFile(path, "it is damaged, or by another version of this program") from None
-        if reader.tail > 0:
-            raise container.BadFile(path, f"{reader.tail} bytes follow its end")
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from common.video import to_clip
 from siblings.results import add_row, families, table
 
 BATCH = 16  # frames that are looked at together
-COLUMNS = ["codec", "setting", "videos", "frames", "bytes", "bpp", "bpp with model", "psnr", "ms-ssim", "seconds", "file"]
+COLUMNS = ["codec", "setting", "videos", "frames", "bytes", "bpp", "bpp with model", "psnr", "ms-ssim", "seconds"]
 
 
 def psnr(error):
@@ -39,7 +39,7 @@ def ms_ssim(x, y):
 
 
 class Point(NamedTuple):
-    """One setting of one codec: run(frames, fps, path) -> (bytes, kind of file, seconds of encoding, the frames decoded).
+    """One setting of one codec: run(frames, fps, path) -> (bytes, seconds of encoding, the frames decoded).
 
     model: bytes that a receiver needs beside the files.
     """
@@ -55,7 +55,7 @@ def measure(point, videos, directory):
     row = {"codec": point.codec, "setting": point.setting, "videos": len(videos)} | dict.fromkeys(COLUMNS[3:], 0)
     pixels = error = 0
     for frames, fps in videos:
-        size, row["file"], seconds, decoded = point.run(frames, fps, f"{directory}/video")
+        size, seconds, decoded = point.run(frames, fps, f"{directory}/video")
         for name, value in {"frames": len(frames), "bytes": size, "seconds": seconds}.items():
             row[name] += value
         pixels += frames.size // 3
@@ -112,14 +112,12 @@ def report(directory, rows):
     table(COLUMNS, [[f"{x:.4g}" if isinstance(x, float) else x for x in (row[name] for name in COLUMNS)] for row in rows])
     codecs, lines = list(dict.fromkeys(row["codec"] for row in rows)), []
     curves = {codec: [(row["bpp"], row["psnr"]) for row in rows if row["codec"] == codec] for codec in codecs}
-    for reference in (codec for codec in codecs if codec.startswith("x264")):
-        for codec in (codec for codec in codecs if codec != reference):
-            share, low, high = bd_rate(curves[reference], curves[codec])
-            found = ["", "none"] if math.isnan(share) else [f"{100 * share:+.1f} %", f"{low:.2f} to {high:.2f}"]
-            lines.append([codec, reference, *found])
-    if lines:
-        print()
-        table(["codec", "against", "BD-rate, PSNR", "over dB"], lines)
+    for codec in codecs if "x264" in codecs else ():
+        share, low, high = bd_rate(curves["x264"], curves[codec])
+        found = ["", "none"] if math.isnan(share) else [f"{100 * share:+.1f} %", f"{low:.2f} to {high:.2f}"]
+        lines.append([codec, *found])
+    print()
+    table(["codec", "BD-rate against x264, PSNR", "over dB"], lines)
     panels = []
     for name in ("psnr", "ms-ssim"):
         if not all(math.isnan(row[name]) for row in rows):

@@ -1,7 +1,7 @@
 """What one would use instead: x264, x265 and SVT-AV1 (by PyAV), each with one thread, at its slow best and tuned for PSNR.
 
 Raw bitstreams are counted: they need no tables of a container, 800 bytes and more of an MP4, and play all the same. Colours
-are 4:2:0 inside, as videos mostly are, or 4:4:4 ("-444"), which is better for frames that were scaled down. SVT-AV1 lacks it.
+are 4:2:0 inside, as videos mostly are.
 """
 
 import functools
@@ -31,7 +31,6 @@ class Rival(NamedTuple):
     form: str  # of its raw files
     worst: int  # the largest CRF
     options: dict
-    pixels: str = "yuv420p"
 
 
 X265 = {"preset": "veryslow", "tune": "psnr", "x265-params": "info=0:log-level=error:pools=none:frame-threads=1"}
@@ -40,8 +39,6 @@ RIVALS = {
     "x265": Rival("libx265", "hevc", 51, X265),
     "av1": Rival("libsvtav1", "obu", 63, {"preset": "2", "svtav1-params": "lp=1:tune=1"}),
 }
-for name in ("x264", "x265"):
-    RIVALS[f"{name}-444"] = RIVALS[name]._replace(pixels="yuv444p")
 
 
 def available():
@@ -52,20 +49,19 @@ def available():
 def encode(name, frames, fps, crf):
     """Frames, uint8 [T, H, W, 3], at one of RIVALS' constant quality -> the bytes of a raw file."""
     rival, (_, height, width, _) = RIVALS[name], frames.shape
-    if rival.pixels == "yuv420p":
-        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
     encoder = av.CodecContext.create(rival.encoder, "w")
     encoder.height, encoder.width = frames.shape[1:3]
     encoder.framerate = Fraction(fps).limit_denominator(10_000)
-    encoder.time_base, encoder.pix_fmt, encoder.thread_count = 1 / encoder.framerate, rival.pixels, 1
+    encoder.time_base, encoder.pix_fmt, encoder.thread_count = 1 / encoder.framerate, "yuv420p", 1
     encoder.options = rival.options | {"crf": str(crf)}
-    if name.startswith("x265") and min(height, width) < 64:  # the same bytes; with AVX it overwrites its memory at 32 x 48
+    if name == "x265" and min(height, width) < 64:  # the same bytes; with AVX it overwrites its memory at 32 x 48
         encoder.options |= {"x265-params": X265["x265-params"] + ":no-asm=1"}
     packets = []
     for k, frame in enumerate(frames):
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")
         colours = {"dst_colorspace": "ITU601", "dst_color_range": "MPEG", "interpolation": SCALE}
-        picture = picture.reformat(format=rival.pixels, **colours)
+        picture = picture.reformat(format="yuv420p", **colours)
         picture.pts = k
         packets += encoder.encode(picture)
     data = b"".join(map(bytes, packets + encoder.encode(None)))
@@ -86,7 +82,7 @@ def there_and_back(frames, fps, path, name, crf):
     """What rd.Point.run is to give."""
     begin = time.time()
     data = encode(name, frames, fps, crf)
-    return len(data), "raw", time.time() - begin, decode(name, data, frames.shape)
+    return len(data), time.time() - begin, decode(name, data, frames.shape)
 
 
 def points(names, crfs):

@@ -48,8 +48,6 @@ class VideoFile:
             good = False
         if not good:
             raise container.BadFile(path, f"it is no video, or encoded by another model than {name}")
-        if self.reader.tail > 0:
-            raise container.BadFile(path, f"{self.reader.tail} bytes follow its end")
         self.tiles = math.ceil(self.width / c.resolution) * math.ceil(self.height / c.resolution)
         self.order, self.sources = coding_order(self.decoder, self.bits, keep), c.sources(keep)
 

@@ -139,23 +139,6 @@ class VIN(nn.Module):
         return rows, F.pad(mask, (self.config.global_tokens, 0), value=True)
 
 
-def flops(c, config, chunks):
-    """FLOPs of the denoiser, once, on a video of C chunks, as PyTorch counts them: {way: FLOPs}; c.num_tokens are a chunk's."""
-    w, N, M, inner = c.width, c.num_tokens, config.global_tokens, config.heads * c.width // c.heads
-
-    def blocks(tokens, depth):
-        return depth * (24 * tokens * w**2 + 4 * tokens**2 * w + 12 * w**2)  # maps of 12 w² a token, attention, condition
-
-    def denoise(tokens):
-        return blocks(tokens, c.depth) + 2 * 256 * w + 6 * w**2 + 4 * tokens * c.token_dim * w
-
-    interface = 4 * (M + chunks * N) * w**2 + 4 * M * chunks * N * w + blocks(M, config.depth)  # the global tokens
-    interface += chunks * denoise(N) + 4 * c.depth * inner * (M * w + chunks * N * (w + M))  # keys, queries, attention
-    near = 8 * c.depth * chunks * N * inner * (w + N)  # keys and values of two sides, attention to them
-    ways = {"by themselves": chunks * denoise(N), "interface, --no-neighbours": interface}
-    return ways | {"interface": interface + near, "full attention": denoise(chunks * N)}
-
-
 def generate(model, labels, chunks, steps=20, guidance=2.0, seed=None, first=None):
     """Latents [B, C, N, d] of videos of any number C of chunks; labels [B], the rest as in dit.generate.
 

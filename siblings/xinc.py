@@ -48,14 +48,18 @@ def explain(pairs, path, title, edges="constant"):
             shown = pair[0][0], maps[0], now, np.abs(then - now), motion
     ordered = np.sort(totals.ravel())[::-1]
     half = np.searchsorted(np.cumsum(ordered), ordered.sum() / 2) + 1
-    changes, moved = np.concatenate(changes), np.concatenate(moved)
-    draw(path, title, shown, totals)
+    draw_neurons(path, title, shown, totals)
     return {
         "neurons": totals.size,
         "near_dead": float((totals < DEAD * totals.mean()).mean()),
         "half": float(half / totals.size),
-        "motion": float(np.corrcoef(changes, moved)[0, 1]) if changes.std() * moved.std() > 0 else math.nan,
+        "motion": correlation(np.concatenate(changes), np.concatenate(moved)),
     }
+
+
+def correlation(x, y):
+    """Of two arrays [n], or NaN where one is constant."""
+    return float(np.corrcoef(x, y)[0, 1]) if x.std() * y.std() > 0 else math.nan
 
 
 def painted(x, kernel, stride=1):
@@ -92,29 +96,21 @@ def explain_cuts(chunks, path, title):
     for name, rows in found.items():
         changes, moved = (np.concatenate([row[k].ravel() for row in rows]) for k in (2, 3))
         still = changes[moved < 1].mean() / changes.mean() if (moved < 1).any() and changes.any() else math.nan
-        motion = np.corrcoef(changes, moved)[0, 1] if changes.std() * moved.std() > 0 else math.nan
         changed = float(changes.mean() / np.mean([row[4] for row in rows]))
-        figures[name] = {"changed": changed, "motion": float(motion), "still": float(still)}
+        figures[name] = {"changed": changed, "motion": correlation(changes, moved), "still": float(still)}
     shown, looks = {name: rows[most] for name, rows in found.items()}, [("", {}), ("the other frame", {})]
-    height, width = rows[0][3].shape
-    fig, axes = plot.figure(4 * len(PAIRS), 4, width=2.2, height=min(4, 2.2 * height / width + 0.3))
-    fig.suptitle(title, color=plot.INK, size=10)
     for k, what in ((2, "contributions"), (3, "the picture")):  # one scale for all rows
         limit = max(np.percentile(row[k], 99.5) for row in shown.values())
         looks.append((f"change of {what}", {"cmap": "magma", "vmax": limit}))
-    for k, (name, row) in enumerate(shown.items()):
-        for ax, picture, (text, look) in zip(axes[4 * k :], row, looks):
-            ax.imshow(picture, interpolation="nearest", **look)
-            ax.axis("off")
-            ax.set_title(text or name, size=8, color=plot.INK)
-    fig.savefig(path)
+    pictures = [(text or name, x, look) for name, row in shown.items() for x, (text, look) in zip(row, looks)]
+    draw(path, title, pictures, width=2.2)
     return figures
 
 
-def draw(path, title, shown, totals):
-    """A picture of one frame: what it shows, who works where, what changes; below, neurons from the busiest to the idlest."""
+def draw_neurons(path, title, shown, totals):
+    """One frame: what it shows, who works where, what changes; below, neurons from the busiest to the idlest."""
     frame, maps, total, change, motion = shown
-    rows = [
+    pictures = [
         ("the frame", frame, {}),
         ("all kernels together: where they add much", total, {"cmap": "magma"}),
         ("where that changes up to the next frame", change, {"cmap": "magma"}),
@@ -126,13 +122,19 @@ def draw(path, title, shown, totals):
         name = f"{('red', 'green', 'blue')[colour]} kernel, rank {rank + 1} of {len(order)}: "
         limit = max(np.abs(maps[neuron, colour]).max(), 1e-12)
         look = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
-        rows.append((f"{name}{100 * totals[neuron, colour] / totals.sum():.2g} %", maps[neuron, colour], look))
-    fig, axes = plot.figure(len(rows), 4, height=min(6, 3.2 * frame.shape[0] / frame.shape[1] + 0.45))
+        pictures.append((f"{name}{100 * totals[neuron, colour] / totals.sum():.2g} %", maps[neuron, colour], look))
+    below = "lower rows: what single kernels add, red makes brighter, blue darker, each in a scale of its own"
+    draw(path, title, pictures, width=3.2, below=below)
+
+
+def draw(path, title, pictures, width, below=""):
+    """Pictures [(name, array [H, W] or [H, W, 3], options of imshow)], four in a row, as a PNG."""
+    H, W = pictures[0][1].shape[:2]
+    fig, axes = plot.figure(len(pictures), 4, width, height=min(6, width * H / W + 0.4))
     fig.suptitle(title, color=plot.INK, size=11)
-    for ax, (name, picture, look) in zip(axes, rows):
+    fig.supxlabel(below, color=plot.INK, size=9)
+    for ax, (name, picture, look) in zip(axes, pictures):
         ax.imshow(picture, interpolation="nearest", **look)
         ax.axis("off")
         ax.set_title(name, size=8, color=plot.INK)
-    below = "lower rows: what single kernels add, red makes brighter, blue darker, each in a scale of its own"
-    fig.supxlabel(below, color=plot.INK, size=9)
     fig.savefig(path)

@@ -1,6 +1,5 @@
 """Costs against counting by hand; each measurement once, small; bench.gpu on a CPU."""
 
-import dataclasses
 import re
 import shlex
 import sys
@@ -37,16 +36,24 @@ def test_costs_of_s(capsys, monkeypatch):
     assert cells[:8] == ["S", "16 × 128²", "3.52 M", "4.18 M", "178.0 M", "457.3 M", "128 × 128", "48 : 1"]
 
 
-def test_formulas_of_long_videos_are_what_pytorch_counts():
-    c, config = dit.DiTConfig(num_tokens=6, token_dim=5, width=24, depth=3, heads=4), vin.VINConfig(global_tokens=7, heads=2)
-    with FakeTensorMode():
-        near, far = vin.VIN(c, config), vin.VIN(c, dataclasses.replace(config, neighbours=False))
-        one, whole = dit.DiT(c), dit.DiT(dataclasses.replace(c, num_tokens=30))
-        x, step = torch.empty(5, 6, 5), torch.ones(5, dtype=torch.long)
-        runs = [partial(one, x, step, step), *(partial(net, x, step, step, chunks=5) for net in (far, near))]
-        runs.append(partial(whole, x.view(1, 30, 5), step[:1], step[:1]))
-        counted = [costs.forward_costs(run)[0] for run in runs]
-    assert counted == list(vin.flops(c, config, 5).values())
+def test_costs_of_long_videos_are_those_of_formulas():
+    c, config, C = (
+        dit.DiTConfig(num_tokens=6, token_dim=5, width=24, depth=3, heads=4),
+        vin.VINConfig(global_tokens=7, heads=2),
+        5,
+    )
+    w, N, M, inner = c.width, c.num_tokens, config.global_tokens, config.heads * c.width // c.heads
+
+    def blocks(tokens, depth):
+        return depth * (24 * tokens * w**2 + 4 * tokens**2 * w + 12 * w**2)  # maps of 12 w² a token, attention, condition
+
+    def denoise(tokens):
+        return blocks(tokens, c.depth) + 2 * 256 * w + 6 * w**2 + 4 * tokens * c.token_dim * w
+
+    interface = 4 * (M + C * N) * w**2 + 4 * M * C * N * w + blocks(M, config.depth)  # the global tokens
+    interface += C * denoise(N) + 4 * c.depth * inner * (M * w + C * N * (w + M))  # keys, queries, attention
+    near = 8 * c.depth * C * N * inner * (w + N)  # keys and values of two sides, attention to them
+    assert costs.long_costs(c, config, C) == [C * denoise(N), interface, interface + near, denoise(C * N)]
 
 
 @pytest.mark.parametrize("topic", ["sample", "growth"])
@@ -60,13 +67,17 @@ def test_speed_prints_its_table(topic, trained, capsys, monkeypatch):
 
 
 def test_loading_prints_its_table_and_decodes_what_was_encoded(capsys, monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    seen, dequantize, made, encode = [], codec.NeRVDec.dequantize, [], codec.encode_clips
+    monkeypatch.setattr(codec, "encode_clips", lambda *args, **kw: made.append(encode(*args, **kw)) or made[-1])
+    monkeypatch.setattr(codec.NeRVDec, "dequantize", lambda self, *args: seen.append(args[0]) or dequantize(self, *args))
     monkeypatch.setitem(codec.ENCODERS, "fastnerv", vae.EncoderConfig(width=24, depth=1, heads=2, patch=(8, 64, 64)))
-    monkeypatch.setattr(sys, "argv", "load --videos 1 2 --threads 1 2 --repeats 1".split())
+    monkeypatch.setattr(sys, "argv", "load --videos 1 2 --repeats 1".split())
     load.main()
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + 8 and {len(line) for line in lines} == {6}
+    assert len(lines) == 2 + 4 and {len(line) for line in lines} == {5}
     frames, _ = data.Shapes(resolution=256, num_frames=8)[0]
+    assert all(any(torch.equal(row, one[0]) for one in made) for numbers in seen for row in numbers)
+    assert {len(numbers) for numbers in seen} == {1, 2}  # both videos of a batch in one call
     assert abs(load.h264(rivals.encode("x264", frames, 25, crf=10)).astype(float) - frames).mean() < 4
 
 

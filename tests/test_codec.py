@@ -219,16 +219,6 @@ def test_refinement_helps_and_quantization_is_in_its_loop(model, trained):
     assert error(30, 1.0, price=1.0)[1] < error(30, 1.0)[1]  # bits that cost are saved
 
 
-def test_clips_of_a_directory_come_once_in_a_pass(trained, model):
-    files, frames = [VideoFile(trained / "a.nerv", model, "")] * 2, decoded(trained / "a.nerv", model)
-    seen = []
-    for batch in itertools.islice(codec.load_clips(files, model, batch_size=4, seed=1), 4):  # two passes over 8 whole chunks
-        assert batch.shape == (4, 4, 3, 21, 35) and batch.abs().max() <= 1
-        clips = frames[:16].reshape(4, 4, 21, 35, 3)
-        seen += [next(k for k in range(4) if np.array_equal(clip, clips[k])) for clip in video.to_frames(batch)]
-    assert sorted(seen[:8]) == sorted(seen[8:]) == [0, 0, 1, 1, 2, 2, 3, 3] and seen[:8] != seen[8:]
-
-
 def test_explaining_shows_each_chunk_as_it_decodes(here, monkeypatch, model, capsys):
     seen, explain_cuts, whole = [], xinc.explain_cuts, decoded("a.nerv", model)
     monkeypatch.setattr(xinc, "explain_cuts", lambda chunks, *rest: (seen.extend(chunks), explain_cuts(chunks, *rest))[1])
@@ -360,6 +350,21 @@ def test_compare_counts_what_encode_writes(here, capsys, model):
     assert int(last["bytes"]) == size and float(last["bpp"]) == pytest.approx(8 * size / pixels)
     assert float(last["bpp with model"]) == pytest.approx(8 * (size + 4 * weights) / pixels)
     assert float(last["psnr"]) == pytest.approx(10 * math.log10(255**2 * 3 * pixels / error), abs=1e-3)
+
+
+def test_a_sheet_of_ours_beside_x264_within_as_many_bytes(here, monkeypatch, capsys):
+    titles, write_sheet = [], video.write_sheet
+    monkeypatch.setattr(
+        video, "write_sheet", lambda path, rows, names, **kw: titles.extend(names) or write_sheet(path, rows, names, **kw)
+    )
+    Path("clips").mkdir()
+    for name in ("a", "b", "c"):
+        shutil.copy("small.mkv", f"clips/{name}.mkv")
+    assert conftest.run("studies.codec", "--data-dir clips --size 16 --out-dir sheets") == 0
+    assert Path("sheets/frames.png").is_file() and "wrote sheets/frames.png" in capsys.readouterr().out
+    assert run("encode small.mkv one.nerv --refine 100") == 0  # 12 x 16, which the sheet cuts to a square and scales
+    assert [title.split(",")[0] for title in titles] == ["real", "ours", "x264"] * 3 and titles[1:3] == titles[4:6]
+    assert conftest.run("studies.codec", "") == 2 and "--data-dir" in capsys.readouterr().err
 
 
 def test_a_training_that_was_stopped_goes_on_exactly(tmp_path, monkeypatch, capsys):

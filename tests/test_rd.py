@@ -65,14 +65,14 @@ def test_measures_pool_over_videos_and_batches(tmp_path):
     rng = np.random.default_rng(0)
     videos = [(rng.integers(0, 256, (n, 40, 36, 3), np.uint8), 25) for n in (3, 20)]
     made = {n: np.clip(v.astype(int) + step, 0, 255).astype(np.uint8) for (v, _), n, step in zip(videos, (3, 20), (9, -2))}
-    point = rd.Point("a", "b", lambda frames, fps, path: (100, "raw", 0.5, made[len(frames)]), model=1000)
+    point = rd.Point("a", "b", lambda frames, fps, path: (100, 0.5, made[len(frames)]), model=1000)
     row = rd.measure(point, videos, tmp_path)
     error = np.concatenate([v - made[len(v)].astype(float) for v, _ in videos])
     assert row["psnr"] == pytest.approx(10 * math.log10(255**2 / np.square(error).mean()))
     similar = [rd.ms_ssim(to_clip(v), to_clip(made[len(v)])) for v, _ in videos]
     assert row["ms-ssim"] == pytest.approx(torch.cat(similar).mean().item(), rel=1e-4)
     assert row["bpp"] == 1600 / (23 * 40 * 36) and row["bpp with model"] == 9600 / (23 * 40 * 36) and row["seconds"] == 1
-    assert (row["videos"], row["frames"], row["bytes"], row["file"]) == (2, 23, 200, "raw")
+    assert (row["videos"], row["frames"], row["bytes"]) == (2, 23, 200)
 
 
 def test_degraded_clips_are_what_they_are_called(frames):
