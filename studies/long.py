@@ -2,6 +2,7 @@
 
 python -m studies.long --seconds 1200                    all rows from scratch: stage 1, stage 2, then each row for so long
 python -m studies.long --only interface "by themselves"
+python -m studies.long --between vae.pt                  frames between those that a stage 1 of the shapes is shown (§4.5.1)
 
 Rows with an interface, and full attention, go on for --seconds from a denoiser of as long a training; others train for both at
 once. A row's steps are those that fit, by the time of a few steps of its own. A row that is done is a line of runs.csv.
@@ -11,7 +12,6 @@ import functools
 import math
 import shlex
 from dataclasses import astuple, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +27,9 @@ import nerv
 import vae
 from common import checkpoints, utils, video
 from common.drawn import MOTIONS
-from common.utils import option
-from evaluate import classify, train_classifier
-from siblings import smooth, vin
+from common.utils import UserError, option
+from evaluate import classify, frame_psnr, train_classifier
+from siblings import vin
 from siblings.results import table
 from studies import runs
 
@@ -46,18 +46,20 @@ ROWS = {
     "interface, neighbours": ("vin", ""),
     "interface, neighbours, overlap 2": ("vin", "--overlap 2"),
 }
-COLUMNS = "row settings revision steps seconds gflop seam smooth colour size shape path fvd_start fvd_middle fvd_across".split()
+COLUMNS = "row settings revision steps seconds gflop seam colour size shape path fvd_start fvd_middle fvd_across".split()
 
 
 @dataclass
 class Config:
     only: list = option("what", [], "rows to run; all unless named", nargs="*", choices=list(ROWS))
+    between: str = option("what", "", "compare the frames between shown ones, and no rows", metavar="VAE.pt")
+    scale: int = option("what", 8, "of --between: decoded frames per shown one, as --time-scale of sample.py")
     chunks: int = option("what", 8, "of the videos that are compared, 2 or more; vin.py trains with 4")
     seconds: float = option("training", 600.0, "of training of each row, beside as much of the denoiser that it starts from")
     vae_options: str = option("training", "--steps 2000", "further options of vae.py, in quotes")
     dit_options: str = option("training", "", "further options of dit.py, in quotes")
     vin_options: str = option("training", "--num-latents 4096", "further options of siblings.vin, in quotes")
-    videos: int = option("judging", 36, "videos of each row")
+    videos: int = option("judging", 36, "videos of each row, or clips of --between")
     features: str = option("judging", "random", "of FVD; i3d takes the published weights", choices=["i3d", "random"])
     out_dir: str = option("output", "out/long", "runs.csv, checkpoints and their sheets go here")
 
@@ -170,7 +172,6 @@ class Study:
             clips = made.unflatten(0, (-1, c.chunks)).flatten(1, 2)  # [B, F, 3, H, W]
         frames, first = video.to_frames(clips), self.F // T // 2  # first chunk of the second half
         found["seam"] = seam(clips, T, overlap)
-        found["smooth"] = float(np.mean([smooth.motion_smoothness(x) for x in frames])) if find_spec("cv2") else math.nan
         found["colour"], found["size"] = map(float, np.nanmean([subject(x, T) for x in frames], 0))
         shapes = classify(self.classifier, clips.unflatten(1, (-1, T)).flatten(0, 1)).view(len(clips), -1) // len(MOTIONS)
         found["shape"] = (shapes[:, 1:] == shapes[:, :1]).float().mean().item()
@@ -196,13 +197,33 @@ def sample(model, network, latent_map, label, chunks, seed):
     return torch.cat(tokens)
 
 
+def between(config):
+    """PSNR of the frames that stage 1 decodes where it was shown one and elsewhere; beside it, of blends of two shown ones."""
+    ckpt = checkpoints.load(config.between, "vae", "python vae.py")
+    network, settings, scale = vae.load_vae(ckpt), vae.data_settings(ckpt), config.scale
+    if settings.dataset not in data.SHAPES:
+        raise UserError(f"{config.between} is of {settings.dataset}: only {', '.join(data.SHAPES)} can be drawn at any time")
+    held_out = data.open_dataset(settings, "test")
+    t = np.arange((settings.num_frames - 1) * scale + 1) / scale  # in frames of the clip
+    real = video.to_clip(np.stack([held_out.draw(i, t * settings.stride) for i in data.spread(held_out, config.videos)]))
+    made = vae.reconstruct(network, real[:, ::scale], torch.device("cpu"), torch.as_tensor(t, dtype=torch.float32))
+    before, weight = np.floor(t).astype(int) * scale, torch.as_tensor(t % 1, dtype=torch.float32)[:, None, None, None]
+    blend = torch.lerp(real[:, before], real[:, np.minimum(before + scale, len(t) - 1)], weight)
+    shown = np.arange(len(t)) % scale == 0
+    for title, frames in {"shown": shown, "between": ~shown}.items():
+        if frames.any():
+            psnr = [frame_psnr(x[:, frames] / 2, real[:, frames] / 2).mean().item() for x in (made, blend)]
+            print(f"{title:8} {frames.sum():4} frames of a clip   PSNR {psnr[0]:.2f} dB, of the blend {psnr[1]:.2f} dB")
+
+
 def main(argv=None):
     config = utils.parse_options(Config, __doc__, argv=argv)
-    utils.check_positive(config, "chunks", "seconds", "videos")
-    settings, study = " | ".join(map(str, astuple(config)[1:-1])), functools.cache(lambda: Study(config))
-    rows = []
-    for row in config.only or ROWS:
-        rows.append(runs.once(f"{config.out_dir}/runs.csv", COLUMNS, (row, settings), lambda row=row: study().run(row)))
+    utils.check_positive(config, "chunks", "seconds", "videos", "scale")
+    if config.between:
+        return between(config)
+    settings = " | ".join(map(str, astuple(config)[3:-1]))  # all but only, between, scale and out_dir
+    study, once = functools.cache(lambda: Study(config)), functools.partial(runs.once, f"{config.out_dir}/runs.csv", COLUMNS)
+    rows = [once((row, settings), lambda row=row: study().run(row)) for row in config.only or ROWS]
     shown = [name for name in COLUMNS if name not in ("settings", "revision")]
     table(shown, [[row[name] for name in shown] for row in rows])
 

@@ -2,7 +2,6 @@
 
 import csv
 import math
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -11,7 +10,9 @@ import torch
 import data
 import dit
 import fvd
-from siblings import smooth, vin
+import vae
+from common.video import to_clip
+from siblings import vin
 from studies import long
 
 
@@ -26,21 +27,6 @@ def test_the_shape_is_tracked_and_another_subject_is_seen():
     other = np.concatenate([shapes[0][0][:16], *(shapes[i][0][16:32] for i in (9, 18, 27))])
     same, different = long.subject(shapes[0][0], 16), long.subject(other, 16)
     assert max(same) < 0.03 and different[0] > same[0] + 0.02 and different[1] > same[1] + 0.02
-
-
-def test_motion_is_smooth_where_flow_says_what_comes_between():
-    pytest.importorskip("cv2", exc_type=ImportError)
-    noise = np.random.default_rng(0).standard_normal((3, 8, 8))
-    texture = torch.nn.functional.interpolate(torch.from_numpy(noise)[None], 64, mode="bicubic")[0].permute(1, 2, 0).numpy()
-    texture = (128 + 50 * texture).clip(0, 255).astype(np.uint8)
-
-    def moved(places):
-        return np.stack([np.roll(texture, place, 1) for place in places])[:, 8:56, 8:56]
-
-    even, uneven = moved(range(0, 16, 2)), moved([0, 4, 4, 8, 8, 12, 12, 16])  # on average as fast
-    halves = np.abs((even[:-2] / 2.0 + even[2:] / 2.0) - even[1:-1]).mean() / 255  # without flow
-    still, smoothly, in_jerks = map(smooth.motion_smoothness, (even[[0] * 5], even, uneven))
-    assert still == 1 and 1 - smoothly < 0.3 * halves and 1 - in_jerks > 5 * (1 - smoothly)
 
 
 @pytest.mark.parametrize("overlap, chunks, jump", [(0, 3, 5.0), (0, 3, 1.0), (1, 3, 3.0), (0, 1, math.nan)])
@@ -78,7 +64,6 @@ def test_rows_train_sample_and_are_not_done_again(tmp_path, monkeypatch, capsys)
     with open(tmp_path / "runs.csv", newline="") as file:
         found = list(csv.DictReader(file))
     assert [row["row"] for row in found] == rows and all(row["shape"] == "1" for row in found)
-    assert all((row["smooth"] == "nan") == (find_spec("cv2") is None) for row in found)
     assert all(math.isfinite(float(row[name])) for row in found for name in ("seam", "path", "fvd_start", "fvd_across"))
     # FLOPs of one evaluation of the DiT: maps of 12 w² a token, attention, and conditions; of two, with guidance.
     w, N = 24, 8 * 3
@@ -87,3 +72,19 @@ def test_rows_train_sample_and_are_not_done_again(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(long, "Study", lambda config: pytest.fail("done again"))
     long.main(options)
     assert "| interface, neighbours, overlap 2 |" in capsys.readouterr().out
+
+
+def test_frames_between_shown_ones_are_compared_at_their_own_times(trained, monkeypatch, capsys):
+    shapes = data.Shapes("test", 32, 16)
+
+    def perfect(network, clips, device, t):
+        drawn = [to_clip(shapes.draw(i, t.numpy())) for i in (0, 256)]
+        assert torch.equal(clips, torch.stack([x[::2] for x in drawn]))  # every second is shown
+        return torch.stack(drawn)
+
+    monkeypatch.setattr(vae, "reconstruct", perfect)
+    long.main(f"--between {trained}/vae.pt --videos 2 --scale 2".split())
+    shown, other = capsys.readouterr().out.splitlines()
+    assert shown.split()[:2] == ["shown", "16"] and other.split()[:2] == ["between", "15"]
+    assert "PSNR 100.00 dB, of the blend 100.00 dB" in shown
+    assert "PSNR 100.00 dB" in other and float(other.split()[-2]) < 40
