@@ -121,10 +121,8 @@ class Study:
         def first():
             network = variants.load_vae(stage1()[0]).to(self.device)
             held_out, _ = data.fixed_clips(self.open("test"), 64)
-            found = {"psnr": vae.psnr(held_out, vae.reconstruct(network, held_out, self.device))}
-            return found | (
-                {"to_real": fvd.frechet_distance_of(self.real[2], self.reconstructed(network))} if self.true else {}
-            )
+            rfvd = fvd.frechet_distance_of(self.real[2], self.reconstructed(network)) if self.true else ""
+            return {"psnr": vae.psnr(held_out, vae.reconstruct(network, held_out, self.device)), "to_real": rfvd}
 
         def second():
             options = ["--ckpt", stage1()[1], *shlex.split(f"{self.config.dit_options} {dit_options}")]
@@ -167,12 +165,8 @@ class Study:
 
     def values(self, stage, column, vae_options, dit_options):
         """Values in a column of runs.csv, of those runs of a row that are done."""
-        wanted = {
-            "stage": stage,
-            "vae": vae_options,
-            "dit": dit_options if stage == "2" else "",
-            "settings": self.settings[stage],
-        }
+        dit_options = dit_options if stage == "2" else ""
+        wanted = {"stage": stage, "vae": vae_options, "dit": dit_options, "settings": self.settings[stage]}
         rows = (row for row in read_rows(self.path, COLUMNS) if wanted.items() <= row.items())
         return [float(row[column]) for row in rows if int(row["seed"]) < self.config.seeds]
 

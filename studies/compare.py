@@ -70,7 +70,6 @@ class Config:
     rival_options: str = option("training", RIVAL, "… for the others, in quotes")
     frames_width: int = option("training", 16, "channels of the frames' autoencoder at full resolution, a multiple of 16")
     videos: int = option("evaluation", 256, "clips of each kind, or all held-out ones")
-    features: str = option("evaluation", "i3d", "of FVD; random takes no weights", choices=["i3d", "random"])
     lpips: str = option("evaluation", "alex", "backbone of LPIPS, in the loss of frames too", choices=["vgg", "alex", "none"])
     out_dir: str = option("output", "out/compare", "runs.csv, checkpoints and reports go here")
 
@@ -203,19 +202,17 @@ def train(method, lr, seed, config, out):
         checkpoints.save(out / "vae.pt", **about, rival=sizes, ema=network.state_dict())
     options = config.dit_options if method == "ours" else f"{config.rival_options} --compile off"
     argv = ["--ckpt", out / "vae.pt", *common, *shlex.split(options), "--lr", lrs[1]]
-    networks = {"denoiser": denoiser_of(method, config.num_frames), "load_vae": load_vae}
-    left = seconds - (time.time() - began)
-    return steps, train_for(left, functools.partial(dit.main, **networks), argv, out / "dit.pt")
+    main = functools.partial(dit.main, denoiser=denoiser_of(method, config.num_frames), load_vae=load_vae)
+    return steps, train_for(seconds - (time.time() - began), main, argv, out / "dit.pt")
 
 
 def run(method, lr, seed, config):
     """Train a method and measure it -> what is in its row of runs.csv."""
     out = Path(config.out_dir) / f"{method}_{lr:g}_{seed}"
     row, device = {"steps": "+".join(map(str, train(method, lr, seed, config, out)))}, utils.pick_device()
-    measured = {name: getattr(config, name) for name in ("videos", "features", "lpips")}
-    measured |= {"ckpt": str(out / "dit.pt"), "protocol": "videogpt", "guidance": 1.0, "out_dir": str(out / "eval")}
+    measured = {"ckpt": str(out / "dit.pt"), "protocol": "videogpt", "guidance": 1.0, "out_dir": str(out / "eval")}
     load_dit = functools.partial(dit.load_dit, denoiser=denoiser_of(method, config.num_frames), load_vae=load_vae)
-    evaluate.main(evaluate.Config(**measured), load_dit)
+    evaluate.main(evaluate.Config(**measured, videos=config.videos, lpips=config.lpips), load_dit)
     found = json.loads((out / "eval" / "results.json").read_text())["results"]
     scores = {name: result["value"] for name, result in found.items()}
     row["rFVD"], row["gFVD"], *_ = [scores[name] for name in scores if "FVD" in name]

@@ -11,29 +11,25 @@ from siblings.results import add_row, read_rows
 def once(path, columns, key, run):
     """The row {column: string} of a CSV file whose first columns are `key`. Where there is none, run() -> {column: value}."""
     utils.make_parent(path)
-
-    def found():
-        wanted = dict(zip(columns, map(str, key)))
-        return next((row for row in read_rows(path, columns) if wanted.items() <= row.items()), None)
-
-    if not (row := found()):
-        row, start = dict(zip(columns, key)) | {"revision": utils.git_revision()}, time.time()
-        values = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in run().items()}
-        add_row(path, columns, row | {"seconds": round(time.time() - start)} | values)
-        row = found()
-    return row
+    wanted = dict(zip(columns, map(str, key)))
+    if done := [row for row in read_rows(path, columns) if wanted.items() <= row.items()]:
+        return done[0]
+    start, about = time.time(), wanted | {"revision": utils.git_revision()}
+    values = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in run().items()}
+    add_row(path, columns, about | {"seconds": round(time.time() - start)} | values)
+    return once(path, columns, key, run)  # as the file has it
 
 
-def train(main, argv, out, **kw):
+def train(main, argv, out):
     """Run a training main(argv) to its end -> its checkpoint, which is the file `out`. UserError where it was stopped."""
-    main([*map(str, argv), "--out", str(out)], **kw)
+    main([*map(str, argv), "--out", str(out)])
     ckpt = checkpoints.load(out, ("vae", "dit", "vin"), "this study")
     if ckpt["step"] < ckpt["config"]["steps"]:
         raise UserError("stopped: start again to go on with the runs that are not done")
     return ckpt
 
 
-def seconds_per_step(main, argv, out, least, **kw):
+def seconds_per_step(main, argv, out, least):
     """Of a training, by the second half of a trial, after what is prepared and compiled; trials grow until they take `least`.
 
     On a GPU thirty steps are a moment, in which kernels are chosen.
@@ -41,7 +37,7 @@ def seconds_per_step(main, argv, out, least, **kw):
     steps = 30
     utils.RunLog.EVERY = 10  # steps between rows of losses.csv
     while True:
-        train(main, [*argv, "--steps", steps], out, **kw)
+        train(main, [*argv, "--steps", steps], out)
         with open(utils.log_directory(out) / "losses.csv", newline="") as file:
             rows = [(int(row["step"]), float(row["seconds"])) for row in csv.DictReader(file)]
         (first, start), (last, end) = rows[len(rows) // 2 - 1], rows[-1]

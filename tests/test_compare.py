@@ -81,7 +81,7 @@ def test_a_method_is_trained_judged_and_not_trained_again(method, tmp_path, monk
         pytest.importorskip("diffusers")
     small = "--batch-size 4 --num-latents 16 --width 48 --depth 2"
     argv = f"--dataset shapes --resolution 32 --num-frames 8 --minutes 0.02 --seeds 1 --lrs 1 --bf16 off --methods {method}"
-    argv = [*argv.split(), *"--features random --lpips none --videos 4".split(), "--out-dir", str(tmp_path)]
+    argv = [*argv.split(), *"--lpips none --videos 4".split(), "--out-dir", str(tmp_path)]
     argv += ["--vae-options", "--num-tokens 8 --token-dim 4 --width 8 --batch-size 4 --lpips none --extras basis=4"]
     argv += ["--dit-options", small + " --extras components=2x8", "--rival-options", small + " --extras muon"]
     monkeypatch.setattr(utils.RunLog, "EVERY", 10)  # the study sets it, and it is put back here
