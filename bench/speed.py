@@ -83,7 +83,7 @@ def sample(config):
 
     def draw(sampler, steps):
         latents[sampler, steps] = dit.generate(model, labels, steps=steps, sampler=sampler, seed=0)
-        vae.decode(autoencoder, latent_map.inverse(latents[sampler, steps]), t)
+        vae.decode_all(autoencoder, latent_map.inverse(latents[sampler, steps]), t)
 
     seconds, rows = measure({way: partial(draw, *way) for way in ways}, config.repeats, device), []
     draw("ddim", 1000)
