@@ -1,1 +1,1 @@
-"""What no reader needs on a first pass: options and checkpoints, reading and writing videos, the cache of decoded frames."""
+"""Code to skip on a first reading: options and checkpoints, reading and writing videos, the cache of decoded frames."""

@@ -1,4 +1,4 @@
-"""Videos that are decoded once: the frames of each in a file on the disk, memory-mapped, so that any clip is one copy away."""
+"""The cache of decoded videos: one memory-mapped file of frames per video, so that reading a clip is a single copy."""
 
 import contextlib
 import hashlib
@@ -13,10 +13,10 @@ from common import utils, video
 
 
 def decode_once(directory, paths, size):
-    """All frames of videos: ({path: uint8 [T, size, size, 3], memory-mapped}, {path: reason of having none}).
+    """All frames of videos: ({path: uint8 [T, size, size, 3], memory-mapped}, {path: why it has none}).
 
-    The file of a video is named by a hash of what tells that it is the same, and of the decoder's version: what changes is
-    decoded anew. So is what failed, which may have been the machine's fault. None where the directory cannot be written.
+    The name of a cache file is a hash of the video's stamp and of the decoder's version, so a changed video is decoded again.
+    So is one that failed, since the machine may have been at fault. Returns None if the directory cannot be written.
     """
     states = {path: f"{av.__version__} {stamp(path, here=True)}".encode() for path in paths}
     files = {path: directory / f"{hashlib.sha256(state).hexdigest()[:32]}.u8" for path, state in states.items()}
@@ -37,7 +37,7 @@ def decode_once(directory, paths, size):
                 old.unlink()
             list(utils.bar(pool.map(decode, todo), "decoding", len(todo), "video", disable=not todo))
         except (utils.UserError, OSError) as error:
-            tqdm.write(f"{error}: clips are decoded as they are needed")
+            tqdm.write(f"{error}: decoding clips on demand instead")
             broken = True
         pool.shutdown(cancel_futures=True)
     if utils.max_over_ranks(broken):
@@ -47,18 +47,18 @@ def decode_once(directory, paths, size):
 
 
 def estimated_bytes(paths, size):
-    """What the frames of these videos will take, from the headers of a few of them."""
+    """Estimated size in bytes of the decoded frames of these videos, from the headers of a few of them."""
     few, frames = paths[:: len(paths) // 16 + 1], 0
     for path in few:
         with contextlib.suppress(video.BadVideo):
-            frames += video.probe(path).frames or video.count_frames(path)  # a stream without a container has no header
+            frames += video.probe(path).frames or video.count_frames(path)  # a raw stream has no header
     return frames / len(few) * len(paths) * size**2 * 3
 
 
 def stamp(path, here=False):
-    """What tells that a video is the one it was: name, size and time of its file, or of all files of a directory.
+    """A string that changes when a video changes: name, size and time of its file, or of all files of a directory.
 
-    here: on this disk, where a file that was made anew at the same size and time has another number or time of change.
+    here: add inode and change time, which on the same disk also reveal a file replaced by one of equal size and time.
     """
     files = video.frame_files(path) if path.is_dir() else [path]
     states = [(os.fsencode(file.name).hex(), os.stat(file)) for file in files if os.path.exists(file)]

@@ -1,17 +1,17 @@
-"""The format of all checkpoints, which lives here and nowhere else.
+"""The format of all checkpoints, defined only here.
 
-A checkpoint is one torch.save'd dictionary of tensors, numbers and strings, loaded with weights_only=True: it executes no code.
+A checkpoint is a dictionary of tensors, numbers and strings. It is loaded with weights_only=True, so it cannot run code.
 
     format    "nerv-diffusion 6"
     stage     "vae", "dit", "vin", "codec" or "fit"
-    step      finished steps; with config["seed"] it fixes which clips and random numbers come next (Stream, step_generator)
+    step      finished steps; with config["seed"] it determines the next clips and random numbers (Stream, step_generator)
     config    the settings of the script that wrote it, {name: value}
     classes   the names of the classes; a label is an index into this list
-    revision  of the code, from git
-    ema       averaged parameters and buffers of the stage's network, which are the ones to use
-    training  what resuming needs and using does not: the parameters themselves, optimizers
+    revision  git revision of the code
+    ema       averaged parameters and buffers of the stage's network, for inference
+    training  state that only resuming needs: the parameters themselves, optimizers
 
-Each stage adds entries of its own: the sizes of its networks, and dit and vin all of stage 1.
+Each stage adds entries of its own, such as the sizes of its networks; dit and vin include all of stage 1.
 
     python -m common.checkpoints dit.pt small.pt     an export for others: half precision, no training state, no paths
 """
@@ -32,50 +32,50 @@ FORMAT = "nerv-diffusion 6"
 
 
 def plain(x):
-    """What a file may hold: of networks and optimizers their state, of settings a dictionary, also inside a dictionary."""
+    """Convert to what a checkpoint can hold, recursively: networks and optimizers to state dicts, settings to dictionaries."""
     if isinstance(x, dict):
         return {name: plain(value) for name, value in x.items()}
     return plain(x.state_dict()) if hasattr(x, "state_dict") else dataclasses.asdict(x) if dataclasses.is_dataclass(x) else x
 
 
 def save(path, **content):
-    """Write a checkpoint, so that a kill or a full disk (UserError) at any moment leaves the old one or the new one."""
+    """Write a checkpoint atomically: after a kill or on a full disk (UserError), the file is the old one or the new one."""
     try:
         with whole(path) as part, open(part, "wb") as f:
             torch.save({"format": FORMAT, "revision": git_revision()} | plain(content), f)
-    except RuntimeError as error:  # torch's writer covers an error of the disk with one of its own
+    except RuntimeError as error:  # torch's writer raises its own error in place of the disk's
         reason = getattr(error.__context__, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"cannot write {path}: {reason}") from None
 
 
-# Settings that do not change what a training has learned so far, and may differ on --resume: length, machine, places.
+# Settings that may differ on --resume, as they do not change what has been learned so far: length, machine, places.
 FREE = set("steps device bf16 compile recompute out resume save_every ckpt data_dir".split())
 
 
 def resume(config, stage, **fixed):
-    """The checkpoint --out that --resume goes on from, or None.
+    """The checkpoint at --out that --resume continues, or None.
 
-    UserError where a setting differs from the checkpoint's and is not in FREE, or one of `fixed`, its entries (decoder="NeRV").
+    UserError if a setting that is not in FREE, or one of the entries `fixed` (decoder="NeRV"), differs from the checkpoint's.
     """
     if not (config.resume and Path(config.out).is_file()):
         return None
     ckpt = load(config.out, stage, "the command that you gave")
     if "training" not in ckpt:
-        raise UserError(f"{config.out} is an export without the training state: --resume goes on from the original")
+        raise UserError(f"{config.out} is an export without the training state: --resume needs the original")
     for name, value in dataclasses.asdict(config).items():
         if name not in FREE and value != ckpt["config"].get(name, value):
             raise UserError(
-                f"{config.out} was trained with --{name.replace('_', '-')} {ckpt['config'][name]}, not {value}: give the same "
-                "options to --resume, or start anew with another --out"
+                f"{config.out} was trained with --{name.replace('_', '-')} {ckpt['config'][name]}, not {value}: use the same "
+                "options with --resume, or start over with another --out"
             )
     for name, value in fixed.items():
         if ckpt[name] != value:
-            raise UserError(f"{config.out} was trained with another {name}: start anew with another --out")
+            raise UserError(f"{config.out} was trained with another {name}: start over with another --out")
     return ckpt
 
 
 def restore(ckpt, parts, ema):
-    """Load what resume() gave into {name: network or optimizer} and the averaged network; returns the finished steps."""
+    """Load a checkpoint from resume() into {name: network or optimizer} and the averaged network; return the finished steps."""
     with fitting():
         ema.load_state_dict(ckpt["ema"])
         for name, part in parts.items():
@@ -84,10 +84,10 @@ def restore(ckpt, parts, ema):
 
 
 def cached(directory, key, count, shape, make, rank=0, world=1, batch_size=64):
-    """make([i, …]) -> (values [n, *shape], labels [n]) of 0 … count - 1, made once, each process its share, and kept on disk.
+    """Values computed once by make([i, …]) -> (values [n, *shape], labels [n]) for i in 0 … count - 1, and kept on disk.
 
-    Returns memory-mapped tensors (float16 [count, *shape], int64 [count]). `key` names what is in them, as JSON: with another
-    key all are made anew; what was interrupted goes on.
+    Returns memory-mapped tensors (float16 [count, *shape], int64 [count]). Processes share the work. `key`, as JSON, identifies
+    the content: another key recomputes everything; with the same key, an interrupted run continues.
     """
     key_file, files = directory / "cache.json", [directory / "values.npy", directory / "labels.npy"]
     key = json.dumps(key | {"count": count, "shape": shape})
@@ -95,7 +95,7 @@ def cached(directory, key, count, shape, make, rank=0, world=1, batch_size=64):
         key_file.unlink(missing_ok=True)
         for file, content in zip(files, (np.zeros((count, *shape), np.float16), np.full(count, -1))):  # -1: not made yet
             with whole(file) as part, open(part, "wb") as f:
-                np.save(f, content)  # all of it: where a disk is full only later on, the process ends without a word
+                np.save(f, content)  # allocates it all: a disk that fills up later kills the process (SIGBUS)
         key_file.write_text(key)
     max_over_ranks()  # all wait for the first
     values, labels = (np.load(file, mmap_mode="r+") for file in files)
@@ -112,28 +112,28 @@ def cached(directory, key, count, shape, make, rank=0, world=1, batch_size=64):
 
 
 def load(path, stage, made_by):
-    """The checkpoint of a stage, or of one of several, on the CPU; made_by is the command that writes one. UserError."""
+    """Load a checkpoint of a stage, or of any of several, on the CPU; made_by: the command that writes one. UserError."""
     if not Path(path).is_file():
-        raise UserError(f"there is no checkpoint {path}: train one with `{made_by}`, or name another")
+        raise UserError(f"there is no checkpoint {path}: train one with `{made_by}`, or give another path")
     with open(path, "rb") as f:
         try:
             ckpt = torch.load(f, map_location="cpu", weights_only=True)
             of_this_version = ckpt["format"] == FORMAT
-        except Exception:  # what a foreign file makes the unpickler raise depends on its first bytes
-            raise UserError(f"{path} is not a checkpoint, or a damaged one: train it again with `{made_by}`") from None
+        except Exception:  # the unpickler may raise anything, depending on the file's first bytes
+            raise UserError(f"{path} is not a checkpoint, or is damaged: train it again with `{made_by}`") from None
     if not of_this_version:
         raise UserError(f"{path} is not in the format of this version, {FORMAT!r}: train it again with `{made_by}`")
     if ckpt["stage"] not in (stages := stage if isinstance(stage, tuple) else (stage,)):
         wanted = " or ".join(stages)
-        raise UserError(f"{path} is a {ckpt['stage']} checkpoint, and a {wanted} one is needed: train it with `{made_by}`")
+        raise UserError(f"{path} is a {ckpt['stage']} checkpoint, but a {wanted} one is needed: train it with `{made_by}`")
     return ckpt
 
 
 @contextlib.contextmanager
 def fitting(found="", wanted=""):
-    """Turn what goes wrong when a network is built from a checkpoint of another configuration into a UserError.
+    """Turn errors in building a network from a checkpoint of another configuration into a UserError.
 
-    found, wanted: the names of the network's class in the checkpoint and in the code, where it may be a variant.
+    found, wanted: class names of the network in the checkpoint and in the code, if it may be a variant.
     """
     try:
         if found != wanted:
@@ -148,9 +148,9 @@ PRIVATE = {"data_dir", "ckpt", "out"}  # settings that name places on a machine
 
 
 def exported(ckpt):
-    """A checkpoint for others: no `training`, no PRIVATE setting, ema in float16.
+    """A checkpoint to publish: no `training`, no PRIVATE setting, ema in float16.
 
-    What is out of float16's range stays in float32, and so do batch norm's statistics, whose means reach 30 deviations.
+    Tensors that float16 cannot represent stay in float32, as do batch norm's statistics: their means reach 30 deviations.
     """
 
     def short(name, x):
@@ -165,10 +165,10 @@ def exported(ckpt):
 
 def main():
     if len(sys.argv) != 3:
-        raise UserError("name two files: python -m common.checkpoints dit.pt small.pt")
+        raise UserError("give two file names: python -m common.checkpoints dit.pt small.pt")
     source, out = sys.argv[1:]
     if os.path.exists(out):  # the original, perhaps
-        raise UserError(f"{out} is there already: name another file")
+        raise UserError(f"{out} already exists: give another file name")
     save(out, **exported(load(source, ("dit", "vae", "vin"), "python dit.py")))
     print(f"wrote {out}, {os.path.getsize(out) / 1e6:.2f} MB, from {source}, {os.path.getsize(source) / 1e6:.2f} MB")
 

@@ -1,6 +1,6 @@
-"""Data sets that are drawn, not decoded: moving shapes, and the characters of Sprites.
+"""Synthetic data sets, drawn instead of decoded: moving shapes, and the characters of Sprites.
 
-`dataset[i]` -> (uint8 frames [T, H, W, 3], label), the same at every call and on every machine. What was drawn first is kept.
+`dataset[i]` -> (uint8 frames [T, H, W, 3], label), the same at every call and on every machine.
 """
 
 import math
@@ -13,11 +13,11 @@ from PIL import Image
 from common.utils import UserError
 from common.video import to_clip, to_frames
 
-LIMIT = 2**30  # bytes of drawn frames that a data set keeps: all of Shapes at nano's size, all of Sprites at its own
+LIMIT = 2**30  # bytes of frames that a data set caches: enough for all of Shapes at nano's size, and of Sprites at its own
 
 
 class Drawn:
-    """A data set by `len`, draw(i) -> uint8 frames [T, H, W, 3] and label(i); clips that are drawn first are kept."""
+    """A data set defined by `len`, draw(i) -> uint8 frames [T, H, W, 3] and label(i); caches the first clips up to LIMIT."""
 
     def __init__(self):
         self.cache = {}
@@ -26,7 +26,7 @@ class Drawn:
         i %= len(self)
         if (frames := self.cache.get(i)) is None:
             frames = self.draw(i)
-            # Clips come back in a new order: those drawn first are as good as any, and the latest would all be gone.
+            # The first clips, not the latest: each pass has a new order, in which the latest would rarely be hit.
             if (len(self.cache) + 1) * frames.nbytes <= LIMIT:
                 self.cache[i] = frames
         return frames, self.label(i)
@@ -37,11 +37,11 @@ MOTIONS = ("sideways", "updown", "circle")
 
 
 class Shapes(Drawn):
-    """One bright shape moves over a background of two muted colours; class = shape × motion, drawn when asked for.
+    """One bright shape moves over a background of two muted colours; class = shape × motion.
 
-    Random numbers are seeded by role (train or test) and i. Classes take turns. A clip is one turn of the path. With a period,
-    in frames, a turn takes that long whatever the length of the clip, and begins anywhere on the path; clip i is then the
-    beginning of any longer clip i. stride: frames of the video per frame of the clip.
+    Random numbers are seeded by role (train or test) and i. Classes alternate. A clip is one period of the motion. If `period`
+    is given, in frames, it does not depend on the clip's length and the motion starts at a random phase, so that clip i is a
+    prefix of any longer clip i. stride: frames of the video per frame of the clip.
     """
 
     classes = tuple(f"{shape}_{motion}" for shape in SHAPES for motion in MOTIONS)
@@ -62,7 +62,7 @@ class Shapes(Drawn):
         return f"shapes {self.resolution} {self.num_frames} {self.length} {self.period}"
 
     def draw(self, i, t=None):
-        """Clip i as uint8 frames [T, H, W, 3], at frames t [T] of the video, real-valued (default: those of the clip)."""
+        """Clip i as uint8 frames [T, H, W, 3], at real-valued times t [T] in frames (default: those of the clip)."""
         t = np.arange(self.num_frames) * self.stride if t is None else np.asarray(t)
         shape, motion = self.classes[self.label(i)].split("_")
         rng = np.random.default_rng([0, self.role == "test", i])
@@ -99,18 +99,18 @@ class Shapes(Drawn):
 CLONE = "git clone https://github.com/YingzhenLi/Sprites"
 LAYERS = {"body": range(6), "shoes": [1], "bottomwear": range(6), "topwear": range(6), "hair": range(6)}  # from below to above
 CELL, ROWS, COLUMNS = 64, 21, 13  # of a sheet
-# Cells along the rows, of the action to the left; the front is one row further down, the right two.
+# Cell numbers, row by row, of each action facing left; front is one row further down, right two.
 LOOPS = {"spellcard": [*range(13, 19), 17, 13], "walk": [*range(118, 126)], "slash": [*range(169, 175), 173, 169]}
 
 
 class Sprites(Drawn):
     """A character of the Liberated Pixel Cup walks, slashes or casts a spell, on black (Li & Mandt 2018, arXiv:1803.02991).
 
-    root holds the layers as CLONE makes them. A character is one of 6 bodies, bottoms, tops and hairs each; class = action x
-    direction; clips 9k to 9k + 8 are the classes of one character. A clip is the loop of 8 frames, repeated or cut off.
-    Multiples of 64 repeat pixels, so that edges stay as sharp as they are drawn; other sizes are antialiased.
+    root is the directory that CLONE makes. A character combines one of 6 bodies, 6 bottoms, 6 tops and 6 hairs; class = action
+    x direction; clips 9k to 9k + 8 are the classes of one character. A clip is the loop of 8 frames, repeated or truncated.
+    Multiples of 64 repeat pixels, which keeps edges sharp; other sizes are antialiased.
 
-    UserError where a layer is missing or no sheet of 21 x 13 cells.
+    UserError if a layer is missing or is not a sheet of 21 x 13 cells.
     """
 
     classes = tuple(f"{action}_{direction}" for action in LOOPS for direction in ("left", "front", "right"))
@@ -118,7 +118,7 @@ class Sprites(Drawn):
     def __init__(self, root, role="train", resolution=CELL, num_frames=8, stride=1):
         super().__init__()
         self.resolution = resolution
-        # The permutation of the authors' frame_to_npy.py: the same characters are held out. Its generator is frozen (NEP 19).
+        # As in the authors' frame_to_npy.py, so that the same characters are held out. numpy keeps RandomState stable (NEP 19).
         order = np.random.RandomState(423).permutation(6**4)
         self.characters = order[:1000] if role == "train" else order[1000:]
         steps = [t * stride % 8 for t in range(num_frames)]
@@ -132,13 +132,13 @@ class Sprites(Drawn):
         return f"sprites {self.resolution} {self.cells}"
 
     def label(self, i):
-        """The class of clip i. Were it i mod 9, every ninth or 90th clip, as a few are taken of all, would be of one class."""
+        """The class of clip i. Not i mod 9, with which an evenly spaced sample (every ninth clip, say) would have one class."""
         return (i + i // 9 + i // 81 + i // 729) % 9
 
     def draw(self, i):
         """Clip i as uint8 frames [T, H, W, 3]."""
         frames, n = [], int(self.characters[i // 9])
-        numbers = (n // 216, 1, n // 36 % 6, n // 6 % 6, n % 6)  # of the sheets of LAYERS
+        numbers = (n // 216, 1, n // 36 % 6, n // 6 % 6, n % 6)  # sheet of each of LAYERS
         for cell in self.cells[self.label(i)]:
             frame, (y, x) = Image.new("RGBA", (CELL, CELL), "black"), divmod(cell, COLUMNS)
             for layer in zip(LAYERS, numbers):
@@ -158,6 +158,6 @@ def read_sheet(path):
         if image.size != (COLUMNS * CELL, ROWS * CELL):
             raise ValueError(f"{image.width} x {image.height} pixels")
         return image
-    except Exception as error:  # what a damaged image makes PIL raise depends on where the damage is
-        about = f"{path} is no sheet of {COLUMNS * CELL} x {ROWS * CELL} ({error})"
-        raise UserError(f"{about}; get the layers anew: {CLONE}") from None
+    except Exception as error:  # PIL may raise anything, depending on where an image is damaged
+        about = f"{path} is not a sheet of {COLUMNS * CELL} x {ROWS * CELL} ({error})"
+        raise UserError(f"{about}; get the layers again: {CLONE}") from None

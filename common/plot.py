@@ -1,15 +1,15 @@
-"""Plots as PNGs, dark ink on a light card. matplotlib is imported for the first one; pyplot never, since it keeps figures."""
+"""Plots as PNGs, dark on light. matplotlib is imported at the first plot; without pyplot, which keeps figures in memory."""
 
 import logging
 import math
 
-logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it reports on its font cache
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it logs building its font cache
 PAPER, INK, FAINT = "#f6f8fa", "#24292f", "#d0d7de"
-BLUE, RED, GREEN = "#0969da", "#b62324", "#1a7f37"  # the contrast of each with the card is 4.5 or more
+BLUE, RED, GREEN = "#0969da", "#b62324", "#1a7f37"  # contrast with PAPER: at least 4.5
 
 
 def figure(count, columns=3, width=3.2, height=2.2):
-    """A figure of `count` panels, of width × height inches each, so many in a row -> (figure, list of axes)."""
+    """A figure of `count` panels of width × height inches, in up to `columns` columns -> (figure, list of axes)."""
     from matplotlib.figure import Figure
 
     columns, rows = min(columns, count), math.ceil(count / min(columns, count))
@@ -23,12 +23,12 @@ def figure(count, columns=3, width=3.2, height=2.2):
         ax.tick_params(which="both", colors=INK, labelsize=8, length=2)
         ax.spines[["top", "right"]].set_visible(False)
         for text in (ax.xaxis.label, ax.yaxis.label, ax.title):
-            text.set(color=INK, size=9)  # set_title takes a size of its own
+            text.set(color=INK, size=9)  # set_title has its own default size
     return fig, axes[:count]
 
 
 def curves(path, panels):
-    """Line plots [(name of x, name of y, [(x, y), …])] as a PNG; y is logarithmic where it spans a factor of 20."""
+    """Line plots [(x label, y label, [(x, y), …])] as a PNG; y is logarithmic if it spans a factor of more than 20."""
     fig, axes = figure(len(panels))
     for ax, (x_name, y_name, points) in zip(axes, panels):
         points = [(x, y) for x, y in points if math.isfinite(y)]

@@ -1,4 +1,4 @@
-"""What all scripts share and no reader needs on a first pass: options, processes, the optimizer step, the log of a run."""
+"""What all scripts share; skip it on a first reading: options, processes, the optimizer step, the log of a run."""
 
 import argparse
 import contextlib
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed._functional_collectives import all_reduce  # its gradient is one that torch.compile takes
+from torch.distributed._functional_collectives import all_reduce  # torch.compile supports its gradient
 from tqdm import tqdm
 
 from common import plot
@@ -32,19 +32,19 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call a script's main() and turn a UserError into one line on stderr and exit status 2."""
+    """Call a script's main(); report a UserError in one line on stderr, with exit status 2."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # file names may be any bytes
+            stream.reconfigure(errors="backslashreplace")  # file names may hold any bytes
     try:
         main()
         if dist.is_initialized():  # not after an error: it would wait for the other processes
             dist.destroy_process_group()
-    except (UserError, OSError, torch.OutOfMemoryError) as error:  # an OSError is the machine's: no permission, no space
+    except (UserError, OSError, torch.OutOfMemoryError) as error:  # OSError: no permission, no space
         reason = str(error).splitlines()[0]
         if isinstance(error, torch.OutOfMemoryError):
-            reason += " Use --recompute, --accumulate 2, a smaller --batch-size or fewer --decode-frames, where there are such."
-        tqdm.write(f"error: {printable(reason)}", file=sys.stderr)  # on a line of its own, below a bar
+            reason += " Use --recompute, --accumulate 2, a smaller --batch-size or fewer --decode-frames, if available."
+        tqdm.write(f"error: {printable(reason)}", file=sys.stderr)  # on its own line, below a progress bar
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -52,7 +52,7 @@ def run(main):
 
 
 class Interrupt:
-    """Inside a `with`, Ctrl-C and SIGTERM only ask; a loop ends where `stop` is true, between two steps."""
+    """Inside a `with`, Ctrl-C and SIGTERM only set a flag; the loop checks stop() between steps."""
 
     def __enter__(self):
         self.asked = False
@@ -60,10 +60,10 @@ class Interrupt:
         return self
 
     def ask(self, number, frame):
-        self.asked = True  # again and again: under torchrun, Ctrl-C comes from the terminal and from torchrun
+        self.asked = True  # may come twice: under torchrun, from the terminal and from torchrun
 
     def stop(self):
-        """Whether any process was asked: the same answer in all, or one of them would wait for the others' next step."""
+        """Whether any process was asked to stop: the same answer in all, or one would wait for the others' next step."""
         return max_over_ranks(self.asked) > 0
 
     def __exit__(self, *error):
@@ -90,10 +90,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def parse_options(cls, description, presets=None, argv=None, topics=None):
-    """Command line -> an instance of the dataclass cls, options grouped in --help with their defaults.
+    """Parse the command line into an instance of the dataclass cls; --help groups the options and shows their defaults.
 
-    presets(argparse.Namespace) -> {name: value} changes defaults by the options that are given (--preset and --dataset, say).
-    topics {name: function}: one is named first, and the result is (its function, the options).
+    presets(argparse.Namespace) -> {name: value}: defaults that depend on the given options (--preset and --dataset, say).
+    topics {name: function}: the first argument chooses one, and the result is (its function, the options).
     """
     parser = Parser(description=description, formatter_class=HelpFormatter, add_help=False, allow_abbrev=False)
     groups = {}
@@ -121,14 +121,14 @@ def check_positive(config, *names):
     """UserError for the first of the named settings that is not positive."""
     for name in names:
         if getattr(config, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: it must be positive")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be positive")
 
 
 # -------------------------------------------------------------------------------------------------------------- processes
 
 
 def pick_device(name="auto"):
-    """ "auto" -> this process's CUDA device where there is one, set up for speed, else the CPU."""
+    """ "auto" -> this process's CUDA device, configured for speed, or the CPU if there is none. UserError."""
     if name in ("auto", "cuda"):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else name.replace("auto", "cpu")
     try:
@@ -137,33 +137,33 @@ def pick_device(name="auto"):
         raise UserError(f"--device {name} is not available here: use --device cpu, or leave it out") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     return device
 
 
 def start_processes(name="auto"):
-    """Join the other processes where torchrun started several, one for each GPU; returns (device, rank, world).
+    """Join the other processes if torchrun started several, one per GPU; returns (device, rank, world).
 
-    Beyond this, each rank takes its rows of the batch, batch norm and gradient are averaged, and rank 0 alone writes.
+    Each rank takes its rows of the batch, batch statistics and gradients are averaged, and only rank 0 writes.
     """
     device = pick_device(name)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device, 0, 1
     alone = (
         device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= torch.cuda.device_count()
-    )  # on its GPU, as NCCL requires
+    )  # one process per GPU, as NCCL requires
     cuda = {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if alone else {"backend": "gloo"}
-    # The others wait while rank 0 decodes or encodes a data set: hours, where the default is 10 minutes.
+    # The others wait while rank 0 decodes or encodes a data set, which takes hours; the default timeout is 10 minutes.
     dist.init_process_group(**cuda, timeout=datetime.timedelta(days=7))
     return device, dist.get_rank(), dist.get_world_size()
 
 
 def start_training(config, *positive, device="auto"):
-    """Check the settings of a training and start its processes -> device, rank, world, clips that each takes at a time.
+    """Check the settings of a training and start its processes -> device, rank, world, clips per process and forward pass.
 
-    UserError for settings that are not positive (steps, batch_size, save_every and those that are named), for a batch that the
-    processes cannot share, and, before hours of work, for an --out or a log that cannot be written.
+    UserError if a setting is not positive (steps, batch_size, save_every and those in `positive`), if the processes cannot
+    share the batch evenly, or, before hours of work, if --out or the log cannot be written.
     """
     check_positive(config, "steps", "batch_size", "save_every", *positive)
     device, rank, world = start_processes(device)
@@ -177,19 +177,19 @@ def start_training(config, *positive, device="auto"):
 
 
 def average_over_ranks(x):
-    """The mean of a tensor over all processes, with its gradient; x itself where there is one process."""
+    """The differentiable mean of a tensor over all processes; x itself if there is only one."""
     return all_reduce(x, "sum", dist.group.WORLD) / dist.get_world_size() if dist.is_initialized() else x
 
 
 @torch.no_grad()
 def from_first_rank(network):
-    """Make all parameters and buffers of a network what they are in the first process."""
+    """Copy all parameters and buffers of a network from the first process to the others."""
     for x in network.state_dict().values() if dist.is_initialized() else ():
         dist.broadcast(x, 0)
 
 
 class BatchNorm(nn.Module):
-    """Batch norm of [B, features] whose statistics are over the clips of all processes, on CPUs as on GPUs."""
+    """Batch norm of [B, features] with statistics over the clips of all processes, on CPUs and GPUs."""
 
     def __init__(self, features, momentum=0.1, eps=1e-5):
         super().__init__()
@@ -199,12 +199,12 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(features))
 
     def statistics(self, x):
-        """Mean and variance of a batch x [B, features], toward which the running ones move."""
+        """Mean and variance of a batch x [B, features]; updates the running ones."""
         mean = average_over_ranks(x.mean(0))
         var = average_over_ranks((x - mean).square().mean(0))
         with torch.no_grad():
             for running, now in ((self.running_mean, mean), (self.running_var, var)):
-                running.lerp_(torch.where(now.isfinite(), now, running), self.momentum)  # a step that is skipped is not finite
+                running.lerp_(torch.where(now.isfinite(), now, running), self.momentum)  # not finite in a skipped step
         return mean, var
 
     def forward(self, x):
@@ -213,7 +213,7 @@ class BatchNorm(nn.Module):
 
 
 def max_over_ranks(value=0):
-    """The largest of the numbers of all processes, which wait for each other. It goes between CPUs: no GPU is waited for."""
+    """The maximum over all processes, which wait for each other here. It uses the CPU, so GPUs are not synchronized."""
     value = torch.tensor(float(value))
     if dist.is_initialized():
         dist.all_reduce(value, dist.ReduceOp.MAX)
@@ -221,29 +221,29 @@ def max_over_ranks(value=0):
 
 
 def rank():
-    """The number of this process among those of a training; 0 where it is alone."""
+    """The rank of this process; 0 if it is the only one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def cores():
-    """Cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def step_generator(device, seed, step):
-    """The random numbers of one training step, a function of seed and step alone: a run that is resumed needs no record of
-    them. All processes draw those of the whole batch and keep their own rows, so that their number makes no difference."""
+    """The generator of one training step. It depends on seed and step alone, so a resumed run needs no generator state. All
+    processes draw numbers for the whole batch and keep their own rows: the result does not depend on how many there are."""
     return torch.Generator(device).manual_seed(1_000_003 * seed + step)
 
 
 def autocast(device, bf16="auto"):
-    """bf16 "auto" | "on" | "off" -> the autocast context: auto is on with CUDA where the GPU has bfloat16."""
+    """bf16 "auto" | "on" | "off" -> the autocast context; auto: on if the GPU supports bfloat16, off on CPUs."""
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16 == "on" or (bf16 == "auto" and native))
 
 
 def wants_compile(device, choice):
-    """--compile "auto" | "on" | "off": auto is on with CUDA, where the training repays the minutes that compiling takes."""
+    """Whether to compile, by --compile "auto" | "on" | "off"; auto: with CUDA only, where it repays minutes of compiling."""
     return choice == "on" or (choice == "auto" and device.type == "cuda")
 
 
@@ -251,9 +251,9 @@ def wants_compile(device, choice):
 
 
 def training_steps(start, config, save):
-    """The numbers of the steps of a training, from `start` to config.steps - 1.
+    """Yield the steps of a training, from `start` to config.steps - 1, or until Ctrl-C.
 
-    Rank 0 calls save(finished steps) after every config.save_every of them and after the last, in which Ctrl-C may have come.
+    Rank 0 calls save(finished steps) after every config.save_every steps and after the last one.
     """
     with Interrupt() as interrupt:
         for step in range(start, config.steps):
@@ -262,10 +262,10 @@ def training_steps(start, config, save):
             if rank() == 0 and (last or (step + 1) % config.save_every == 0):
                 try:
                     save(step + 1)
-                except UserError as error:  # a full disk is no reason to stop a training, unless it is at its end
+                except UserError as error:  # a full disk must not stop a training, unless this is the last step
                     if last:
                         raise
-                    tqdm.write(f"warning: {error}; training goes on", file=sys.stderr)
+                    tqdm.write(f"warning: {error}; training continues", file=sys.stderr)
             if last:
                 return
 
@@ -278,24 +278,24 @@ def learning_rate(step, steps, peak, warmup):
 
 
 class FiniteStep:
-    """Optimizer steps of a network, its gradient averaged over processes and clipped to norm 1; those not finite are skipped.
+    """Optimizer steps with the gradient averaged over processes and clipped to norm 1; steps that are not finite are skipped.
 
-    All of it stays on the device, so that a GPU never waits for the host: the optimizers change nothing where found_inf is 1.
+    No value leaves the device, so a GPU never waits for the host: an optimizer changes nothing if its found_inf is 1.
     """
 
-    LIMIT = 20  # skipped steps in a row that end a training
+    LIMIT = 20  # consecutive skipped steps that end a training
 
     def __init__(self, network, optimizer):
         self.parameters, self.optimizer = list(network.parameters()), optimizer
         self.in_a_row = torch.zeros((), device=self.parameters[0].device)
 
     def __call__(self, loss, lr):
-        """A step of size lr from the .grad of the parameters, which it clears; loss is 0-d and this process's."""
+        """One step at learning rate lr with the parameters' .grad, which it then clears; loss is 0-d, of this process."""
         loss, parameters = loss.detach(), [p for p in self.parameters if p.grad is not None]
         if dist.is_initialized():
             flat = average_over_ranks(torch.cat([loss.float().view(1), *(p.grad.flatten() for p in parameters)]))
             loss, *parts = flat.split([1, *(p.numel() for p in parameters)])
-            # Copied, not assigned: a fused optimizer wants each gradient in the memory format of its parameter.
+            # Copied, not assigned: a fused optimizer needs each gradient in its parameter's memory format.
             torch._foreach_copy_([p.grad for p in parameters], [part.view_as(p) for p, part in zip(parameters, parts)])
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         bad = (~torch.isfinite(norm + loss.sum())).float()
@@ -307,10 +307,10 @@ class FiniteStep:
         self.optimizer.zero_grad(set_to_none=True)
 
     def check(self, step):
-        """UserError after LIMIT skipped steps in a row; a GPU waits for this."""
+        """UserError after LIMIT skipped steps in a row; synchronizes with the GPU."""
         if self.in_a_row >= self.LIMIT:
             what = f"{int(self.in_a_row)} steps in a row, last in step {step + 1}"
-            raise UserError(f"no finite loss or gradient in {what}: look at the data, or --resume with a smaller --lr")
+            raise UserError(f"no finite loss or gradient in {what}: check the data, or --resume with a smaller --lr")
 
     def state_dict(self):
         return {"optimizer": self.optimizer.state_dict(), "in_a_row": self.in_a_row}
@@ -322,18 +322,18 @@ class FiniteStep:
 
 @torch.no_grad()
 def update_ema(ema, model, decay, step):
-    """ema <- decay * ema + (1 - decay) * model, parameters and buffers; early steps forget the random start faster."""
+    """ema <- decay * ema + (1 - decay) * model, parameters and buffers; the decay is smaller in early steps."""
     weight = 1 - min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_([*ema.parameters(), *ema.buffers()], [*model.parameters(), *model.buffers()], weight)
 
 
 def millions(network):
-    """Parameters of a network, in millions."""
+    """Number of parameters of a network, in millions."""
     return sum(p.numel() for p in network.parameters()) / 1e6
 
 
 def peak_memory(device):
-    """The most memory that this process has held, in GiB: of the GPU, or of the machine."""
+    """Peak memory of this process in GiB, on the GPU or, without one, in RAM."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
@@ -343,31 +343,31 @@ def peak_memory(device):
 
 
 def make_parent(path):
-    """Make the directory of a file that is to be written later; UserError, before hours of work, where it cannot be."""
+    """Create the directory of a file to be written later; UserError, before hours of work, if the file cannot be written."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()  # a disk that is read-only shows only in writing
-        if path.exists() and not path.is_file():  # /dev/null would be a file from then on
-            raise UserError(f"cannot write {path}: it is a directory, or no file")
+        tempfile.TemporaryFile(dir=path.parent).close()  # only writing reveals a read-only disk
+        if path.exists() and not path.is_file():  # os.replace would make /dev/null a file
+            raise UserError(f"cannot write {path}: it is a directory, or not a regular file")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def printable(text):
-    """A path or name as one line of text that any file and terminal takes, whatever bytes it is made of."""
+    """A path or name, made of any bytes, as one line of printable text."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in os.fsdecode(text))
 
 
 def file_name(text, limit=200):
-    """text as part of the name of a file: letters, digits and "-", and _ for all else; never empty, up to limit bytes."""
+    """text as part of a file name: letters, digits and "-" stay, all else becomes _; 1 to `limit` bytes."""
     name = "".join(c if c.isalnum() or c == "-" else "_" for c in str(text))
     return name.encode()[:limit].decode(errors="ignore") or "_"
 
 
 @contextlib.contextmanager
 def whole(path):
-    """Inside a `with`, a path to write to; the file gets its name once it is whole. UserError where it cannot be written."""
+    """Context: a temporary path to write to, renamed to `path` once complete. UserError if it cannot be written."""
     make_parent(path)
     part = Path(path).parent / f".{os.getpid()}-{threading.get_ident()}.part"
     try:
@@ -380,7 +380,7 @@ def whole(path):
 
 
 def fingerprint(state):
-    """A hash of the tensors of a network, or of its state dict: names what was made with it."""
+    """A hash of the tensors of a network or state dict, which identifies what was computed with it."""
     digest = hashlib.sha256()
     for name, x in (state.state_dict() if isinstance(state, nn.Module) else state).items():
         digest.update(name.encode() + x.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -389,7 +389,7 @@ def fingerprint(state):
 
 @functools.cache
 def git_revision():
-    """The commit this code is at, with + where files were changed since; "" outside a repository."""
+    """The commit of this code, with + if files have changed since; "" outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+"]
     try:
         return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
@@ -401,22 +401,22 @@ def git_revision():
 
 
 def bar(iterable=None, desc="", total=None, unit="it", disable=False, **kwargs):
-    """A tqdm that updates every second on a terminal and every half minute in a log file."""
+    """A tqdm bar that updates every second on a terminal and every 30 seconds in a log file."""
     every = 1 if sys.stderr.isatty() else 30
     return tqdm(iterable, desc, total, unit=unit, disable=disable, mininterval=every, dynamic_ncols=True, **kwargs)
 
 
 def log_directory(out):
-    """Where the log of the training goes whose checkpoint is `out`: runs/NAME beside NAME.pt. UserError for another suffix."""
+    """Directory for the log of the training that writes `out`: runs/NAME beside NAME.pt. UserError for another suffix."""
     if Path(out).suffix != ".pt":
-        raise UserError(f"--out {out}: name a file that ends in .pt")
+        raise UserError(f"--out {out}: give a file name that ends in .pt")
     return Path(out).parent / "runs" / Path(out).stem
 
 
 class RunLog:
-    """Progress bar, losses.csv and losses.png in log_directory(out), which rank 0 writes.
+    """Progress bar, and losses.csv and losses.png in log_directory(out), written by rank 0.
 
-    `add(loss=…, …)` takes 0-d tensors; `step` reads them every EVERY steps only, so that a GPU is not made to wait. A row of
+    `add(loss=…, …)` takes 0-d tensors; `step` reads them only every EVERY steps, to avoid synchronizing with the GPU. A row of
     the CSV is the mean over the steps since the last row and over processes.
     """
 
@@ -433,7 +433,7 @@ class RunLog:
         self.start = time.time() - (self.rows[-1]["seconds"] if self.rows else 0)
 
     def print(self, line):
-        """A line above the bar, with the seconds so far, from rank 0."""
+        """Print a line above the bar, with the elapsed seconds, from rank 0."""
         if self.rank == 0:
             tqdm.write(f"{time.time() - self.start:.0f} s: {line}")
 
@@ -442,7 +442,7 @@ class RunLog:
             self.pending.setdefault(k, []).append(v.detach())
 
     def step(self, step):
-        """One more step; returns True at those at which the values were read."""
+        """Count a step; returns True if the values were read in it."""
         self.bar.update()
         if (step + 1) % self.EVERY and step + 1 != self.steps:
             return False
@@ -453,10 +453,10 @@ class RunLog:
         return True
 
     def write(self):
-        """losses.csv and losses.png as of now."""
+        """Write losses.csv and losses.png."""
         if self.rank or not self.rows:
             return
-        names = list(dict.fromkeys(k for row in self.rows for k in row))  # the adversarial ones join later
+        names = list(dict.fromkeys(k for row in self.rows for k in row))  # the adversarial losses start later
         with whole(self.file) as part, open(part, "w") as f:
             writer = csv.DictWriter(f, names, lineterminator="\n")
             writer.writeheader()

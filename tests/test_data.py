@@ -70,7 +70,7 @@ def test_deeper_folders_loose_files_and_others(settings, tmp_path, capsys):
     train = videos(settings, tmp_path)
     assert train.classes == ("a", "b") and len(train) == 2 and train[0][0].shape == (16, 32, 32, 3)
     said = capsys.readouterr().out
-    assert "left out: 1 videos beside the folders, which are the classes" in said and "left out: 1 files .txt" in said
+    assert "left out: 1 videos outside the class folders" in said and "left out: 1 files .txt" in said
 
 
 def test_missing_and_empty_folders(settings, tmp_path):
@@ -99,7 +99,7 @@ def test_train_and_test_share_no_file_however_they_are_named(tmp_path, given, na
     found = [videos(OFF, given, role, num_frames=4) for role in ("train", "test")]
     real = [{os.path.realpath(path) for path, _ in dataset.items} for dataset in found]
     assert [len(files) for files in real] == [2, 1] and not real[0] & real[1]
-    assert "1 videos that are for training, too" in capsys.readouterr().out
+    assert "1 test videos that are also training videos" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------------------------- clips
@@ -155,7 +155,7 @@ def ucf(tmp_path):
 def test_ucf_from_one_level_up_or_down(ucf, tmp_path, level, capsys):
     train, test = (open_dataset(replace(ucf, data_dir=str(tmp_path / level)), role) for role in ("train", "test"))
     assert train.classes == ("ApplyLipstick", "Archery") and len(train) == 4 and train[3][1] == 1
-    assert len(test) == 4 and "nothing is held out" in capsys.readouterr().out
+    assert len(test) == 4 and "has no held-out videos" in capsys.readouterr().out
 
 
 SPLITS = {
@@ -178,10 +178,10 @@ def test_official_splits_of_ucf(ucf, tmp_path, kind):
     (lists / "testlist02.txt").write_text("ApplyLipstick/v_ApplyLipstick_g01_c01.avi\nArchery/v_Archery_g01_c01.avi\n")
     _, items, classes, notes = find_videos(ucf, "train")
     assert [(path.name, name) for path, name in items] == [("v_Archery_g08_c01.mp4", "Archery")] and classes == ["Archery"]
-    assert notes == ["1 of 2 videos in the list are not there"]
+    assert notes == ["1 of 2 listed videos are missing"]
     test = open_dataset(ucf, "test")
     assert names(test) == ["ApplyLipstick/v_ApplyLipstick_g01_c01.mp4", "Archery/v_Archery_g01_c01.mp4"]
-    with pytest.raises(UserError, match="ucf-split1 takes the lists.*unpack"):
+    with pytest.raises(UserError, match="ucf-split1 needs the lists.*unpack"):
         open_dataset(replace(ucf, dataset="ucf-split1"), "train")
 
 
@@ -210,7 +210,7 @@ def test_kinetics_with_lists_as_people_have_them_and_missing_files(tmp_path, kin
     settings = Config("kinetics", str(tmp_path), resolution=32, cache="off")
     _, items, classes, notes = find_videos(settings, "train")
     assert [(path.name[:11], name) for path, name in items] == [("abcdefghijk", "riding a bike"), ("-_345678901", "yoga")]
-    assert notes == ["1 of 3 videos in the list are not there"]
+    assert notes == ["1 of 3 listed videos are missing"]
     assert classes == ["riding a bike", "yoga", "zumba"], "of the list, whatever is there"
     assert names(open_dataset(settings, "test", classes))[0].endswith("abcdefghijl_000003_000013.mp4")
 
@@ -305,7 +305,7 @@ def test_a_cache_that_cannot_be_written_is_gone_without(kept, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     without = open_dataset(replace(kept, cache_dir=str(tmp_path / "file")), "train")
     assert without.frames is None and np.array_equal(without[3][0], frames)
-    assert "clips are decoded as they are needed" in capsys.readouterr().out
+    assert "decoding clips on demand instead" in capsys.readouterr().out
 
 
 def test_streams_without_a_header_are_not_taken_for_small(tmp_path):

@@ -187,10 +187,10 @@ def test_bad_input(layers, tmp_path, monkeypatch):
     hair = root / "hair" / "5.png"
     whole = hair.read_bytes()
     hair.unlink()
-    assert f"{hair} is no sheet of 832 x 1344 ([Errno 2] No such file" in (line := error(root)) and drawn.CLONE in line
+    assert f"{hair} is not a sheet of 832 x 1344 ([Errno 2] No such file" in (line := error(root)) and drawn.CLONE in line
     for content in (b"", whole[: len(whole) // 2], b"no PNG"):
         hair.write_bytes(content)
-        assert f"{hair} is no sheet" in (line := error(root)) and drawn.CLONE in line
+        assert f"{hair} is not a sheet" in (line := error(root)) and drawn.CLONE in line
     Image.new("RGBA", (640, 64)).save(hair)
     assert "(640 x 64 pixels)" in error(root)
 

@@ -309,7 +309,7 @@ def test_bad_input_is_named(compare, tmp_path):
         "real nowhere": "nowhere is no folder of videos",
         "real one": "one gives 1 clips, and a distance takes two or more",
         "real generated --stride 9": "real gives 0 clips .mp4: it has a clip takes 136",
-        "real generated --frames 0": "--frames 0: it must be positive",
+        "real generated --frames 0": "--frames 0: must be positive",
     }.items():
         status, _, err = compare(options)
         assert status == 2 and err.startswith("error: ") and all(word in err for word in words.split())

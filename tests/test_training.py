@@ -239,7 +239,7 @@ def test_on_a_full_disk_training_goes_on_and_the_old_checkpoint_stays(call, few_
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
     )  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "vae.pt: File too large; training goes on" in done.stderr
+    assert "vae.pt: File too large; training continues" in done.stderr
     assert "\nerror: cannot write vae.pt: File too large" in done.stderr.replace("\r", "\n")
     assert checkpoints.load("vae.pt", "vae", "")["step"] == 2 and sorted(p.name for p in tmp_path.rglob("*")) == before
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -261,7 +261,7 @@ def test_mkv_is_lossless_and_odd_sizes_are_kept(tmp_path):
     assert video.write_frames(tmp_path / "a.mkv", iter([frames[:2], frames[2:]]), 7) == 5
     assert np.array_equal(read_frames(tmp_path / "a.mkv", None), frames)
     assert video.write_frames(tmp_path / "a.mp4", [frames], 7) == 5 == len(read_frames(tmp_path / "a.mp4", None))
-    with pytest.raises(UserError, match="a.xyz: name a file that ends in .mp4 or .mkv"):
+    with pytest.raises(UserError, match="a.xyz: give a file name that ends in .mp4 or .mkv"):
         video.write_frames(tmp_path / "a.xyz", [frames], 7)
 
 
@@ -294,7 +294,7 @@ def test_on_a_full_disk_the_old_file_stays_and_devices_stay_devices(tmp_path):
     done = subprocess.run([sys.executable, "-c", FULL, ROOT], cwd=tmp_path, capture_output=True, text=True)
     assert "UserError: cannot write a.mkv: File too large" in done.stderr
     assert os.listdir(tmp_path) == ["a.mkv"] and (tmp_path / "a.mkv").read_bytes() == b"old"
-    with pytest.raises(UserError, match="/dev/null: it is a directory, or no file"):
+    with pytest.raises(UserError, match="/dev/null: it is a directory, or not a regular file"):
         utils.make_parent(os.devnull)
 
 

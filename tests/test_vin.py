@@ -211,9 +211,9 @@ def test_sample_predict_and_interpolate(trained, tmp_path, capsys):
 
 def test_bad_input_is_one_line(trained, capsys):
     for command, words in {
-        "train --ckpt {}/vae.pt": "a vae checkpoint, and a dit one is needed",
+        "train --ckpt {}/vae.pt": "a vae checkpoint, but a dit one is needed",
         "train --ckpt {}/dit.pt --overlap 4": "chunks of 8 frames can share 0 to 3",
-        "sample --ckpt {}/dit.pt": "a dit checkpoint, and a vin one is needed",
+        "sample --ckpt {}/dit.pt": "a dit checkpoint, but a vin one is needed",
         "": "name a command first: train, sample",
     }.items():
         assert run(command.format(trained)) == 2
