@@ -1,9 +1,9 @@
-"""What is not the paper's, and helps small models. One module each, headed by what it is, its gain and its source.
+"""Additions to the paper's method that help small models, one per module, each with its gain and source.
 
     --extras of vae.py     mixing=8 renorm=0.3 edges filter basis=512 muon
     --extras of dit.py     components=4x64 muon
 
-Without any (`--extras` with nothing behind it), both scripts are the paper's method; presets S, B and L have none.
+Without extras (`--extras` with no value), both scripts are the paper's method; presets S, B and L have none.
 """
 
 import itertools
@@ -24,12 +24,12 @@ DIT = {"components": lambda text: tuple(int(n) for n in text.split("x")), "muon"
 
 
 def parse(names, known):
-    """["mixing=8", "edges"] -> {"mixing": 8, "edges": None}. UserError for a name that is not in `known`, or a bad value."""
+    """["mixing=8", "edges"] -> {"mixing": 8, "edges": None}. UserError for a name that is not in `known` or a bad value."""
     found = {}
     for text in names:
         name, _, value = text.partition("=")
         if name not in known:
-            raise UserError(f"--extras {name}: there are {', '.join(known)}")
+            raise UserError(f"--extras {name}: choose from {', '.join(known)}")
         try:
             found[name] = known[name](value) if known[name] else None
         except ValueError:
@@ -38,7 +38,7 @@ def parse(names, known):
 
 
 def build_vae(VAE_class, nerv_config, encoder_config, decoder, names, steps=0):
-    """The paper's VAE with the extras `names`; steps: of the training, for renorm. ValueError where sizes do not fit."""
+    """The paper's VAE with the extras `names`. steps: length of the training, for renorm. ValueError if sizes do not fit."""
     chosen = parse(names, VAE)
     if "edges" in chosen:
         decoder = repeated(decoder, smooth="filter" in chosen)
@@ -57,7 +57,7 @@ def build_vae(VAE_class, nerv_config, encoder_config, decoder, names, steps=0):
 
 
 def start(vae, ema, batches, seed, count=4096):
-    """Before the first step: a shared basis becomes the principal components of `count` frames, two of each clip of batches."""
+    """Before the first step, fit a shared basis, if any, to `count` frames: two from each clip of `batches`."""
     if not isinstance(vae.nerv, BasisDecoder):
         return
     generator = torch.Generator().manual_seed(seed)
@@ -69,6 +69,6 @@ def start(vae, ema, batches, seed, count=4096):
 
 
 def latent_map(names, token_shape):
-    """The map from tokens to the latents that stage 2 diffuses: a scale, or, as an extra, principal components."""
+    """The map from tokens to the latents that stage 2 diffuses: a scale or, with the extra, principal components."""
     chosen = parse(names, DIT)
     return Components(chosen["components"], token_shape) if "components" in chosen else LatentScale(token_shape)

@@ -1,8 +1,8 @@
-"""A shared basis of frames, for videos of one scene: a frame is a mean, a sum of K frames that all videos share, and the NeRV.
+"""A shared basis of frames, for videos of one scene: frame = mean + linear combination of K shared frames + the NeRV's output.
 
-Convolutions that start from an 8 × 8 code learn the detail of a scene slowly; a linear map from tokens to pixels has it at
-once. The basis starts as the principal components of training frames. Coefficients are cosine series in time, so that t stays
-a real number. A talking person: 39.7 dB after eight minutes, 32.8 dB without it after two hours. Source: our own.
+Convolutions on an 8 × 8 input learn the details of a scene slowly; a linear map from tokens to pixels provides them at once.
+The basis is initialized with the principal components of training frames. Coefficients are cosine series in time, so t may be
+any real number. A talking person: 39.7 dB after eight minutes; without the basis, 32.8 dB after two hours. Source: our own.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 
 class SharedBasis(nn.Module):
-    """K frames that all videos share, learned `gain` times as fast as kernels. A video's codes are K * waves coefficients."""
+    """K frames shared by all videos; `gain` scales their learning rate. The codes of a video are K * waves coefficients."""
 
     def __init__(self, count, size, waves, gain):
         super().__init__()
@@ -23,7 +23,7 @@ class SharedBasis(nn.Module):
         self.strength = nn.Parameter(1 / torch.arange(1.0, waves + 1))  # low frequencies first
 
     def waves(self, t, length):
-        """The cosines at positions t [T] in a clip of `length` frames, each times its strength: [T, waves]."""
+        """Cosines at positions t [T] in a clip of `length` frames, scaled by their strengths: [T, waves]."""
         frequency = torch.arange(len(self.strength), device=t.device) * (math.pi / length)
         return self.strength * torch.cos((t.float()[:, None] + 0.5) * frequency)
 
@@ -34,18 +34,18 @@ class SharedBasis(nn.Module):
         return self.gain * (factors @ self.components + self.mean).unflatten(2, (3, self.size, self.size))
 
     def project(self, video):
-        """Clips [B, T, 3, size, size] -> codes [B, K * waves], of the least squared error while the basis is orthogonal."""
+        """Clips [B, T, 3, size, size] -> codes [B, K * waves], the least-squares fit as long as the basis is orthogonal."""
         rows = self.gain * self.components
         rows = rows / rows.square().sum(1, keepdim=True).clamp_min(1e-8)
         factors = (video.flatten(2) - self.gain * self.mean) @ rows.T  # [B, T, K]
         waves = self.waves(torch.arange(T := video.shape[1], device=video.device), T)
         waves = waves / waves.square().sum(0).clamp_min(1e-8)
-        waves[:, T:] = 0  # T frames have no higher frequencies
+        waves[:, T:] = 0  # T frames determine only T frequencies
         return torch.einsum("btk,tw->bkw", factors, waves.to(factors.dtype)).flatten(1)
 
     @torch.no_grad()
     def fit(self, frames, length):
-        """Become the principal components of frames [n, 3, size, size]; codes of clips of `length` get deviations up to 1."""
+        """Fit to frames [n, 3, size, size] by PCA, scaled so that codes of clips of `length` have deviations of up to 1."""
         pixels = frames.flatten(1)
         mean, count = pixels.mean(0), min(*pixels.shape, len(self.components))
         _, values, components = torch.pca_lowrank(pixels - mean, count, center=False)
@@ -55,23 +55,23 @@ class SharedBasis(nn.Module):
 
 
 class BasisDecoder(nn.Module):
-    """A decoder (nerv.NeRV) and a shared basis of `count` frames, added up. ValueError where tokens have fewer numbers."""
+    """The sum of a decoder (nerv.NeRV) and a shared basis of `count` frames. ValueError if `count` exceeds the latent size."""
 
     def __init__(self, nerv, count):
         super().__init__()
         c = self.config = nerv.config
         numbers = c.num_tokens * c.token_dim
         if not 0 < count <= numbers:
-            raise ValueError(f"basis {count}: use 1 to {numbers}, the numbers of {c.num_tokens} x {c.token_dim} tokens")
+            raise ValueError(f"basis {count}: use 1 to {numbers}, the latent size ({c.num_tokens} x {c.token_dim} tokens)")
         waves = min(numbers // count, c.num_frames)
         self.nerv, self.basis, self.codes = nerv, SharedBasis(count, c.resolution, waves, gain=0.6), count * waves
-        # An orthonormal series (DCT-II), so that all numbers of a video have the same weight. It and the mean stay fixed.
+        # An orthonormal series (DCT-II), so that all codes of a video have the same weight. It and the mean stay fixed.
         self.basis.strength.data[:] = math.sqrt(2 / c.num_frames)
         self.basis.strength.data[0] /= math.sqrt(2)
         self.basis.strength.requires_grad_(False), self.basis.mean.requires_grad_(False)
         self.head = nn.Linear(c.token_dim, math.ceil(self.codes / c.num_tokens), bias=False)
         nn.init.eye_(self.head.weight)
-        self.amplitude = nn.Parameter(torch.full((1,), 0.05))  # of the NeRV, beside a basis that fits from the start
+        self.amplitude = nn.Parameter(torch.full((1,), 0.05))  # small: the basis fits from the start
         self.num_kernel_weights = nerv.num_kernel_weights
 
     def forward(self, tokens, t):
@@ -81,11 +81,11 @@ class BasisDecoder(nn.Module):
 
 
 class BasisEncoder(nn.Module):
-    """An encoder whose tokens start as those with which the basis comes nearest to the video."""
+    """An encoder that is initialized to output the tokens with which the basis best fits the video."""
 
     def __init__(self, encoder, decoder):
         super().__init__()
-        self.encoder, self.decoder = encoder, [decoder]  # in a list, so that its parameters are not registered twice
+        self.encoder, self.decoder = encoder, [decoder]  # in a list, to register its parameters only once
         nn.init.zeros_(encoder.to_latent.weight)
         nn.init.zeros_(encoder.to_latent.bias.data[: decoder.config.token_dim])
 
@@ -95,4 +95,4 @@ class BasisEncoder(nn.Module):
         decoder, c = self.decoder[0], self.decoder[0].config
         codes = decoder.basis.project(video)
         codes = F.pad(codes, (0, c.num_tokens * len(decoder.head.weight) - codes.shape[1])).unflatten(1, (c.num_tokens, -1))
-        return (codes @ decoder.head.weight).float() + 0.05 * mean, logvar  # most tokens from the basis are small
+        return (codes @ decoder.head.weight).float() + 0.05 * mean, logvar  # 0.05: most tokens of the basis are small

@@ -1,7 +1,7 @@
-"""Principal components of weight tokens: what stage 2 may diffuse in the place of the tokens themselves.
+"""Principal components of weight tokens, which stage 2 may diffuse instead of the tokens themselves.
 
-The numbers of a video's tokens are far from independent: of Sprites, 64 directions of 2,048 hold 94 % of the variance.
-Sprites: FVD of generated clips 173 with components, Muon and larger batches, 612 without.
+The entries of a video's tokens are strongly correlated: on Sprites, 64 of 2,048 directions hold 94 % of the variance.
+Sprites: gFVD is 173 with components, Muon and larger batches, 612 without them.
 """
 
 import math
@@ -13,7 +13,7 @@ from common.utils import UserError
 
 
 class LatentScale(nn.Module):
-    """Tokens <-> latents of unit deviation, by one number (Rombach et al. 2022)."""
+    """Tokens <-> latents of unit standard deviation, by a scalar factor (Rombach et al. 2022)."""
 
     def __init__(self, token_shape):
         super().__init__()
@@ -21,7 +21,7 @@ class LatentScale(nn.Module):
         self.register_buffer("scale", torch.ones(()))
 
     def fit(self, mean, deviation):
-        """Posterior means and deviations of many videos, both [videos, N, d]: draws from them get unit deviation."""
+        """Fit to posterior means and deviations of many videos, both [videos, N, d]: samples get unit standard deviation."""
         self.scale.copy_((mean.var() + deviation.square().mean()).rsqrt())
 
     def forward(self, tokens):
@@ -34,24 +34,24 @@ class LatentScale(nn.Module):
 
 
 class Components(nn.Module):
-    """Tokens [..., N, d] <-> their largest principal components at unit deviation, as tokens [..., M, k].
+    """Tokens [..., N, d] <-> their largest principal components, scaled to unit standard deviation, as tokens [..., M, k].
 
-    In the place of LatentScale, with the same methods. The map is linear and keeps distances, but for its scale: a walk between
-    components is one between tokens.
+    It has the methods of LatentScale. The map is affine and keeps distances within the components up to a factor, so
+    interpolating components interpolates tokens.
     """
 
     def __init__(self, shape, token_shape):
-        """shape: (M, k) of the components; token_shape: (N, d). UserError where there are more components than numbers."""
+        """shape: (M, k) of the components; token_shape: (N, d). UserError if M * k exceeds N * d."""
         super().__init__()
         self.shape, self.token_shape, size = tuple(shape), tuple(token_shape), math.prod(token_shape)
         if len(shape) != 2 or min(shape) < 1 or math.prod(shape) > size:
-            raise UserError(f"--extras components={'x'.join(map(str, shape))}: use MxK, 1 to {size} in all, as a video has")
+            raise UserError(f"--extras components={'x'.join(map(str, shape))}: use MxK, 1 to {size} (the latent size) in all")
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("directions", torch.zeros(*shape, size))  # [M, k, N * d], each of length 1
         self.register_buffer("scale", torch.ones(()))
 
     def fit(self, mean, deviation):
-        """Posterior means and deviations of many videos, both [videos, N, d] -> the components of the means; unit deviation."""
+        """Fit components to posterior means, and the scale to these and deviations, of many videos, both [videos, N, d]."""
         flat = mean.float().flatten(1)
         centre, (M, k) = flat.mean(0), self.shape
         _, vectors = torch.linalg.eigh((flat - centre).T @ (flat - centre) / len(flat))  # ascending
@@ -64,7 +64,7 @@ class Components(nn.Module):
         return self.scale * torch.einsum("...i,mki->...mk", tokens.flatten(-2) - self.mean, self.directions)
 
     def spread(self, deviation):
-        """Deviations of independent noise on tokens [..., N, d] -> those of the components [..., M, k]."""
+        """Standard deviations of independent noise on tokens [..., N, d] -> those on components [..., M, k]."""
         return self.scale * torch.einsum("...i,mki->...mk", deviation.square().flatten(-2), self.directions.square()).sqrt()
 
     def inverse(self, components):

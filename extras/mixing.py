@@ -1,7 +1,7 @@
-"""Fixed-weight mixing: each query also gets sums of the patches whose weights are learned, not computed from the video.
+"""Fixed-weight mixing: each query also gets weighted sums of patches, with weights that do not depend on the video.
 
-Attention finds out slowly which query should look at which patch; a matrix learns it sooner. Shapes: 0.8 dB after 400 steps.
-Source: the token mixing of MLP-Mixer (Tolstikhin et al. 2021), beside the attention and not in its place.
+Attention is slow to learn which patches matter to which query; a matrix learns it faster. Shapes: 0.8 dB after 400 steps.
+Source: the token mixing of MLP-Mixer (Tolstikhin et al. 2021), here in addition to attention.
 """
 
 import math

@@ -1,15 +1,15 @@
 """Muon (Jordan et al. 2024) for the matrices of transformers, AdamW for the rest.
 
-Its update of a matrix is the orthogonal matrix nearest to the momentum, so that all directions are learned at one rate. It is
-scaled to the size of AdamW's updates (Liu et al. 2025, "Muon is scalable for LLM training", Eq. 4), so that one learning rate
-serves both. Shapes: 0.8 dB after 400 steps of stage 1.
+It updates a matrix by the orthogonal matrix nearest to the momentum, so all directions learn at the same rate. Updates are
+scaled to the size of AdamW's (Liu et al. 2025, "Muon is scalable for LLM training", Eq. 4), so both use the same learning
+rate. Shapes: 0.8 dB after 400 steps of stage 1.
 """
 
 import re
 
 import torch
 
-# Not the modulations of the DiT, which start at zero, and not the multi-head affine maps.
+# Neither the DiT's modulations, which start at zero, nor the multi-head affine maps.
 MATRICES = (
     r"attention.*weight$|blocks\..*(self_attn|mlp|linear\d).*weight$|\.mix$|encoder\.embed\.weight$"
     r"|basis\.components$|^nerv\.head\.weight$"
@@ -17,7 +17,7 @@ MATRICES = (
 
 
 def make_optimizer(network, weight_decay=0.01, muon=False):
-    """AdamW as both stages have it (§A.1), or Muon for the matrices of `network`. The learning rate is set at every step."""
+    """AdamW with the settings of both stages (§A.1), or Muon for the matrices. The learning rate is set at every step."""
     matrices = {name: p for name, p in network.named_parameters() if muon and p.ndim == 2 and re.search(MATRICES, name)}
     others = [p for name, p in network.named_parameters() if name not in matrices]
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
@@ -25,10 +25,10 @@ def make_optimizer(network, weight_decay=0.01, muon=False):
 
 
 def orthogonalize(x):
-    """About the orthogonal matrix nearest to x [rows, columns]: five Newton-Schulz steps to singular values of 0.7 to 1.2.
+    """Approximately the orthogonal matrix nearest to x [rows, columns]: singular values of 0.7 to 1.2, by Newton-Schulz steps.
 
-    A step is x <- (a + b G + c G²) x with G = x xᵀ, in bfloat16 on GPUs. CPUs without native bfloat16 take up to thirty times
-    as long with it (and with torch.optim.Muon): there the steps are in float32 and on G, which is small.
+    A step is x <- (a + b G + c G²) x with G = x xᵀ, in bfloat16 on GPUs. On CPUs without native bfloat16, that (like
+    torch.optim.Muon) takes up to thirty times as long; on CPUs, steps are therefore in float32 and on G, which is small.
     """
     if x.shape[0] > x.shape[1]:
         return orthogonalize(x.T).T
@@ -48,7 +48,7 @@ def orthogonalize(x):
 
 
 class Muon:
-    """Muon for `matrices` and an AdamW for all else, which step as one. Where found_inf is 1, nothing changes."""
+    """Muon for `matrices` and AdamW for the rest, as one optimizer. If found_inf is 1, a step changes nothing."""
 
     grad_scale = found_inf = None
 
@@ -65,7 +65,7 @@ class Muon:
     def step(self):
         self.adamw.grad_scale, self.adamw.found_inf = self.grad_scale, self.found_inf
         self.adamw.step()
-        lr, keep = self.own["lr"], self.found_inf > 0  # a tensor, so that no GPU is waited for
+        lr, keep = self.own["lr"], self.found_inf > 0  # a tensor, to avoid synchronizing with the GPU
         for matrix, average in zip(self.own["params"], self.averages):
             if matrix.grad is None:
                 continue

@@ -1,16 +1,16 @@
-"""Refinement: gradient steps on the tokens of a video after the encoder's guess (semi-amortized VAEs, Kim et al. 2018).
+"""Refinement: gradient steps on the tokens of a video, from the encoder's output (semi-amortized VAEs, Kim et al. 2018).
 
-An encoder predicts tokens in one pass; the gradient of the squared error gives what it missed. Shapes: 1.4 dB in ten steps.
+An encoder predicts tokens in one pass; descent on the squared error improves them. Shapes: 1.4 dB in ten steps.
 """
 
 import torch
 
 
 def refine(decode, tokens, video, steps, lr=0.01, few=4, price=None):
-    """Tokens [B, …] that decode to a video [B, T', 3, H, W] better than those given: `steps` of Adam on them alone.
+    """Improve tokens [B, …] of a video [B, T', 3, H, W] by `steps` steps of Adam on the tokens alone.
 
-    decode(tokens, t) -> frames [B, len(t), 3, H, W]. The video is the first T' frames of the clip, of which each step takes
-    `few` at random. lr falls to a tenth. price(tokens) -> [B] is added to the error of each clip, independent of the others.
+    decode(tokens, t) -> frames [B, len(t), 3, H, W]. The video is the first T' frames of the clip; each step uses `few` of
+    them at random. lr falls to a tenth. price(tokens) -> [B], independent between clips, is added to the error of each clip.
     """
     tokens, generator = tokens.detach().float().clone().requires_grad_(), torch.Generator().manual_seed(0)
     adam = torch.optim.Adam([tokens], betas=(0.9, 0.99), eps=1e-12)

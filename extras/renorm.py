@@ -1,7 +1,7 @@
-"""Batch renormalization (Ioffe 2017) in the place of the encoder's batch norm.
+"""Batch renormalization (Ioffe 2017) instead of the encoder's batch norm.
 
-With a batch of 16 the statistics are noisy: a quarter of a deviation on every token. Here the output is normalized by running
-statistics, in training as in use, and the gradient alone is that of batch norm. Shapes: 0.6 dB after 400 steps.
+Statistics over a batch of 16 are noisy: a quarter of a standard deviation on every token. Here running statistics normalize
+the output, in training and inference; only the gradient is batch norm's. Shapes: 0.6 dB after 400 steps.
 """
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn as nn
 
 
 class BatchRenorm(nn.Module):
-    """Batch norm of [B, features] that becomes batch renormalization after `begin` training steps; parameters as in `norm`."""
+    """Batch norm of [B, features] that becomes batch renormalization after `begin` training steps, with norm's parameters."""
 
     def __init__(self, norm, begin):
         super().__init__()
