@@ -1,1 +1,1 @@
-"""What it costs: `python -m bench.costs`, `bench.speed`, `bench.load`, `bench.gpu`."""
+"""Benchmarks: `python -m bench.costs`, `bench.speed`, `bench.load`, `bench.gpu`."""

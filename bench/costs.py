@@ -1,7 +1,7 @@
-"""What networks cost, computed from shapes alone: `python -m bench.costs costs | long`. No weights are made.
+"""Costs of the networks, computed from tensor shapes without allocating weights: `python -m bench.costs costs | long`.
 
-costs    of each preset: parameters, latent size, FLOPs of a forward pass and what it keeps for the backward pass; one clip
-long     FLOPs of the denoiser on long videos: chunks by themselves, with the interface of siblings/vin.py, with full attention
+costs    per preset, for one clip: parameters, latent size, FLOPs of a forward pass and memory kept for the backward pass
+long     FLOPs of the denoiser on long videos: independent chunks, with the interface of siblings/vin.py, with full attention
 """
 
 import itertools
@@ -23,15 +23,15 @@ from siblings.results import table
 
 
 def forward_costs(run):
-    """FLOPs of run(), and bytes that it keeps for the backward pass beside parameters. Fake tensors will do."""
+    """FLOPs of run(), and bytes kept for the backward pass, without parameters. Works with fake tensors."""
     kept = {}
 
     def pack(tensor):
         if not isinstance(tensor, torch.nn.Parameter):
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes(), tensor  # held, so that ids stay apart
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes(), tensor  # kept alive: unique ids
         return tensor
 
-    # The counter does not know the CPU's fused attention of q [B, heads, L, d] and k [B, heads, K, d]: two products.
+    # The counter lacks the CPU's fused attention of q [B, heads, L, d] and k [B, heads, K, d], two matrix products.
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     attention = {fused: lambda q, k, *args, out_shape=None, **kw: 4 * math.prod(q) * k[2]}
     with FlopCounterMode(display=False, custom_mapping=attention) as counter:
@@ -41,14 +41,14 @@ def forward_costs(run):
 
 
 def denoiser(preset):
-    """The DiT that dit.py trains on the tokens of a preset: of nano, on 4 × 64 principal components of them."""
+    """The DiT that dit.py trains on a preset's tokens (nano: on their 4 × 64 principal components)."""
     c = nerv.CONFIGS[preset]
     sizes = (4, 64, 9, 0, 96, 6, 3) if preset == "nano" else (c.num_tokens, c.token_dim)
     return dit.DiT(dit.DiTConfig(*sizes))
 
 
 def row(name):
-    """The cells of a preset."""
+    """The table row of a preset."""
     c = nerv.CONFIGS[name]
     with FakeTensorMode():
         model, model2 = vae.VAE(c, vae.encoder_config(name, c)), denoiser(name)
@@ -70,16 +70,16 @@ def row(name):
 
 @dataclass
 class Config:
-    presets: list = option("what", list(nerv.CONFIGS), "rows of costs", nargs="+", choices=list(nerv.CONFIGS))
-    chunks: list = option("what", [4, 8, 16, 32], "of the videos of long", nargs="+", type=int)
-    tokens: list = option("what", [128], "of a chunk, rows of long; S has 128", nargs="+", type=int)
+    presets: list = option("what", list(nerv.CONFIGS), "presets in the table of costs", nargs="+", choices=list(nerv.CONFIGS))
+    chunks: list = option("what", [4, 8, 16, 32], "chunks per video, for long", nargs="+", type=int)
+    tokens: list = option("what", [128], "tokens per chunk, for long; S has 128", nargs="+", type=int)
 
 
 def costs(config):
     header = ["preset", "clip", "kernels", "decoder", "encoder", "denoiser", "tokens", "clip : latent", "encode", "decode"]
     header += ["denoise once", "encode keeps", "decode keeps"]
     table(header, [row(name) for name in config.presets])
-    print("\nkernels: entries of one video's kernels; decoder: learned parameters, heads of the multi-head affine included;")
+    print("\nkernels: kernel entries of one video; decoder: learned parameters, with the heads of the multi-head affine;")
     print("encode, decode, denoise once: GFLOP of one clip's forward pass; keeps: GiB for its backward pass, in float32")
 
 
@@ -94,7 +94,7 @@ def long_costs(c, config, C):
 
 
 def long_videos(config):
-    """GFLOP of S's denoiser, once, on one video of C chunks; in brackets, the difference from full attention."""
+    """GFLOP of one evaluation of S's denoiser on a video of C chunks; in brackets, the difference from full attention."""
     rows = []
     for tokens, chunks in itertools.product(config.tokens, config.chunks):
         costs = long_costs(replace(dit.DiTConfig(), num_tokens=tokens), vin.VINConfig(), chunks)

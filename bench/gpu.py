@@ -1,11 +1,11 @@
-"""Shows on a new machine with a GPU that everything works, in half an hour: `python -m bench.gpu`.
+"""Checks in half an hour that everything works on a new machine with a GPU: `python -m bench.gpu`.
 
-tests    those that ask for a GPU
+tests    those that need a GPU
 steps    short trainings of both stages, compiled and eager, with discriminator and LPIPS; resumed, and on two processes
 tables   bench.speed decode and growth, bench.load
-train    stage 1 on --data-dir or the built-in shapes, and stage 2, for a third of what is left each; samples, their evaluation
+train    stage 1 on --data-dir or the built-in shapes, then stage 2, each for a third of the time left; sampling, evaluation
 
-Every program is a row, what failed or found no time too; table.md and the logs in --out-dir are complete at any moment.
+Each program is a row, even if it failed or no time was left; table.md and the logs in --out-dir are always up to date.
 On a CPU: python -m bench.gpu --preset nano --steps 2 --only steps
 """
 
@@ -26,8 +26,8 @@ from common import utils
 from common.utils import option
 
 ROOT, PARTS = Path(__file__).parent.parent, ("tests", "steps", "tables", "train")
-TRAINING = r"held-out PSNR [\d.]+ dB|[\d.]+ GiB at most"  # of a training's output goes into the table
-AGAINST = "-m bench.gpu whole.pt "  # is how two checkpoints are compared
+TRAINING = r"held-out PSNR [\d.]+ dB|[\d.]+ GiB at most"  # parts of a training's output for the table
+AGAINST = "-m bench.gpu whole.pt "  # command that compares two checkpoints
 
 
 @dataclass
@@ -35,19 +35,19 @@ class Config:
     only: list = option("what", list(PARTS), "parts to run", nargs="+", choices=PARTS, metavar="PART")
     preset: str = option("what", "S", "sizes of the networks", choices=list(nerv.CONFIGS))
     data_dir: str = option("what", "", "folder of videos to train on; default: the built-in shapes")
-    steps: int = option("what", 60, "of each short training, 2 or more")
+    steps: int = option("what", 60, "steps of each short training, 2 or more")
     batch_size: int = option("what", 8, "clips per step, even")
-    minutes: float = option("what", 30.0, "for everything")
+    minutes: float = option("what", 30.0, "time limit for everything")
     out_dir: str = option("output", "out/gpu", "where table, logs and checkpoints go")
 
 
 def programs(config, gpu):
-    """All programs in order: (part, what it is, its command, a pattern for what of its output to show)."""
+    """All programs in order: (part, description, command, pattern for the parts of its output to show)."""
     source = f"--dataset folder --data-dir {shlex.quote(os.path.abspath(config.data_dir))}" if config.data_dir else ""
     common = f"--batch-size {config.batch_size} --warmup 1000 --extras"
     first = f"vae.py {source} --preset {config.preset} --lpips none {common}"
     second = f"dit.py {common} --num-latents 64"
-    yield "tests", "tests that ask for a GPU", f"-m pytest -q -p no:cacheprovider {ROOT}/tests/test_cuda.py", r"\d+ \w+ in .*"
+    yield "tests", "tests that need a GPU", f"-m pytest -q -p no:cacheprovider {ROOT}/tests/test_cuda.py", r"\d+ \w+ in .*"
     for name, mode in (
         ("compiled, bf16", "--compile on --bf16 on"), ("eager, bf16", "--compile off --bf16 on"),
         ("eager, float32", "--compile off --bf16 off"),
@@ -58,13 +58,13 @@ def programs(config, gpu):
     if gpu:
         yield "steps", "vae.py, LPIPS", f"{first} --steps {config.steps} --lpips vgg --out lpips.pt", TRAINING
     half, plain = f"--steps {config.steps // 2}", f"{first} --compile off --bf16 off --gan-weight 0 --steps {config.steps}"
-    yield "steps", "vae.py, as a whole", f"{plain} --out whole.pt", TRAINING
+    yield "steps", "vae.py, uninterrupted", f"{plain} --out whole.pt", TRAINING
     yield "steps", "vae.py, half of the steps", f"{plain} --out half.pt {half}", TRAINING
     yield "steps", "… resumed", f"{plain} --out half.pt --resume", TRAINING
-    yield "steps", "… against the whole", AGAINST + "half.pt", ".+"
+    yield "steps", "… compared with uninterrupted", AGAINST + "half.pt", ".+"
     launch = "-m torch.distributed.run --standalone --nproc_per_node=2"
     yield "steps", "vae.py, 2 processes", f"{launch} {ROOT}/{plain} --out ranks.pt", TRAINING
-    yield "steps", "… against one", AGAINST + "ranks.pt", ".+"
+    yield "steps", "… compared with one process", AGAINST + "ranks.pt", ".+"
     for topic in ("decode", "growth"):
         yield "tables", f"bench.speed {topic}", f"-m bench.speed {topic}", "matrix product .*"
     yield "tables", "bench.load", "-m bench.load", r"weights \|.*"
@@ -78,7 +78,7 @@ def programs(config, gpu):
 
 
 def run(command, log, seconds, stop):
-    """Run a program into a log for so long at most, if `stop` until Ctrl-C then -> its output. RuntimeError where it fails."""
+    """Run a program, logged -> its output. RuntimeError if it fails or exceeds `seconds`; with `stop`, it gets Ctrl-C then."""
     words = shlex.split(command)
     words[0] = f"{ROOT}/{words[0]}" if words[0].endswith(".py") else words[0]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -91,7 +91,7 @@ def run(command, log, seconds, stop):
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGINT if stop else signal.SIGKILL)
             if not stop:
-                raise RuntimeError(f"no end within {seconds:.0f} s") from None
+                raise RuntimeError(f"not done within {seconds:.0f} s") from None
     output = log.read_text(errors="replace").replace("\r", "\n").strip()
     if process.wait():
         raise RuntimeError(output.splitlines()[-1] if output else f"status {process.returncode}")
@@ -99,10 +99,10 @@ def run(command, log, seconds, stop):
 
 
 def compare(names):
-    """How far apart two checkpoints' averaged weights are."""
+    """Print the largest difference between the averaged weights of two checkpoints."""
     one, other = (torch.load(name, map_location="cpu", weights_only=True)["ema"] for name in names)
     off = max(((x - other[key]).abs().max() / x.abs().max().clamp_min(1e-9)).item() for key, x in one.items() if x.numel())
-    print("equal to the bit" if off == 0 else f"weights differ by {off:.1e} of the largest")
+    print("bit-identical" if off == 0 else f"weights differ by {off:.1e} of the largest weight")
 
 
 def main():

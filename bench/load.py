@@ -1,9 +1,9 @@
-"""How fast videos load, as batches for training: from weights, from H.264 and from memory (FastNeRV, Fig. 9).
+"""Loading speed of videos in training batches: from weights, from H.264 and from raw frames in memory (FastNeRV, Fig. 9).
 
 python -m bench.load --data-dir clips/train
 
-Videos are 8 frames of 256 × 256. Weights, a byte a code, and H.264 are decoded anew each time; the model is not trained, which
-takes as long. All rows are measured in turns, on OMP_NUM_THREADS threads.
+Videos have 8 frames of 256 × 256. Weights, one byte per code, and H.264 are decoded each time. The model is untrained, which
+does not change its speed. Measurements of all rows alternate, on OMP_NUM_THREADS threads.
 """
 
 import io
@@ -26,13 +26,13 @@ from siblings.results import table
 
 @dataclass
 class Config:
-    videos: list = option("what", [1, 4, 16, 64], "in a batch", nargs="+", type=int)
+    videos: list = option("what", [1, 4, 16, 64], "videos per batch", nargs="+", type=int)
     data_dir: str = option("what", "", "folder of videos; default: the built-in shapes")
-    repeats: int = option("what", 5, "measurements, after one that is not counted")
+    repeats: int = option("what", 5, "measurements, after an uncounted first one")
 
 
 def h264(stream):
-    """A raw stream -> frames uint8 [8, 256, 256, 3], as a loader decodes them."""
+    """A raw stream -> frames uint8 [8, 256, 256, 3], decoded as in a data loader."""
     with av.open(io.BytesIO(stream), format="h264") as file:
         file.streams.video[0].codec_context.thread_count = 1
         return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
@@ -59,7 +59,7 @@ def main():
         return video.to_clip(np.stack(list(pool.map(h264, [streams[i] for i in chosen])))).to(device)
 
     def all_videos(B, batch_of):
-        """Every video once, B at a time."""
+        """Load every video once, B at a time."""
         for chosen in np.random.default_rng(0).permutation(count).reshape(-1, B):
             batch_of(chosen)
 

@@ -1,10 +1,10 @@
-"""How fast sampling and decoding are: `python -m bench.speed sample | decode | growth`, a table each.
+"""Speed of sampling and decoding, in a table each: `python -m bench.speed sample | decode | growth`.
 
-sample   from noise to frames with each sampler of a trained model, and how far off its latents are
-decode   frames from weight tokens, and where diffusers is installed (studies/requirements.txt), by Stable Diffusion's decoder
-growth   decoding against resolution, length, number of videos and width, with fitted exponents
+sample   from noise to frames, by each sampler of a trained model, with the error of its latents
+decode   frames from weight tokens; with diffusers (studies/requirements.txt), Stable Diffusion's decoder for comparison
+growth   decoding time against resolution, length, number of videos and width, with fitted exponents
 
-What a row is compared with is measured in turns with it. Printed first is what the machine does at best, two large matrices.
+Measurements of a row and of its reference alternate. First, the peak speed is measured with a product of two large matrices.
 """
 
 import contextlib
@@ -28,20 +28,20 @@ from siblings.results import table
 
 @dataclass
 class Config:
-    repeats: int = option("what", 3, "measurements, in turns with those of the reference, after one that is not counted")
-    ckpt: str = option("what", "dit.pt", "checkpoint of dit.py, of sample")
+    repeats: int = option("what", 3, "measurements, alternating with the reference's, after an uncounted first one")
+    ckpt: str = option("what", "dit.pt", "checkpoint of dit.py, for sample")
     device: str = option("what", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
 
 
 def clock(device):
-    """Seconds, once the device has done all it was asked."""
+    """The time in seconds, after synchronizing with the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def measure(runs, repeats, device):
-    """Call each of runs {name: function} in turns, after a round that does not count -> {name: seconds of each call}."""
+    """Call runs {name: function} alternately, after an uncounted first round -> {name: seconds of each call}."""
     seconds = {name: [] for name in runs}
     for _ in range(repeats + 1):
         for name, run in runs.items():
@@ -52,17 +52,17 @@ def measure(runs, repeats, device):
 
 
 def spread(values):
-    """Median (least to most) of values."""
+    """Median (minimum to maximum) of values."""
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
 def ratio(seconds, name, reference):
-    """How many times as fast as the reference, turn by turn."""
+    """Speedup over the reference, paired by round."""
     return spread([b / a for a, b in zip(seconds[name], seconds[reference])])
 
 
 def machine(config):
-    """Print what the machine does at best -> device, FLOP per second of a matrix product in float32."""
+    """Print the peak speed of the machine -> device, FLOP per second of a matrix product in float32."""
     device = utils.pick_device(config.device)
     size = 8192 if device.type == "cuda" else 1536
     a, b = torch.randn(2, size, size, device=device)
@@ -73,7 +73,7 @@ def machine(config):
 
 
 def sample(config):
-    """Two videos of each of nine classes, guidance 2; distances are to DDIM with 1000 steps, of the same noise but for DDPM."""
+    """Two videos per class, nine classes, guidance 2; distances to DDIM with 1000 steps, from the same noise except DDPM."""
     device, _ = machine(config)
     ckpt = checkpoints.load(config.ckpt, "dit", "python dit.py")
     model, autoencoder, latent_map = (part.to(device) for part in dit.load_dit(ckpt))
@@ -101,9 +101,9 @@ def image_decoder():
 
 
 def decode(config):
-    """Frames per second, of clips from tokens and of Stable Diffusion's decoder."""
+    """Frames per second of decoding clips from tokens, and of Stable Diffusion's decoder."""
     device, peak = machine(config)
-    frames = 16 if device.type == "cuda" else 1  # a frame of L takes a CPU seconds
+    frames = 16 if device.type == "cuda" else 1  # on a CPU, a frame of L takes seconds
 
     def from_tokens(preset, B, T):
         """(function, frames, FLOPs)"""
@@ -123,7 +123,7 @@ def decode(config):
             flops, _ = forward_costs(partial(image_decoder(), torch.empty(z.shape)))
         large["Stable Diffusion's decoder"] = lambda: decoder(z), len(z), flops
     rows = []
-    for runs in (nano, large):  # {name: (function, frames, FLOPs)}, each against the last of its kind
+    for runs in (nano, large):  # {name: (function, frames, FLOPs)}, compared with the last of its group
         with torch.no_grad():
             seconds = measure({name: run for name, (run, _, _) in runs.items()}, config.repeats, device)
         each, reference = {name: [s / runs[name][1] for s in seconds[name]] for name in runs}, list(runs)[-1]
@@ -134,7 +134,7 @@ def decode(config):
 
 
 def growth(config):
-    """A decoder of nano's width. One quantity grows at a time; exponents are slopes of the logarithms, least squares."""
+    """A decoder of nano's width. One quantity grows at a time; exponents are least-squares slopes on logarithmic axes."""
     device, _ = machine(config)
     base = replace(nerv.CONFIGS["nano"], resolution=64)
     series = {

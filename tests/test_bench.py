@@ -89,7 +89,7 @@ def test_gpu_runs_its_programs_and_what_fails_is_a_row(tmp_path, monkeypatch, ca
     gpu.main()
     good, bad = (out / "table.md").read_text().splitlines()[4:]
     assert "| good | x=1 |" in good and "**failed**: ZeroDivisionError" in bad and "1 failed" in capsys.readouterr().out
-    with pytest.raises(RuntimeError, match="no end within"):
+    with pytest.raises(RuntimeError, match="not done within"):
         gpu.run("-c 'import time; time.sleep(99)'", out / "late.log", 0.5, stop=False)
 
 
