@@ -1,9 +1,9 @@
-"""Data sets: those that are drawn, and the videos that people have on their disks. Clips go out in a fixed order, fast.
+"""Data sets, synthetic ones and videos on disk, and a fast loader with a reproducible order of clips.
 
-A data set gives `dataset[i]` -> (uint8 frames [T, H, W, 3], label), for any i >= 0; i, i + len, i + 2 len, … are other clips of
-the same video. The networks take `video.to_clip` of that. The first thing to run on a new data set is
+`dataset[i]` -> (uint8 frames [T, H, W, 3], label) for any i >= 0; i, i + len, i + 2 len, … are different clips of the same
+video. `video.to_clip` turns frames into network input. Run this first on a new data set:
 
-python data.py --dataset ucf --preview clips.png     eight clips, counts of classes, lengths, sizes, and what is skipped and why
+python data.py --dataset ucf --preview clips.png     eight clips, counts of classes, lengths, sizes, and why videos are skipped
 """
 
 import collections
@@ -26,25 +26,25 @@ from common.layouts import LAYOUTS, find_root, find_videos
 from common.utils import UserError, option
 from common.video import printable
 
-LONG_PERIOD = 64  # frames of a turn of shapes-long: four clips of 16
-SHAPES = {"shapes": 0, "shapes-long": LONG_PERIOD}  # built in; 0: a clip is a turn
-DRAWN = (*SHAPES, "sprites")  # small, and nothing of them is a file of a video
+LONG_PERIOD = 64  # of the motion of shapes-long, in frames: four clips of 16
+SHAPES = {"shapes": 0, "shapes-long": LONG_PERIOD}  # name: period; 0: the length of a clip
+DRAWN = (*SHAPES, "sprites")  # without video files
 DATASETS = (*SHAPES, *LAYOUTS)
-# Options of each, unless named: the paper's stride; one loop at the size it is drawn at.
+# Defaults that differ by data set: the paper's stride; one loop at its original size.
 DEFAULTS = {"taichi": {"stride": 4}, "sprites": {"resolution": CELL, "num_frames": 8}}
-CACHE, CACHE_LIMIT = "data/cache", 8 * 2**30  # bytes of frames, up to which a data set is decoded once and kept
+CACHE, CACHE_LIMIT = "data/cache", 8 * 2**30  # data sets of up to this many bytes are decoded once and cached
 
 
 # ------------------------------------------------------------------------------------------------------------ clips of videos
 
 
 class Videos:
-    """Clips of videos on a disk. In training a clip starts anywhere in its video, in testing in the middle; flip mirrors half
-    of those for training. Both depend on i and nothing else.
+    """Clips of videos on disk. Training clips start at a random frame, and with `flip` half of them are mirrored; test clips
+    are taken from the middle. The random choices depend only on i.
 
-    items are (path, label). kept is what cache.decode_once gives; without, a clip is decoded when it is asked for, from the
-    first frame of its video on. A video that gives no clip is named once, `skipped` is {path: reason}, and the next one takes
-    its place. UserError where none is left.
+    items are (path, label). kept is the result of cache.decode_once; without it, each access decodes the video from its first
+    frame. A video that yields no clip is reported once, recorded in `skipped` {path: reason}, and replaced by the next one.
+    UserError if none is left.
     """
 
     def __init__(self, items, classes, role, config, kept=None):
@@ -63,7 +63,7 @@ class Videos:
         return len(self.items)
 
     def identity(self):
-        """A hash of labels and frames, or of large data sets of names, sizes and times; the place of the data is free."""
+        """A hash of labels and frames (without a cache: of names, sizes and times), whatever the directory is called."""
         states = [f"{label} {zlib.crc32(self.frames[path]) if self.frames else stamp(path)}" for path, label in self.items]
         return hashlib.sha256("\n".join(states).encode()).hexdigest()
 
@@ -78,7 +78,7 @@ class Videos:
         self.nothing_left()
 
     def clip(self, path, i):
-        """Clip number i, of this video: uint8 [T, H, W, 3]."""
+        """Clip i, from this video: uint8 [T, H, W, 3]."""
         if path not in self.lengths:
             self.lengths[path] = video.count_frames(path)
         if (spare := self.lengths[path] - self.span) < 0:
@@ -96,18 +96,18 @@ class Videos:
             if len(self.skipped) <= 20:
                 report(f"skipping {printable(path)}: {reason}")
             elif len(self.skipped) == 21:
-                report("skipping more: `python data.py` names all")
+                report("skipping more: `python data.py` lists all")
 
     def too_short(self, path):
-        return f"it has {self.lengths[path]} frames, and a clip takes {self.span} (--num-frames, --stride)"
+        return f"it has {self.lengths[path]} frames, but a clip needs {self.span} (--num-frames, --stride)"
 
     def nothing_left(self):
         path, reason = next(iter(self.skipped.items()))
-        raise UserError(f"none of the {len(self.skipped)} videos can be used; {printable(path)}, for one: {reason}")
+        raise UserError(f"none of the {len(self.skipped)} videos can be used; for example, {printable(path)}: {reason}")
 
 
 def scramble(i):
-    """A number that follows from i and looks random (splitmix64); a generator would take longer than copying a clip should."""
+    """A pseudorandom hash of i (splitmix64); constructing a generator would take longer than copying a clip."""
     z = (i + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
     z = (z ^ z >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
@@ -115,36 +115,36 @@ def scramble(i):
 
 
 def report(line):
-    """One line to the person at the keyboard, above the progress bar, from the first process."""
+    """Print a line above the progress bar, from the first process."""
     if utils.rank() == 0:
         tqdm.write(line)
 
 
 def open_dataset(config, role, classes=None):
-    """The data set that settings name: dataset, data_dir, resolution, num_frames, stride, flip. role is "train" or "test".
+    """Open the data set of a config (dataset, data_dir, resolution, num_frames, stride, flip). role is "train" or "test".
 
-    With classes, labels follow that list, and a class that is not in it is an error. All of a small data set is decoded at the
-    first call (CACHE_LIMIT); clips of larger ones as training goes.
+    If `classes` is given, labels are indices into it; UserError for a class that is not in it. A data set of up to CACHE_LIMIT
+    is decoded in the first call; clips of larger ones are decoded on demand.
     """
     c = config
     if c.dataset in SHAPES:
         return Shapes(role, c.resolution, c.num_frames, period=SHAPES[c.dataset], stride=c.stride)
     if c.dataset == "sprites":
         if c.flip:
-            raise UserError("sprites are not mirrored, left would be right: leave out --flip")
+            raise UserError("sprites cannot be mirrored, which would swap left and right: leave out --flip")
         return Sprites(find_root(c), role, c.resolution, c.num_frames, c.stride)
     root, items, names, notes = find_videos(c, role)
     for note in notes:
         report(f"left out: {note}")
     if len(names) == 1 and classes and len(classes) == 1:
-        names, items = list(classes), [(path, classes[0]) for path, _ in items]  # a folder without classes, of another name
+        names, items = list(classes), [(path, classes[0]) for path, _ in items]  # a folder without classes, renamed
     if unknown := [name for name in names if name not in (classes or names)]:
         raise UserError(
             f"{printable(root)} has the class {unknown[0]!r}, which the checkpoint was not trained on: {list(classes)}"
         )
     number = {name: k for k, name in enumerate(classes or names)}
     items, paths = [(path, number[name]) for path, name in items], [path for path, _ in items]
-    many = len(paths) > 50_000  # a system maps 65,530 files at most
+    many = len(paths) > 50_000  # Linux maps 65,530 files at most
     if getattr(c, "cache", "") == "off" or many or estimated_bytes(paths, c.resolution) > CACHE_LIMIT:
         return Videos(items, number, role, c)
     place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]
@@ -158,11 +158,11 @@ def open_dataset(config, role, classes=None):
 
 
 class Stream:
-    """The order in which a training sees its clips: lists of indices into a data set, without end.
+    """The order of clips in a training: an infinite sequence of lists of indices into a data set.
 
-    Every clip comes once in a pass, each pass in a new order that follows from the seed alone. A global batch is the next
-    batch_size places of that order. It is cut into parts, and of each part every process takes its rows, so that the same
-    clips make the same step on any number of processes, and step 1000 can be found without having gone through 999.
+    Every pass over the data has a new random order, which depends only on the seed. A global batch is the next batch_size
+    indices. It is split into parts, and each process takes its rows of each part, so that a step uses the same clips on any
+    number of processes. Step 1000 can be computed without the 999 before it.
     """
 
     def __init__(self, length, batch_size, seed=0, start=0, parts=1, rank=0, world=1):
@@ -171,7 +171,7 @@ class Stream:
         self.passes = {}
 
     def batch(self, step):
-        """Indices of the global batch of a step; pass p of clip i is p * length + i."""
+        """Indices of the global batch of a step; clip i in pass p has the index p * length + i."""
         indices = []
         for place in range(step * self.batch_size, (step + 1) * self.batch_size):
             number = place // self.length
@@ -192,10 +192,10 @@ class Stream:
 
 
 def endless(dataset, stream, device=None):
-    """Batches (uint8 frames [B, T, H, W, 3], labels [B]) of a data set in the order of a Stream, without end.
+    """Yield batches (uint8 frames [B, T, H, W, 3], labels [B]) of a data set in the order of a Stream, without end.
 
-    All cores of this process work ahead. For a CUDA device the memory is pinned, so that `to(device, non_blocking=True)`
-    returns at once; torch gives it out again when the copy is done.
+    All cores of this process prefetch. For a CUDA device the memory is pinned, so that `to(device, non_blocking=True)` returns
+    at once; torch reuses the memory only after the copy.
     """
     workers, ahead, shape = (
         max(1, utils.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
@@ -227,19 +227,19 @@ def endless(dataset, stream, device=None):
 
 
 def spread(dataset, count):
-    """Numbers of up to count clips, spread evenly over a data set: one of each video where there are so many."""
+    """Indices of up to `count` clips, evenly spaced over a data set, each of another video."""
     count = min(count, len(dataset))
     return [k * len(dataset) // count for k in range(count)]
 
 
 def clips(dataset, indices):
-    """(clips [B, T, 3, H, W] in [-1, 1], labels [B]) of a data set."""
+    """(clips [B, T, 3, H, W] in [-1, 1], labels [B]) at the indices of a data set."""
     items = [dataset[i] for i in indices]
     return torch.stack([video.to_clip(frames) for frames, _ in items]), torch.tensor([label for _, label in items])
 
 
 def fixed_clips(dataset, count):
-    """`clips` of up to count videos spread over a data set, the same at every call."""
+    """`clips` of up to `count` videos, evenly spaced over a data set, the same at every call."""
     return clips(dataset, spread(dataset, count))
 
 
@@ -248,19 +248,19 @@ def fixed_clips(dataset, count):
 
 @dataclass
 class Config:
-    dataset: str = option("data", "shapes", "built-in, any folder of videos, or as distributed", choices=DATASETS)
-    data_dir: str = option("data", "", "where it is, if not in its usual place; classes of a folder are its sub-folders")
-    resolution: int = option("data", 128, "height and width in pixels; shorter side scaled, centre cut out")
+    dataset: str = option("data", "shapes", "built-in, a folder of videos, or public ones as distributed", choices=DATASETS)
+    data_dir: str = option("data", "", "its directory, if not the default; sub-folders of a folder are classes")
+    resolution: int = option("data", 128, "height and width in pixels; shorter side scaled, centre cropped")
     num_frames: int = option("data", 16, "frames of a clip")
     stride: int = option("data", 1, "frames of the video per frame of the clip")
     flip: bool = option("data", False, "mirror half of the training clips, left to right")
-    cache: str = option("data", "auto", "off: decode clips as they are needed, whatever the size", choices=["auto", "off"])
-    cache_dir: str = option("data", CACHE, "where decoded frames are kept")
-    preview: str = option("what", "", "PNG to write eight clips into")
+    cache: str = option("data", "auto", "off: decode clips on demand, whatever the size", choices=["auto", "off"])
+    cache_dir: str = option("data", CACHE, "directory for decoded frames")
+    preview: str = option("what", "", "PNG file for a preview of eight clips")
 
 
 def describe(dataset):
-    """What a data set of videos holds, in lines: videos of each class, lengths, sizes as stored, what is skipped and why."""
+    """Yield lines that describe a data set of videos: counts of classes, lengths, sizes as stored, skipped videos and why."""
     paths, infos = [path for path, _ in dataset.items], {}
 
     def look(path):

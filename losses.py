@@ -1,4 +1,4 @@
-"""The losses of stage 1 beyond L2 and KL (Eq. 1): a perceptual one, LPIPS, and an adversarial one, with its discriminator."""
+"""The losses of stage 1 besides L2 and KL (Eq. 1): perceptual (LPIPS) and adversarial, with its discriminator."""
 
 import torch
 import torch.nn as nn
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from common.weights import weights
 
-# Stages of the backbones, each compared at its end: max pooling before it (window, stride), then convolutions with their ReLU
+# Stages of the backbones; LPIPS compares their outputs. Each: max pooling (window, stride), then convolutions with ReLU
 # (channels, kernel, stride, padding).
 STAGES = {
     "vgg": [
@@ -21,10 +21,10 @@ STAGES = {
 
 
 class LPIPS(nn.Module):
-    """Perceptual distance of frames (Zhang et al. 2018, v0.1), the mean over a batch; backbone "vgg" or "alex".
+    """Perceptual distance of frames (Zhang et al. 2018, v0.1), averaged over a batch; backbone "vgg" or "alex".
 
-    Unit vectors of five layers of a fixed backbone, torchvision's of ImageNet, are subtracted, squared, weighted by the heads
-    and averaged over places. pretrained=False leaves weights random (for tests). UserError where they cannot be had.
+    Squared differences between unit feature vectors of five layers of a frozen backbone, trained on ImageNet by torchvision,
+    are weighted by the heads and averaged. pretrained=False: random weights (for tests). UserError if they are unavailable.
     """
 
     def __init__(self, backbone="vgg", pretrained=True):
@@ -41,14 +41,14 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     def features(self, x):
-        """x [B, 3, H, W] in [-1, 1] -> unit vectors at each place after the five stages, [float32 [B, C, h, w], …]."""
+        """x [B, 3, H, W] in [-1, 1] -> unit vectors at each position after the five stages, [float32 [B, C, h, w], …]."""
         x, layers, found = (x - self.shift) / self.scale, iter(self.convs), []
         for pool, convs in self.stages:
             x = F.max_pool2d(x, *pool) if pool else x
             for _ in convs:
                 x = F.relu(next(layers)(x))
-            y = x.float()  # a sum of squares takes more digits than bfloat16 has
-            found.append(y * (y.square().sum(1, keepdim=True) + 1e-20).rsqrt())  # the root of 0 would have no gradient
+            y = x.float()  # a sum of squares needs more precision than bfloat16
+            found.append(y * (y.square().sum(1, keepdim=True) + 1e-20).rsqrt())  # finite gradient at 0
         return found
 
     def forward(self, frames, real):
@@ -58,12 +58,12 @@ class LPIPS(nn.Module):
 
 
 def at_least_64(clips):
-    """Clips [B, T, 3, H, W] for LPIPS: below 64 pixels [1, B * T, 3, 2H, 2W], since AlexNet begins with strides of 4."""
+    """Clips [B, T, 3, H, W] for LPIPS: below 64 pixels doubled, [1, B * T, 3, 2H, 2W], as AlexNet starts with a stride of 4."""
     return clips if clips.shape[-1] >= 64 else F.interpolate(clips.flatten(0, 1), scale_factor=2, mode="bilinear")[None]
 
 
 class DiscriminatorBlock(nn.Module):
-    """A residual block of StyleGAN2's discriminator in 3D; it halves height and width, and time while there is time."""
+    """A residual block of StyleGAN2's discriminator in 3D; it halves height, width and, if above 1, the number of frames."""
 
     def __init__(self, in_ch, out_ch):
         super().__init__()
@@ -80,12 +80,12 @@ class DiscriminatorBlock(nn.Module):
 
 class Discriminator(nn.Module):
     """Tells real from decoded clips: 3D convolutions as in StyleGAN2. A transformer "introduces flickering artifacts"
-    (§3.1; sizes: §A.1). It has no statistics over the batch, so that a clip's logit does not depend on other clips.
+    (§3.1; sizes: §A.1). Without statistics over the batch: a clip's logit does not depend on other clips.
     """
 
     def __init__(self, width=64, blocks=5):
         super().__init__()
-        self.smallest = 2**blocks  # height and width of a clip
+        self.smallest = 2**blocks  # minimum height and width of a clip
         widths = [width * 2 ** min(i, blocks - 1) for i in range(blocks + 1)]
         self.from_rgb = nn.Conv3d(3, width, 1)
         self.blocks = nn.ModuleList(DiscriminatorBlock(i, o) for i, o in zip(widths[:-1], widths[1:]))
@@ -98,19 +98,19 @@ class Discriminator(nn.Module):
 
     def forward(self, video):
         """video [B, T, 3, H, W] in [-1, 1], T consecutive frames -> logits [B], float32, positive: real."""
-        # On CPUs all of it is in float32: there the bfloat16 weight gradient of conv3d is wrong for clips of two frames.
+        # float32 on CPUs, where the bfloat16 weight gradient of conv3d is wrong for clips of two frames.
         dtype = self.out.weight.dtype
         with torch.autocast("cpu", enabled=False):
             x = F.leaky_relu(self.from_rgb(video.to(dtype).transpose(1, 2)), 0.2)  # [B, width, T, H, W]
             for block in self.blocks:
                 x = block(x)
             x = F.leaky_relu(self.conv(x), 0.2).to(dtype).mean((2, 3, 4))  # [B, 16 * width]
-        return (x * self.out.weight).sum(1) + self.out.bias  # as self.out does, which autocast would round
+        return (x * self.out.weight).sum(1) + self.out.bias  # self.out(x), without autocast's rounding
 
 
 def generator_loss(discriminator, frames):
-    """Non-saturating logistic loss (Goodfellow et al. 2014): the decoder wants its frames to be taken for real."""
-    discriminator.requires_grad_(False)  # until discriminator_loss, which alone trains it
+    """Non-saturating logistic loss (Goodfellow et al. 2014) of the decoder, for decoded frames [B, T, 3, H, W]."""
+    discriminator.requires_grad_(False)  # discriminator_loss enables it again
     return F.softplus(-discriminator(frames)).mean()
 
 
@@ -122,7 +122,7 @@ def discriminator_loss(discriminator, real, frames, r1_weight=0.0):
         real = real.detach().requires_grad_()
         with torch.autocast(real.device.type, enabled=False):
             on_real = discriminator(real)
-            (grad,) = torch.autograd.grad(on_real.sum(), real, create_graph=True)  # of each: no logit depends on another clip
+            (grad,) = torch.autograd.grad(on_real.sum(), real, create_graph=True)  # per clip: logits are independent
             r1 = 0.5 * r1_weight * grad.square().sum((1, 2, 3, 4)).mean()
     else:
         on_real, r1 = discriminator(real.detach()), 0.0

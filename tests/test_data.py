@@ -119,7 +119,7 @@ def test_a_video_may_be_exactly_as_long_as_a_clip_but_not_shorter(settings, tmp_
     mp4(tmp_path / "clip", 16)
     assert numbers(videos(settings, tmp_path)[0][0]) == list(range(16))
     assert numbers(videos(settings, tmp_path, num_frames=6, stride=3)[0][0]) == list(range(0, 16, 3))
-    with pytest.raises(UserError, match="none of the 1 videos.*clip.mp4, for one: it has 16 frames, and a clip takes 17"):
+    with pytest.raises(UserError, match="none of the 1 videos.*for example, .*clip.mp4: it has 16 frames, but a clip needs 17"):
         videos(settings, tmp_path, num_frames=17)[0]
     mp4(tmp_path / "longer", 17)
     train = videos(settings, tmp_path, num_frames=17)

@@ -294,7 +294,7 @@ def test_videos_that_cannot_be_used_are_skipped_counted_and_listed(compare, tmp_
     status, out, err = compare("bad generated --bootstrap 0")
     assert status == 0, err
     assert "6 videos, 3 skipped: bad" in out and "skipped bad/empty.mp4: " in out and "skipped bad/broken.mp4: " in out
-    assert "skipped bad/short.mp4: it has 10 frames, and a clip takes 16 (--frames, --stride)" in out
+    assert "skipped bad/short.mp4: it has 10 frames, but a clip needs 16 (--frames, --stride)" in out
     (bad / "wide.mp4").unlink()
     out = compare("bad generated --bootstrap 0")[1]
     assert number(out) == pytest.approx(number(compare("real generated --bootstrap 0")[1]), rel=1e-3)
@@ -305,10 +305,10 @@ def test_videos_that_cannot_be_used_are_skipped_counted_and_listed(compare, tmp_
 def test_bad_input_is_named(compare, tmp_path):
     copy(tmp_path / "real", tmp_path / "one", 1)
     for options, words in {
-        "real": "name two folders",
-        "real nowhere": "nowhere is no folder of videos",
-        "real one": "one gives 1 clips, and a distance takes two or more",
-        "real generated --stride 9": "real gives 0 clips .mp4: it has a clip takes 136",
+        "real": "give two folders",
+        "real nowhere": "nowhere is not a folder of videos",
+        "real one": "one gives 1 clips, but a distance needs two or more",
+        "real generated --stride 9": "real gives 0 clips .mp4: it has a clip needs 136",
         "real generated --frames 0": "--frames 0: must be positive",
     }.items():
         status, _, err = compare(options)
