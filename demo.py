@@ -1,8 +1,8 @@
 """Train both stages on the built-in shapes, sample, interpolate, and measure the result; `make demo` calls this.
 
-    python demo.py                     ten minutes on two fast CPU cores; everything lands in out/demo/
-    python demo.py --skip-training     measure the checkpoints that are there
-A small video classifier, trained on real clips, measures what PSNR cannot: a moving square is not a moving smudge.
+    python demo.py                     ten minutes on two fast CPU cores; writes to out/demo/
+    python demo.py --skip-training     only measure existing checkpoints
+A small video classifier, trained on real clips, measures what PSNR cannot: whether a generated clip shows its class.
 """
 
 import subprocess
@@ -22,20 +22,20 @@ from common.weights import weights
 from evaluate import accuracy, train_classifier
 from vae import data_settings, decode_all, psnr, reconstruct
 
-TRAIN_CLIPS, PER_CLASS = 8192, 20  # real clips that train the classifier, generated clips of each class that it is given
+TRAIN_CLIPS, PER_CLASS = 8192, 20  # real clips to train the classifier, generated clips per class to test
 
 
 @dataclass
 class Config:
-    skip_training: bool = option("demo", False, "measure the checkpoints that are there, whatever they were trained on")
-    out_dir: str = option("demo", "out/demo", "where everything goes")
+    skip_training: bool = option("demo", False, "only measure existing checkpoints, trained on any data set")
+    out_dir: str = option("demo", "out/demo", "directory for everything")
 
 
 def call(script, *args):
-    """Run a script of this repository as a user would. A signal to this process ends the script, too."""
+    """Run a script of this repository as a user would. Ctrl-C or SIGTERM also ends the script."""
     command, start = [script, *map(str, args)], time.time()
     print("$ python", *command, flush=True)
-    with utils.Interrupt() as interrupt:  # it raises nothing, so that no signal can fall between the start and the loop
+    with utils.Interrupt() as interrupt:  # raises nothing, so no signal is lost between start and loop
         process = subprocess.Popen([sys.executable, Path(__file__).with_name(script), *command[1:]])
         while process.poll() is None:
             if interrupt.asked:
@@ -47,13 +47,13 @@ def call(script, *args):
 
 
 def train(out):
-    """Both stages, and samples of all kinds."""
+    """Train both stages and write samples of all kinds."""
     try:
         weights("lpips-alex")
-        perceptual = ["--lpips", "alex", "--lpips-weight", 0.3]  # it makes edges crisp
+        perceptual = ["--lpips", "alex", "--lpips-weight", 0.3]  # sharpens edges
     except UserError as error:
         perceptual = ["--lpips", "none"]
-        print(f"without the perceptual loss, and less sharp: {error}", flush=True)
+        print(f"training without the perceptual loss, so frames will be less sharp: {error}", flush=True)
     call("vae.py", *perceptual, "--out", out / "vae.pt")
     call("dit.py", "--ckpt", out / "vae.pt", "--out", out / "dit.pt")
     sample = ["sample.py", "--ckpt", out / "dit.pt", "--guidance", 1, "--out-dir"]
@@ -64,7 +64,7 @@ def train(out):
 
 
 def nearest_clips(clips, train_set):
-    """For each clip the training clip with the smallest mean squared pixel difference."""
+    """For each clip, the training clip with the smallest mean squared pixel difference."""
     best, found = torch.full((len(clips),), torch.inf), torch.zeros_like(clips)
     for i in utils.bar(range(len(train_set)), "nearest", unit="clip"):
         candidate = to_clip(train_set[i][0])
@@ -88,7 +88,7 @@ def main():
     decoded = reconstruct(vae, clips, device)
     rows["PSNR of held-out reconstructions"] = f"{psnr(clips, decoded):.2f} dB"
     rows["PSNR of each clip's own time average"] = f"{psnr(clips, clips.mean(1, keepdim=True).expand_as(clips)):.2f} dB"
-    if source.dataset == "shapes":  # drawn at any time, so that what happens between and after the frames is known
+    if source.dataset == "shapes":  # can be drawn at any time: ground truth between and after frames
         for name, times in (("between the frames", t[:-1] + 0.5), ("2 frames beyond the end", len(t) + torch.arange(2.0))):
             truth = torch.stack([to_clip(test_set.draw(i, times)) for i in data.spread(test_set, len(clips))])
             rows[f"PSNR {name}, never trained on"] = f"{psnr(truth, reconstruct(vae, clips, device, times)):.2f} dB"

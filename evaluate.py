@@ -1,11 +1,11 @@
-"""How good is a checkpoint on its own data set?
+"""Evaluates a checkpoint on its own data set.
 
-python evaluate.py --ckpt vae.pt       held-out clips through stage 1 and back: rFVD, PSNR, SSIM, LPIPS
-python evaluate.py --ckpt dit.pt       and as many clips generated as there are real ones: gFVD, classifier accuracy, diversity
+python evaluate.py --ckpt vae.pt       reconstructions of held-out clips: rFVD, PSNR, SSIM, LPIPS
+python evaluate.py --ckpt dit.pt       also as many generated clips as real ones: gFVD, classifier accuracy, diversity
 python evaluate.py --ckpt predict.pt   or held-out clips predicted from their first frames (dit.py --cond-frames 5): gFVD, PSNR
 
-gFVD of reconstructions and of real held-out clips is what a perfect stage 2 and a perfect model would have: too high where few
-are held out. Where none are (all of UCF-101), rFVD is of training videos. Several processes (torchrun) share the work.
+gFVD of reconstructions and of real held-out clips is what a perfect stage 2 and a perfect model would reach; it is too high if
+few are held out. If none are (all of UCF-101), rFVD is of training videos. Several processes (torchrun) share the work.
 """
 
 import base64
@@ -35,24 +35,24 @@ from common.utils import UserError, option
 from losses import LPIPS
 from vae import data_settings, decode_all, load_vae, reconstruct
 
-BATCH = 8  # clips in the networks at once; the first batch is shown, and each has a seed of its own
+BATCH = 8  # clips per forward pass; the report shows the first batch; each batch has its own seed
 
 
 @dataclass
 class Config:
     ckpt: str = option("input", "dit.pt", "checkpoint of vae.py or dit.py")
-    data_dir: str = option("input", "", "where its data set is, if not where it was")
-    protocol: str = option("features", "stylegan-v", "of FVD: reference to follow", choices=list(fvd.PROTOCOLS))
-    features: str = option("features", "i3d", "trained network, or one of random weights", choices=["i3d", "random"])
+    data_dir: str = option("input", "", "directory of its data set, if it has moved")
+    protocol: str = option("features", "stylegan-v", "of FVD: reference implementation", choices=list(fvd.PROTOCOLS))
+    features: str = option("features", "i3d", "trained I3D, or one with random weights", choices=["i3d", "random"])
     lpips: str = option("features", "vgg", "backbone of LPIPS", choices=["vgg", "alex", "none"])
-    videos: int = option("clips", 2048, "clips of each kind, one of each video")
-    seed: int = option("clips", 0, "of noise, of bootstrap and of random weights")
+    videos: int = option("clips", 2048, "clips of each kind, one per video")
+    seed: int = option("clips", 0, "seed for noise, bootstrap and random weights")
     steps: int = option("sampling", 20, "evaluations of the denoiser, 1 to 1000")
     sampler: str = option("sampling", "dpm", "DPM-Solver++, DDIM, or ancestral", choices=["dpm", "ddim", "ddpm"])
     guidance: float = option("sampling", 2.0, "scale of classifier-free guidance; 1 is none")
     classifier_clips: int = option("result", 8192, "real clips that train the classifier")
-    bootstrap: int = option("result", 100, "resamples for the intervals; 0 leaves them out")
-    out_dir: str = option("output", "out/eval", "where results.json and report.html go")
+    bootstrap: int = option("result", 100, "resamples for the intervals; 0: no intervals")
+    out_dir: str = option("output", "out/eval", "directory for results.json and report.html")
     device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
 
 
@@ -72,7 +72,7 @@ class Classifier(nn.Module):
 
 
 def train_classifier(train_set, num_classes, clips, device, batch_size=32, seed=0):
-    """A Classifier after so many real clips, and at least one step."""
+    """A Classifier trained on `clips` real clips, for at least one step."""
     torch.manual_seed(seed)
     classifier, batch_size = Classifier(num_classes).to(device), min(batch_size, len(train_set))
     steps = max(1, clips // batch_size)
@@ -89,12 +89,12 @@ def train_classifier(train_set, num_classes, clips, device, batch_size=32, seed=
 
 @torch.no_grad()
 def classify(classifier, clips):
-    """The class that the classifier predicts for each of clips [B, T, 3, H, W] -> [B] on the CPU."""
+    """Predicted classes of clips [B, T, 3, H, W] -> [B] on the CPU."""
     return torch.cat([classifier(batch.to(classifier.head.weight.device)).argmax(1).cpu() for batch in clips.split(32)])
 
 
 def accuracy(classifier, clips, labels):
-    """Share of clips whose predicted class is the given one."""
+    """Share of clips whose predicted class is their label."""
     return (classify(classifier, clips) == labels.cpu()).float().mean().item()
 
 
@@ -104,8 +104,8 @@ def frame_psnr(x, y):
 
 
 def worst_frame(clips):
-    """Power above a quarter cycle per pixel, which blur removes: the least of a frame, as a share of that of the clip's median
-    frame, [B, T, 3, H, W] -> [B]. It finds clips that are blurred for a few frames, whose class is still seen."""
+    """Power above a quarter cycle per pixel, which blur removes: the minimum over frames divided by the median over frames,
+    [B, T, 3, H, W] -> [B]. It finds clips with a few blurred frames, whose class a classifier still recognizes."""
     power = torch.fft.fft2(clips, norm="ortho").abs().square()
     frequency = torch.fft.fftfreq(clips.shape[-1], device=clips.device)
     power = power[..., torch.hypot(frequency[:, None], frequency[None, :]) > 0.25].mean((-2, -1))  # [B, T]
@@ -113,9 +113,9 @@ def worst_frame(clips):
 
 
 def over_processes(dataset, indices, measure, detector):
-    """measure(clips, labels, start) -> ({name: values}, {title: uint8 frames}) of all clips, in batches that processes share.
+    """Call measure(clips, labels, start) -> ({name: values}, {title: uint8 frames}) on all clips, shared by the processes.
 
-    Returns {name: values, title: features of frames} of all clips, and {title: frames} of the first batch, to be shown.
+    Returns {name: values, title: features of frames} of all clips, and {title: frames} of the first batch, for the report.
     """
     world, mine, shown = dist.get_world_size() if dist.is_initialized() else 1, {}, {}
     starts = range(0, len(indices), BATCH)
@@ -130,7 +130,7 @@ def over_processes(dataset, indices, measure, detector):
 
 
 class Networks:
-    """The networks of a checkpoint, and measures for over_processes, which are of frames as files hold them."""
+    """The networks of a checkpoint, and functions for over_processes, which measure frames rounded to uint8."""
 
     def __init__(self, config, ckpt, device, load_dit, load_vae):
         self.config, self.device, self.model, self.classifier = config, device, None, None
@@ -142,17 +142,17 @@ class Networks:
         self.lpips = None if config.lpips == "none" else LPIPS(config.lpips).to(device)
 
     def sample(self, labels, frames, start, given=None):
-        """Clips that are generated, or go on from the latents of given frames: uint8 [B, frames, H, W, 3]."""
+        """Generated clips, which continue given frames if their latents are `given`: uint8 [B, frames, H, W, 3]."""
         c = self.config
         latents = dit.generate(self.model, labels.to(self.device), c.steps, c.guidance, c.sampler, c.seed + start, given)
         return video.to_frames(decode_all(self.vae, self.latent_map.inverse(latents), torch.arange(frames)))
 
     @torch.no_grad()
     def reconstructed(self, clips, labels, start):
-        """Real clips and what stage 1 makes of them; in prediction, how they go on from their first frames, too."""
+        """Measure reconstructions of real clips and, for frame prediction, predictions from their first frames."""
         real, made = video.to_frames(clips), video.to_frames(reconstruct(self.vae, clips, self.device))
         x, y = (torch.as_tensor(frames).movedim(-1, -3).to(self.device) / 255 for frames in (real, made))
-        still = x.mean(1, keepdim=True).expand_as(x)  # a video that does not move: each clip's own time average
+        still = x.mean(1, keepdim=True).expand_as(x)  # a baseline without motion: each clip's own time average
         similarity = ssim(x.flatten(0, 1).double(), y.flatten(0, 1).double(), data_range=1, size_average=False)
         values = {"PSNR": frame_psnr(x, y), "PSNR of each clip's own time average": frame_psnr(x, still)}  # [B, T]
         values["SSIM"] = similarity.unflatten(0, x.shape[:2])
@@ -173,7 +173,7 @@ class Networks:
 
     @torch.no_grad()
     def generated(self, clips, labels, start):
-        """Training clips, and as many that are generated of the same classes."""
+        """Measure training clips, and as many generated ones of the same classes."""
         frames = {"training clips": video.to_frames(clips), "generated": self.sample(labels, clips.shape[1], start)}
         values = {"labels": labels.numpy()}
         for title, made in frames.items():
@@ -184,7 +184,7 @@ class Networks:
 
 
 def result(statistic, clips, config, unit=""):
-    """statistic(numbers of the clips), with its bootstrap interval over clips."""
+    """statistic(indices of clips), with its bootstrap interval over clips."""
     rng = np.random.default_rng(config.seed % 2**64)
     draws = [statistic(rng.integers(clips, size=clips)) for _ in range(config.bootstrap)]
     ends = np.nanquantile(draws, [0.025, 0.975]).tolist() if draws else ()
@@ -192,13 +192,13 @@ def result(statistic, clips, config, unit=""):
 
 
 def mean_result(values, config, unit=""):
-    """The mean over clips of the mean of each one's values [B, …]."""
+    """The mean over clips of values [B, …], averaged within each clip first."""
     values = values.reshape(len(values), -1).mean(1)
     return result(lambda i: values[i].mean(), len(values), config, unit)
 
 
 def share_result(hits):
-    """The share of hits [B], with Wilson's interval: a bootstrap of nothing but hits has none."""
+    """The share of hits [B] with Wilson's interval, since a bootstrap interval of hits alone has no width."""
     low, high = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
     return {"value": 100 * float(hits.mean()), "low": 100 * low, "high": 100 * high, "clips": len(hits), "unit": "%"}
 
@@ -212,14 +212,14 @@ def distance_result(real, made, config, paired=False):
 
 
 def diversity_result(real, made, labels, config):
-    """Mean distance of features of two different generated clips of a class, as a share of that of real ones."""
+    """Mean distance between features of two generated clips of a class, relative to that of real clips."""
 
     def share(drawn):
         weights, totals, pairs = np.bincount(drawn, minlength=len(labels)), np.zeros(2), 0.0
         for label in np.unique(labels):
             of_class = labels == label
             pair = np.outer(weights[of_class], weights[of_class])
-            pair = pair * (1 - np.eye(len(pair)))  # a clip that is drawn twice has no distance to itself
+            pair = pair * (1 - np.eye(len(pair)))  # a clip drawn twice is not compared with itself
             totals += [(pair * cdist(x[of_class], x[of_class])).sum() for x in (made, real)]
             pairs += pair.sum()
         of_made, of_real = totals / (pairs or np.nan)
@@ -231,7 +231,7 @@ def diversity_result(real, made, labels, config):
 def main(config=None, load_dit=dit.load_dit, load_vae=load_vae):
     config, began = config or utils.parse_options(Config, __doc__), time.time()
     utils.check_positive(config, "videos", "classifier_clips")
-    dit.sampling_times(config.sampler, config.steps, *dit.noise_schedule())  # UserError for wrong --steps before the work
+    dit.sampling_times(config.sampler, config.steps, *dit.noise_schedule())  # UserError for bad --steps, before the work
     ckpt, out = checkpoints.load(config.ckpt, ("vae", "dit"), "python vae.py"), Path(config.out_dir)
     utils.make_parent(out / "results.json"), utils.make_parent(out / "report.html")
     device, rank, _ = utils.start_processes(config.device)
@@ -240,7 +240,7 @@ def main(config=None, load_dit=dit.load_dit, load_vae=load_vae):
     files = [{Path(path).resolve() for path, _ in getattr(each, "items", ())} for each in (held_out, train_set)]
     shared, indices = files[0] & files[1], data.spread(held_out, config.videos)
     if len(indices) < 2:
-        raise UserError("a distance takes two held-out clips or more")
+        raise UserError("a distance needs two held-out clips or more")
     networks = Networks(config, ckpt, device, load_dit, load_vae)
     detector = fvd.load_detector(config.features, config.protocol, config.seed, device)
     name = fvd.label(detector.meta)
@@ -253,7 +253,7 @@ def main(config=None, load_dit=dit.load_dit, load_vae=load_vae):
         for title in ("predictions", "predictions, given frames decoded"):
             results[f"g{name} of {title}"] = distance_result(first["real"], first[title], config, paired=True)
     elif networks.model:
-        if len(classes) > 1:  # other processes train it for one step, and get that of the first
+        if len(classes) > 1:  # others train one step, then get the first one's
             networks.classifier = train_classifier(train_set, len(classes), 1 if rank else config.classifier_clips, device)
             utils.from_first_rank(networks.classifier)
         second, more = over_processes(train_set, data.spread(train_set, config.videos), networks.generated, detector)
@@ -266,10 +266,10 @@ def main(config=None, load_dit=dit.load_dit, load_vae=load_vae):
             results["classifier accuracy"] = share_result(second["generated, class"] == labels)
             results["classifier accuracy of the real clips"] = own = share_result(second["training clips, class"] == labels)
             if own["low"] < 100 / len(classes):
-                print("the classifier is no better than chance on real clips and says nothing: more --classifier-clips")
+                print("the classifier is no better than chance on real clips, so ignore it: use more --classifier-clips")
         blurred = second["generated, worst"] < np.quantile(second["training clips, worst"], 0.01)
         results["clips with a blurred frame"] = share_result(blurred)
-        if np.bincount(labels).max() > 1:  # there are two of a class
+        if np.bincount(labels).max() > 1:  # a class has two clips
             results["diversity, of that of real clips"] = diversity_result(real, made, labels, config)
         shown |= more
     if rank:
@@ -311,7 +311,7 @@ video {{ width: 400px; image-rendering: pixelated }}</style></head><body>
 
 
 def report(rows, about, shown):
-    """One HTML page with everything in it: tables, and videos that play, {title: uint8 frames [B, T, H, W, 3]}."""
+    """A self-contained HTML page: tables of rows and about, and videos {title: uint8 frames [B, T, H, W, 3]}."""
 
     def table(rows):
         return "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>\n" for row in rows)

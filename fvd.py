@@ -1,22 +1,22 @@
-"""FVD, the Fréchet video distance, of two folders of videos. (evaluate.py takes it of a checkpoint.)
+"""FVD, the Fréchet video distance, between two folders of videos. (evaluate.py computes it for a checkpoint.)
 
-python fvd.py real/ generated/ --save-stats real.npz    I3D's weights are fetched once; the features of real/ are kept …
-python fvd.py real.npz other/                           … and used again
-python fvd.py real/ generated/ --features random        no weights: says less, and is never called FVD
+python fvd.py real/ generated/ --save-stats real.npz    downloads I3D's weights once; saves the features of real/ …
+python fvd.py real.npz other/                           … and reuses them
+python fvd.py real/ generated/ --features random        needs no weights, but is less informative and not called FVD
 
-FVD (Unterthiner et al. 2018, arXiv:1812.01717) is the Fréchet distance |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½) of Gaussians that
-are fitted to features of clips of 16 frames: the 400 logits, averaged over time, of I3D (Carreira & Zisserman 2017,
-arXiv:1705.07750) after training on Kinetics-400. All agree on that; --protocol chooses the rest (see docs/evaluation.md):
+FVD (Unterthiner et al. 2018, arXiv:1812.01717) is the Fréchet distance |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½) of Gaussians
+fitted to features of clips of 16 frames: the 400 logits, averaged over time, of I3D (Carreira & Zisserman 2017,
+arXiv:1705.07750) trained on Kinetics-400. Implementations agree on that; --protocol sets the rest (see docs/evaluation.md):
 
                  stylegan-v                    videogpt                        tensorflow
-    frame        whole; a wide one is cut to   shorter side to 224, then the   whole, to 224 × 224, whatever
-                 its central square first      central 224 × 224               its shape
+    frame        to 224 × 224; if wide, its    shorter side to 224, then the   to 224 × 224, whatever
+                 central square                central 224 × 224               its shape
     bilinear     half-pixel centres            half-pixel centres              TensorFlow 1's: pixel i at i · size / 224
     covariance   / N                           / (N − 1)                       / (N − 1)
     real clip    random 16 frames of a video   random                          the first 16
     generated    the first 16                  the first 16                    the first 16
 
-None of them antialiases. FVD of few videos is too large, by about a constant over their number: compare equal numbers only.
+None of them antialiases. FVD is biased upward, by about a constant over the number of videos: compare equal numbers only.
 """
 
 import functools
@@ -39,9 +39,9 @@ import torch.nn.functional as F
 from common import utils, video, weights
 from common.utils import UserError, option
 
-SIZE = 224  # height and width that I3D was trained on
-BATCH = 8  # clips in the network at once
-# A column of the table above: covariances are divided by N - ddof, starts are those of real and of generated clips.
+SIZE = 224  # I3D's height and width
+BATCH = 8  # clips per forward pass
+# A column of the table above: covariances are divided by N - ddof; starts are of real and of generated clips.
 Protocol = namedtuple("Protocol", "frame half_pixel ddof starts")
 PROTOCOLS = {
     "stylegan-v": Protocol("square", True, 0, ("random", "first")),
@@ -51,7 +51,7 @@ PROTOCOLS = {
 
 
 def pad_same(x, kernel, stride):
-    """Zeros around x [..., T, H, W], TensorFlow's "same": so that ⌈size / stride⌉ windows fit; an odd one goes after."""
+    """TensorFlow's "same": zero padding of x [..., T, H, W] for ⌈size / stride⌉ windows; if odd, one more at the end."""
     padding = []
     for size, k, s in zip(x.shape[:1:-1], kernel[::-1], stride[::-1]):
         total = max((math.ceil(size / s) - 1) * s + k - size, 0)
@@ -73,7 +73,7 @@ class Unit3D(nn.Module):
 
 
 def max_pool(x, kernel, stride):
-    """Max pooling of x >= 0 [B, C, T, H, W], "same": one dimension after the other, which is faster than F.max_pool3d."""
+    """Max pooling of x >= 0 [B, C, T, H, W], "same", one dimension after another, which is faster than F.max_pool3d."""
     x = pad_same(x, kernel, stride)
     for dim in (4, 3, 2):
         x = functools.reduce(torch.maximum, x.unfold(dim, kernel[dim - 2], stride[dim - 2]).unbind(-1))
@@ -81,7 +81,7 @@ def max_pool(x, kernel, stride):
 
 
 class Mixed(nn.Module):
-    """An Inception module: four branches side by side, [B, in, T, H, W] -> [B, n0 + n1 + n2 + n3, T, H, W]."""
+    """An Inception module: four parallel branches, [B, in, T, H, W] -> [B, n0 + n1 + n2 + n3, T, H, W]."""
 
     def __init__(self, in_channels, n0, n1a, n1, n2a, n2, n3):
         super().__init__()
@@ -98,7 +98,7 @@ class Mixed(nn.Module):
 class I3D(nn.Module):
     """The Inflated Inception network: clips [B, 3, T, 224, 224] in [-1, 1], T >= 9, -> logits [B, 400], averaged over time.
 
-    Names and shapes are those of github.com/piergiaj/pytorch-i3d. Smaller frames go too: the last pool takes all there is.
+    Names and shapes follow github.com/piergiaj/pytorch-i3d. It also takes smaller frames, with a smaller last pool.
     """
 
     LAYERS = {  # Mixed: channels in, of branch 0, of 1 and 2 before and after their 3 × 3 × 3 convolutions, of 3
@@ -135,7 +135,7 @@ class I3D(nn.Module):
 
     @classmethod
     def random(cls, seed=0):
-        """With random weights that follow from the seed alone; activations keep their size from layer to layer."""
+        """A network with random weights, determined by the seed; activations keep their scale from layer to layer."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = cls()
@@ -145,7 +145,7 @@ class I3D(nn.Module):
 
 
 class Detector:
-    """Clips to features, as a protocol has it: uint8 frames [B, T, H, W, 3] of any size -> float32 array [B, 400]."""
+    """Features of clips by a protocol: uint8 frames [B, T, H, W, 3] of any size -> float32 array [B, 400]."""
 
     def __init__(self, network, name, protocol="stylegan-v", device="cpu", size=SIZE):
         self.network, self.device, self.protocol, self.size = network.eval().to(device), device, PROTOCOLS[protocol], size
@@ -155,8 +155,8 @@ class Detector:
     def __call__(self, clips):
         features = []
         for batch in torch.as_tensor(clips).split(BATCH):
-            batch = batch.to(self.device).repeat(1, math.ceil(9 / batch.shape[1]), 1, 1, 1)  # I3D takes 9 frames
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 has ten bits
+            batch = batch.to(self.device).repeat(1, math.ceil(9 / batch.shape[1]), 1, 1, 1)  # I3D needs 9 frames
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 has a mantissa of ten bits
                 features.append(self.network(preprocess(batch, self.protocol, self.size)).float().cpu())
         return torch.cat(features).numpy()
 
@@ -170,7 +170,7 @@ def load_detector(features="i3d", protocol="stylegan-v", seed=0, device="cpu"):
 
 
 def label(meta):
-    """What a distance of such features is called: FVD only where the weights are the published ones."""
+    """The name of a distance between such features: FVD only with the published weights."""
     return "FVD" if meta["features"] == weights.title("i3d") else "FVD on random I3D features"
 
 
@@ -183,23 +183,23 @@ def preprocess(frames, protocol, size=SIZE):
         target = tuple(math.ceil(side * size / short) for side in x.shape[2:])
     if target != x.shape[2:] and protocol.half_pixel:
         x = F.interpolate(x, target, mode="bilinear")
-    elif target != x.shape[2:]:  # with one more pixel at the end of both, corners on corners is i · size / target
+    elif target != x.shape[2:]:  # one more pixel on both: align_corners then samples at i · size / target
         x = F.pad(x, (0, 1, 0, 1), mode="replicate")
         x = F.interpolate(x, [side + 1 for side in target], mode="bilinear", align_corners=True)[..., :-1, :-1]
     return (central(x, size) / 127.5 - 1).unflatten(0, frames.shape[:2]).transpose(1, 2)
 
 
 def central(x, size):
-    """[..., H, W] -> the square in its middle, [..., size, size]."""
+    """[..., H, W] -> the central square, [..., size, size]."""
     top, left = ((side - size) // 2 for side in x.shape[-2:])
     return x[..., top : top + size, left : left + size]
 
 
 def frechet_distance_of(x, y, ddof=0):
-    """The Fréchet distance of the Gaussians of features x [n, d] and y [m, d], whose covariances are divided by n - ddof.
+    """The Fréchet distance of Gaussians fitted to features x [n, d] and y [m, d]; covariances are divided by n - ddof.
 
-    With Σ = BᵀB the trace of (Σ₁Σ₂)^½ is the sum of the singular values of B₁B₂ᵀ: precise even where there are fewer videos
-    than dimensions and the covariances are singular.
+    With Σ = BᵀB, tr (Σ₁Σ₂)^½ is the sum of the singular values of B₁B₂ᵀ, which is accurate even if there are fewer videos
+    than dimensions, so that the covariances are singular.
     """
     means, roots = [], []
     for features in (x, y):
@@ -207,15 +207,15 @@ def frechet_distance_of(x, y, ddof=0):
         centred = (features - means[-1]) / math.sqrt(len(features) - ddof)
         roots.append(np.linalg.qr(centred, mode="r") if len(centred) > centred.shape[1] else centred)  # the smaller B
     traces = sum(np.square(root).sum() for root in roots) - 2 * np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
-    return max(0.0, float(np.square(means[0] - means[1]).sum() + traces))  # rounding may leave -1e-13 of equal ones
+    return max(0.0, float(np.square(means[0] - means[1]).sum() + traces))  # rounding may give -1e-13 for equal ones
 
 
 def bootstrap(x, y, ddof=0, resamples=100, seed=0, paired=False):
-    """Features x [n, d] and y [m, d] -> (low, high), the 95 % interval of their distance over the choice of videos.
+    """Features x [n, d] and y [m, d] -> (low, high), the 95 % bootstrap interval of their distance over videos.
 
-    paired draws rows of x and y together, as reconstructions of the same clips need. Drawing with replacement leaves fewer
-    different videos, whose distance is larger: plain percentiles would leave out the distance itself, so their mean is shifted
-    to it. Where it is mostly bias the interval is too wide.
+    paired draws rows of x and y together, for reconstructions of the same clips. A resample has fewer distinct videos, so its
+    distance is larger, and a percentile interval may not contain the distance itself; draws are therefore shifted so that
+    their mean is the distance. If the distance is mostly bias, the interval is too wide.
     """
     rng, value, draws = np.random.default_rng(seed % 2**64), frechet_distance_of(x, y, ddof), []
     for _ in range(resamples):
@@ -229,31 +229,31 @@ def bootstrap(x, y, ddof=0, resamples=100, seed=0, paired=False):
 @dataclass
 class Config:
     protocol: str = option("features", "stylegan-v", "reference implementation to follow", choices=list(PROTOCOLS))
-    features: str = option("features", "i3d", "trained network, or one of random weights", choices=["i3d", "random"])
-    frames: int = option("clips", 16, "frames of a clip")
+    features: str = option("features", "i3d", "trained I3D, or one with random weights", choices=["i3d", "random"])
+    frames: int = option("clips", 16, "frames per clip")
     stride: int = option("clips", 1, "frames of the video per frame of the clip")
-    videos: int = option("clips", 2048, "videos of each folder, a random choice where there are more")
-    seed: int = option("clips", 0, "of the choice of videos and clips, of bootstrap and of random weights")
-    bootstrap: int = option("result", 100, "resamples for the interval; 0 leaves it out")
-    save_stats: str = option("result", "", "file for the features of the first folder, to give in its place")
-    get_weights: bool = option("machine", False, "fetch all weights of common/weights.py, and no more")
+    videos: int = option("clips", 2048, "videos per folder, a random sample if there are more")
+    seed: int = option("clips", 0, "seed for sampling videos and clips, bootstrap and random weights")
+    bootstrap: int = option("result", 100, "resamples for the interval; 0: no interval")
+    save_stats: str = option("result", "", "file for the features of the first folder, to give in its place later")
+    get_weights: bool = option("machine", False, "only download all weights of common/weights.py")
     device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
 
 
 def read_clip(path, config, start):
     """A clip of a video, from its "first" frame or a "random" one: uint8 [frames, H, W, 3]. Raises BadVideo."""
     span, begin = (config.frames - 1) * config.stride + 1, 0
-    if start == "random":  # its name decides, so that a video that cannot be read does not move the clips of the others
+    if start == "random":  # seeded by name, so that an unreadable video does not change the others' clips
         rng = random.Random(f"{config.seed} ".encode() + os.fsencode(Path(path).name))
         begin = rng.randint(0, max(0, video.count_frames(path) - span))
     frames = video.read_frames(path, None, begin, span)
     if len(frames) < span:
-        raise video.BadVideo(path, f"it has {len(frames)} frames, and a clip takes {span} (--frames, --stride)")
+        raise video.BadVideo(path, f"it has {len(frames)} frames, but a clip needs {span} (--frames, --stride)")
     return frames[:: config.stride]
 
 
 def measure(place, paths, detector, config, start):
-    """Features [n, 400] of a clip each of up to --videos of the videos, in random order, and [why one was left out, …]."""
+    """(features [n, 400] of one clip per video, of up to --videos videos in random order, [why a video was skipped, …])."""
     random.Random(config.seed).shuffle(paths)
     features, skipped, left, total = [], [], iter(paths), min(config.videos, len(paths))
     with ThreadPoolExecutor(utils.cores()) as pool, utils.bar(desc=video.printable(place), total=total, unit="video") as bar:
@@ -265,25 +265,25 @@ def measure(place, paths, detector, config, start):
                 except video.BadVideo as error:  # another one takes its place
                     skipped.append(f"    skipped {error}")
     if len(features) < 2:
-        raise UserError(f"{place} gives {len(features)} clips, and a distance takes two or more {''.join(skipped[:1]).strip()}")
+        raise UserError(f"{place} gives {len(features)} clips, but a distance needs two or more {''.join(skipped[:1]).strip()}")
     return np.stack(features), skipped
 
 
 def find(place):
-    """The videos under a directory. UserError where there are none."""
+    """The videos under a directory. UserError if there are none."""
     if paths := video.list_videos(place)[0]:
         return paths
-    raise UserError(f"{place} is no folder of videos ({' '.join(video.VIDEO_SUFFIXES)}, frames), and no file of --save-stats")
+    raise UserError(f"{place} is not a folder of videos ({' '.join(video.VIDEO_SUFFIXES)}, frames) or a file of --save-stats")
 
 
 def load_stats(path, meta):
-    """The features that --save-stats wrote; nothing in the file is executed. UserError unless they are what `meta` says."""
+    """Load the features of --save-stats without executing anything in the file. UserError unless they match `meta`."""
     try:
         with np.load(path, allow_pickle=False) as file:
             found, features = json.loads(str(file["meta"])), file["features"]
         if found != meta:
-            raise ValueError(f"it holds {found}, and {meta} is needed")
-    except Exception as error:  # what a foreign file raises depends on its first bytes
+            raise ValueError(f"it holds {found}, but {meta} is needed")
+    except Exception as error:  # a foreign file may raise anything, depending on its first bytes
         raise UserError(f"{path} cannot be used: {' '.join(str(error).split())}") from None
     return features
 
@@ -295,7 +295,7 @@ def main():
     if config.get_weights:
         return print(*(f"{len(weights.weights(name))} arrays of {weights.title(name)}" for name in weights.FILES), sep="\n")
     if len(places) != 2:
-        raise UserError("name two folders of videos first, or a file of --save-stats for one: python fvd.py real/ generated/")
+        raise UserError("give two folders of videos first, or a file of --save-stats for one: python fvd.py real/ generated/")
     if config.save_stats:
         utils.make_parent(config.save_stats)
     detector = load_detector(config.features, config.protocol, config.seed, utils.pick_device(config.device))
