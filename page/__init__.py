@@ -1,10 +1,10 @@
-"""A page that generates videos in a browser: one file with the networks, and nothing fetched when it runs.
+"""A page that generates videos in a browser: one self-contained file, which downloads nothing.
 
-    engine.js      nerv.py and dit.py once more, in JavaScript       extras.js    extras/, as far as decoding takes it
-    gemm.wat       the product of two matrices with SIMD, as text    gemm.wasm    the same as bytes
-    page.js        what the controls do; gif.js writes the GIF       template.html    how it looks
+    engine.js      nerv.py and dit.py in JavaScript                  extras.js    the parts of extras/ needed for decoding
+    gemm.wat       matrix multiplication with SIMD, source           gemm.wasm    the same, compiled
+    page.js        the controls; gif.js writes GIFs                  template.html    HTML and styles
 
-`write` fills the template. tests/test_page.py compares frames with PyTorch's.
+`write` fills in the template. tests/test_page.py compares frames with PyTorch's.
 """
 
 import base64
@@ -20,23 +20,23 @@ import extras
 from common.utils import UserError, whole
 
 HERE = Path(__file__).parent
-MOST = 20_000_000  # numbers of the largest model, a page of 53 MB
+MOST = 20_000_000  # parameters of the largest model, a page of 53 MB
 
-CREDITS = {  # of whoever made what generated videos look like
+CREDITS = {  # for the art of a data set, which generated videos resemble
     "sprites": "Characters after the Liberated Pixel Cup, by its artists: CC BY-SA 3.0 and GPL 3.0 (lpc.opengameart.org).",
 }
 
 
 def in_script(value):
-    """JSON that may stand in a <script> element, whatever strings it has."""
+    """JSON that is safe inside a <script> element, whatever strings it contains."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def write(path, ckpt, networks, guidance=2.0, steps=20, seed=0, note=""):
     """Write the page of a checkpoint of dit.py and its networks (dit.load_dit).
 
-    guidance, steps and seed are those of the first video; note is a paragraph of text at the end of the page. Weights are in
-    half precision. UserError for what a page cannot do: frame prediction, a model that is too large, another decoder.
+    guidance, steps and seed are for the first video; note is a paragraph at the end of the page. Weights are stored in half
+    precision. UserError for models that a page does not support: frame prediction, too large, another decoder or denoiser.
     """
     model, vae, latent_map = networks
     vae_config = ckpt["vae"]["config"]
@@ -44,16 +44,16 @@ def write(path, ckpt, networks, guidance=2.0, steps=20, seed=0, note=""):
         raise UserError("a page cannot predict frames: train without --cond-frames")
     for name in (ckpt["denoiser"], ckpt["vae"]["decoder"]):
         if name not in ("DiT", "NeRV"):
-            raise UserError(f"a page has the networks of dit.py and nerv.py, not {name}")
+            raise UserError(f"a page supports the networks of dit.py and nerv.py, not {name}")
     tensors = {f"dit.{name}": x for name, x in model.state_dict().items()}
     tensors |= {f"latent_map.{name}": x for name, x in latent_map.state_dict().items()}
     tensors |= {name: x for name, x in vae.state_dict().items() if name.startswith("nerv.")}
     count = sum(x.numel() for x in tensors.values())
     if count > MOST:
-        raise UserError(f"a model of {count / 1e6:.0f} M numbers is too large for a page, which takes {MOST / 1e6:.0f} M")
+        raise UserError(f"a model of {count / 1e6:.0f} M parameters is too large for a page (at most {MOST / 1e6:.0f} M)")
     weights = np.concatenate([x.cpu().flatten().float().numpy() for x in tensors.values()]).astype("<f2")
     if not np.isfinite(weights).all():
-        raise UserError("the weights do not fit half precision")
+        raise UserError("some weights are too large for half precision")
 
     chosen = extras.parse(vae_config["extras"], extras.VAE) | extras.parse(ckpt["config"]["extras"], extras.DIT)
     about = {
@@ -71,4 +71,4 @@ def write(path, ckpt, networks, guidance=2.0, steps=20, seed=0, note=""):
     text = re.sub(r"\{\{([A-Z]+)\}\}", lambda field: fields[field[1]], (HERE / "template.html").read_text())  # in one pass
     with whole(path) as part:
         part.write_text(text, "utf-8")
-    print(f"wrote {path}, {len(text) / 1e6:.1f} MB, {count / 1e6:.2f} M numbers: open it in a browser")
+    print(f"wrote {path}, {len(text) / 1e6:.1f} MB, {count / 1e6:.2f} M parameters: open it in a browser")

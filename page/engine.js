@@ -1,11 +1,11 @@
 "use strict";
-// The generator in plain JavaScript: dit.py turns noise into weight tokens, nerv.py weight tokens and a time into a frame.
-// Names and their order are those of the Python files; what is in extras/ there is in extras.js here. One video at a time, so
-// shapes lack Python's B: tensors are Float32Arrays with the last dimension contiguous, and maps are [height, width, channels].
+// The generator in plain JavaScript: dit.py turns noise into weight tokens, nerv.py turns tokens and a time into a frame.
+// Names and order follow the Python files; extras.js corresponds to extras/. There is one video at a time, so shapes lack
+// Python's B. Tensors are Float32Arrays with the last dimension contiguous; feature maps are [height, width, channels].
 
 // ------------------------------------------------------------------------------------------------------- the matrix product
 
-/** c[m, n] += Σ_k a[m, k] b[n, k]: rows of a, b, c begin lda, ldb, ldc numbers apart, the first ones at a0, b0, c0. */
+/** c[m, n] += Σ_k a[m, k] b[n, k]; a0, b0, c0 are offsets of the first rows, lda, ldb, ldc the distances between rows. */
 function product(a, b, c, M, N, K, a0, lda, b0, ldb, c0, ldc) {
   for (let m = 0; m < M; m++) for (let n = 0; n < N; n++) {
     let sum = 0;
@@ -14,13 +14,13 @@ function product(a, b, c, M, N, K, a0, lda, b0, ldb, c0, ldc) {
   }
 }
 
-/** Calls run(multiply), where multiply(M, N, K, a0, lda, b0, ldb, c0, ldc) is the product of parts of a and b, added to c. */
+/** Calls run(multiply), where multiply(M, N, K, a0, lda, b0, ldb, c0, ldc) adds a product of parts of a and b to c. */
 let products = (a, b, c, run) => {
   run((...sizes) => product(a, b, c, ...sizes));
   return c;
 };
 
-/** From here on products are those of gemm.wasm, 128 bits at a time. Returns the weights, which now lie in its memory. */
+/** Switches to the matrix product of gemm.wasm, 128 bits at a time. Returns the weights, moved to its memory. */
 function use_simd(bytes, weights, scratch) {
   const memory = new WebAssembly.Memory({ initial: Math.ceil(4 * (weights.length + scratch) / 65536) + 1 });
   const all = new Float32Array(memory.buffer);
@@ -28,7 +28,7 @@ function use_simd(bytes, weights, scratch) {
   all.set(weights);
   products = (a, b, c, run) => {
     let top = weights.length;
-    const place = x => { // where x lies in the memory, in numbers, after it was copied there if need be
+    const place = x => { // the index of x in the memory, copied there if necessary
       if (x.buffer === memory.buffer) return x.byteOffset / 4;
       const at = top;
       top += x.length;
@@ -61,7 +61,7 @@ function sinusoid(position, dim, length) {
   return [...angle.map(Math.sin), ...angle.map(Math.cos)].map(x => Math.SQRT2 * x);
 }
 
-/** The only input of the network, for a frame position t: [h, w, 3 * pos_dim], features of time, height and width. */
+/** The only input of the network, for a frame position t: features of time, height and width, [h, w, 3 * pos_dim]. */
 function position_code(t, { pos_size, pos_dim, num_frames }) {
   const time = sinusoid(t, pos_dim, num_frames), cell = Array.from({ length: pos_size }, (_, i) => sinusoid(i, pos_dim, pos_size));
   const x = new Float32Array(pos_size * pos_size * 3 * pos_dim);
@@ -73,7 +73,7 @@ function position_code(t, { pos_size, pos_dim, num_frames }) {
   return x;
 }
 
-/** A convolution whose kernel is partly generated from the tokens and partly shared: W[:block_out, :block_in] is generated. */
+/** A convolution with a partly shared kernel; W[:block_out, :block_in] is generated from the tokens. */
 class ModulatedConv {
   constructor(weights, name, config, in_ch, out_ch, kernel_size, block_in, block_out, upsample = false, gain = 1) {
     Object.assign(this, { name, in_ch, out_ch, k: kernel_size, block_in, block_out, upsample, gain, width: config.token_dim });
@@ -82,13 +82,13 @@ class ModulatedConv {
     this.per_token = this.head.weight.length / this.width;
   }
 
-  /** Entries of the block, per_token of each token in turn: head(tokens) + offset. Tokens whose numbers are in `off` make zeros. */
+  /** Entries of the block, per_token from each token in turn: head(tokens) + offset, or 0 for tokens with index in `off`. */
   generate(tokens, off) {
     const made = linear(tokens, this.head, this.width);
     return this.offset.map((offset, i) => off.has(Math.floor(i / this.per_token)) ? 0 : made[i] + offset);
   }
 
-  /** The kernel before demodulation, linear in the tokens: [out, in, k, k]. */
+  /** The kernel before demodulation, affine in the tokens: [out, in, k, k]. */
   weight(tokens, off) {
     const { in_ch, out_ch, block_in, block_out, beside, below } = this, taps = this.k * this.k;
     const block = this.generate(tokens, off), W = new Float32Array(out_ch * in_ch * taps);
@@ -111,16 +111,16 @@ class ModulatedConv {
     return W;
   }
 
-  /** Tokens [N, d] -> this video's convolution, a function of a map [size, size, in] and its size. */
+  /** Tokens [N, d] -> this video's convolution, a function of a feature map [size, size, in] and its size. */
   forward(tokens, off) {
     const kernel = this.arrange(this.kernel(tokens, off));
     return (x, size) => this.convolve(x, kernel, size);
   }
 
-  /** A kernel [out, in, k, k] with input channels last, as `convolve` reads it: [out, k, k, in], or [2, 2, out, 2, 2, in].
+  /** A kernel [out, in, k, k] with input channels last, for `convolve`: [out, k, k, in], or [2, 2, out, 2, 2, in].
    *
-   * Output pixel (2r + a, 2c + b) of a transposed convolution meets input pixels (r + a - 1 + i, c + b - 1 + j), for i and j
-   * of 0 and 1, with tap (3 - a - 2i, 3 - b - 2j): four convolutions with 2 x 2 kernels, one for each (a, b). */
+   * Output pixel (2r + a, 2c + b) of a transposed convolution depends on input pixels (r + a - 1 + i, c + b - 1 + j), for i and
+   * j of 0 and 1, through taps (3 - a - 2i, 3 - b - 2j): four convolutions with 2 x 2 kernels, one for each (a, b). */
   arrange(kernel) {
     const { k, in_ch, out_ch, upsample } = this, y = new Float32Array(kernel.length);
     const bits = upsample ? [0, 1] : [0], side = upsample ? 2 : k;
@@ -133,7 +133,7 @@ class ModulatedConv {
     return y;
   }
 
-  /** x [size, size, in] -> [size, size, out], or twice the size if upsampling: a product for each row of the map and kernel. */
+  /** x [size, size, in] -> [size, size, out], or twice the size if upsampling: a product per row of map and kernel. */
   convolve(x, kernel, size) {
     const { in_ch: I, out_ch: O, k, upsample } = this, border = upsample ? 1 : k >> 1, wide = size + 2 * border;
     const y = new Float32Array((upsample ? 4 : 1) * size * size * O);
@@ -159,7 +159,7 @@ class ModulatedConv {
   }
 }
 
-/** Bilinear upsampling with half-pixel centres, ¾ of a pixel and ¼ of its neighbour: [size, size, ch] -> [2 size, 2 size, ch]. */
+/** Bilinear upsampling, half-pixel centres: ¾ of a pixel + ¼ of its neighbour, [size, size, ch] -> [2 size, 2 size, ch]. */
 function double(x, size) {
   const ch = x.length / size / size, row = 2 * size * ch;
   const wide = new Float32Array(2 * x.length), y = new Float32Array(4 * x.length);
@@ -197,7 +197,7 @@ function gelu(x) {
 class Block {
   constructor(up, convs, side = null) { Object.assign(this, { up, convs, side }); }
 
-  /** Tokens -> a function of a map [size, size, ch] and its size: (double(side(x)) + GELU_GAIN * h) / √2. */
+  /** Tokens -> a function of a feature map [size, size, ch] and its size: (double(side(x)) + GELU_GAIN * h) / √2. */
   forward(tokens, off) {
     const [up, side, ...convs] = [this.up, this.side, ...this.convs].map(conv => conv && conv.forward(tokens, off));
     return (x, size) => {
@@ -210,9 +210,9 @@ class Block {
   }
 }
 
-/** Weight tokens of a video in, a function of time out, which returns its frames. */
+/** The decoder: maps weight tokens of a video to a function that returns its frame at a time. */
 class NeRV {
-  static Conv = ModulatedConv; // to be replaced in subclasses, as in extras.js
+  static Conv = ModulatedConv; // subclasses may replace it, as in extras.js
   static Level = Block;
 
   constructor(weights, name, config) {
@@ -224,7 +224,7 @@ class NeRV {
     const levels = Math.log2(c.resolution / c.pos_size);
     this.stem = new Conv(weights, `${name}.stem`, c, pos, D, 3, Math.floor(pos / f), Math.floor(D / f));
     this.blocks = Array.from({ length: levels }, (_, i) => {
-      const at = `blocks.${i}`, ch = i === levels - 2 ? last : D; // the last but one grows D -> 2D at its end
+      const at = `blocks.${i}`, ch = i === levels - 2 ? last : D; // the last but one changes the width from D to `last`
       if (i === levels - 1) return new Level(up(at, last), [conv(`${at}.convs.0`, last, last)]);
       const side = ch !== D ? conv(`${at}.side`, D, ch, 1, 1) : null;
       return new Level(up(at, D), [conv(`${at}.convs.0`, D, D), conv(`${at}.convs.1`, D, ch)], side);
@@ -254,7 +254,7 @@ class NeRV {
 
 // ------------------------------------------------------------------------------------------------------- dit.py, the denoiser
 
-/** x (1 + scale) + shift of the layer norm of each row of x [rows, width]; shift and scale are columns of condition [B, …]. */
+/** norm(x) (1 + scale) + shift, with layer norm of each row of x [rows, width]; shift, scale: columns of condition [B, …]. */
 function modulate(x, width, condition, shift, scale) {
   const y = new Float32Array(x.length), { columns, tokens, values } = condition;
   for (let r = 0; r * width < x.length; r++) {
@@ -278,7 +278,7 @@ function gated(x, h, width, { columns, tokens, values }, gate) {
 const silu = x => x.map(v => v / (1 + Math.exp(-v)));
 const gelu_tanh = x => x.map(v => v / (1 + Math.exp(-Math.sqrt(8 / Math.PI) * (v + 0.044715 * v * v * v)))); // v / 2 (1 + tanh …)
 
-/** Self-attention of sequences of N: q, k and v of all heads side by side [B * N, 3 * width] -> softmax(q kᵀ / √size) v. */
+/** Self-attention in sequences of N: q, k, v of all heads, concatenated [B * N, 3 * width] -> softmax(q kᵀ / √size) v. */
 function attention(qkv, N, width, heads) {
   const y = new Float32Array(qkv.length / 3), size = width / heads, p = new Float64Array(N), row = 3 * width;
   for (let b = 0; b * N * row < qkv.length; b++) for (let h = 0; h < heads; h++) for (let n = 0; n < N; n++) {
@@ -295,7 +295,7 @@ function attention(qkv, N, width, heads) {
   return y;
 }
 
-/** The denoiser: noised latents [B * N, d], a timestep of 1 … 1000 and B labels (num_classes: none) -> ε [B * N, d]. */
+/** The denoiser: noisy latents [B * N, d], a timestep of 1 … 1000 and B labels (num_classes: no class) -> ε [B * N, d]. */
 class DiT {
   constructor(weights, name, config) {
     this.config = config;
@@ -320,7 +320,7 @@ class DiT {
     return linear(modulate(x, width, adaln("adaln.1", 2), 0, 1), layer("out"), width);
   }
 
-  /** Cosines and sines of the timestep, at 128 frequencies of 1 … 1 / 10000, through an MLP: [width]. In float32, as in Python. */
+  /** An MLP of cosines and sines of the timestep at 128 frequencies of 1 … 1 / 10000: [width]. In float32, as in Python. */
   step_code(timestep) {
     const angle = Array.from({ length: 128 }, (_, i) => Math.fround(timestep * Math.fround(Math.exp(-Math.log(10000) * i / 128))));
     const code = Float32Array.from([...angle.map(Math.cos), ...angle.map(Math.sin)]);
@@ -341,7 +341,7 @@ function noise_schedule() {
   return { alpha, sigma, lam: alpha.map((a, i) => Math.log(a / sigma[i])) };
 }
 
-/** The timesteps of DPM-Solver++: even steps in λ = log(α / σ) from 1000 down to 5, and from there one to clean. */
+/** The timesteps of DPM-Solver++: evenly spaced in λ = log(α / σ) from 1000 down to 5, then one step to 0, which is clean. */
 function sampling_times(steps, lam) {
   const times = new Set();
   for (let i = 0; i < steps; i++) {
@@ -353,7 +353,7 @@ function sampling_times(steps, lam) {
   return [...times, 0];
 }
 
-/** Latents from noise [N * d] for a label: yields θ_0 as predicted at each step, the last of which is the result. */
+/** Generates latents of a label from noise [N * d]: yields the prediction of θ_0 at each step; the last one is the result. */
 function* generate(model, label, noise, steps = 20, guidance = 2) {
   const { alpha, sigma, lam } = noise_schedule(), times = sampling_times(steps, lam);
   const none = model.config.num_classes, n = noise.length;
@@ -367,7 +367,7 @@ function* generate(model, label, noise, steps = 20, guidance = 2) {
       eps = both.subarray(0, n).map((with_class, j) => both[n + j] + guidance * (with_class - both[n + j]));
     }
     const x0 = x.map((v, j) => (v - sigma[now] * eps[j]) / alpha[now]);
-    // DPM-Solver++(2M) is the DDIM step with another θ_0: the line through the last two predictions, halfway through the step.
+    // DPM-Solver++(2M) is the DDIM step with θ_0 extrapolated linearly from the last two predictions to half of the step.
     if (before !== null && then > 0) {
       const ratio = (lam[then] - lam[now]) / (lam[now] - lam[before]);
       eps = x.map((v, j) => (v - alpha[now] * (x0[j] + ratio / 2 * (x0[j] - x0_before[j]))) / sigma[now]);
@@ -383,7 +383,7 @@ function reverse_step(x, eps, alpha, sigma, alpha_next, sigma_next) {
   return x.map((v, j) => alpha_next * (v - sigma * eps[j]) / alpha + sigma_next * eps[j]);
 }
 
-/** torch.randn on a CPU: the same normal numbers for a seed. Mersenne Twister, and Box-Muller in groups of 16; count >= 16. */
+/** The same normal numbers as torch.randn on a CPU: Mersenne Twister, and Box-Muller in groups of 16; count >= 16. */
 function randn(seed, count) {
   const state = new Uint32Array(624);
   state[0] = seed;

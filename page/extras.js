@@ -1,5 +1,5 @@
 "use strict";
-// What extras/ adds to a model, as far as generating takes it: components.py, edges.py, basis.py; and how a page is read.
+// The parts of extras/ needed for generation (components.py, edges.py, basis.py), and reading the networks from a page.
 
 /** components.py: tokens = latents / scale. */
 class LatentScale {
@@ -7,7 +7,7 @@ class LatentScale {
   inverse(latents) { return latents.map(x => x / this.scale); }
 }
 
-/** components.py: latents are principal components [M, k] at unit deviation; tokens = latents / scale · directions + mean. */
+/** components.py: latents are principal components [M, k], scaled; tokens = latents / scale · directions + mean. */
 class Components {
   constructor(weights) {
     [this.mean, this.directions, this.scale] = ["mean", "directions", "scale"].map(name => weights[`latent_map.${name}`]);
@@ -20,7 +20,7 @@ class Components {
   }
 }
 
-/** edges.py: a decoder whose convolutions repeat the edge of a map, and filter after upsampling if `smooth`. */
+/** edges.py: a decoder with replicate padding and, if `smooth`, a filter after each upsampling. */
 function repeated(decoder, smooth) {
   return class extends decoder {
     static Conv = class extends decoder.Conv {
@@ -29,7 +29,7 @@ function repeated(decoder, smooth) {
         return this.upsample && smooth ? blur(y, 2 * size) : y;
       }
 
-      /** x [size, size, ch] with its edge repeated `border` times. */
+      /** Replicate padding of x [size, size, ch] by `border`. */
       pad(x, size, border) {
         const ch = x.length / size / size, wide = size + 2 * border, y = super.pad(x, size, border);
         const inside = i => Math.min(Math.max(i, border), border + size - 1);
@@ -43,7 +43,7 @@ function repeated(decoder, smooth) {
   };
 }
 
-/** [1, 2, 1] / 4 along both axes of x [size, size, ch], the edge repeated. */
+/** Filters x [size, size, ch] with [1, 2, 1] / 4 along both axes, with replicate padding. */
 function blur(x, size) {
   const ch = x.length / size / size;
   for (const [step, line] of [[ch, size * ch], [size * ch, ch]]) {
@@ -68,7 +68,7 @@ class BasisDecoder {
 
   layers() { return this.nerv.layers(); }
 
-  /** Tokens [N, d] -> a function of t. Codes are one linear head of the tokens, the K * waves coefficients of cosine series. */
+  /** Tokens [N, d] -> a function of t. Codes, a linear map of the tokens, are the K * waves coefficients of cosine series. */
   forward(tokens, off = new Set()) {
     const frame = this.nerv.forward(tokens, off), { token_dim, num_frames, resolution } = this.config;
     const area = resolution ** 2, waves = this.strength.length;
@@ -85,7 +85,7 @@ class BasisDecoder {
   }
 }
 
-// ------------------------------------------------------------------------------------------------ what page/__init__.py wrote
+// ---------------------------------------------------------------------------------------------------------- reading of a page
 
 function bytes_of(base64) {
   if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
@@ -94,7 +94,7 @@ function bytes_of(base64) {
   return bytes;
 }
 
-/** Half precision, as 16-bit integers, to single: exponents move from one bias to the other by the factor. */
+/** Half precision, as 16-bit integers, to single: the factor converts the exponent bias. */
 function from_half(half) {
   const bits = new Uint32Array(half.length), numbers = new Float32Array(bits.buffer);
   for (let i = 0; i < bits.length; i++) bits[i] = (half[i] & 0x8000) << 16 | (half[i] & 0x7fff) << 13;
@@ -102,7 +102,7 @@ function from_half(half) {
   return numbers;
 }
 
-/** The networks: {dit, nerv, latent_map}. `weights` are the numbers of all tensors, one after another. */
+/** The networks: {dit, nerv, latent_map}. `weights` holds the entries of all tensors, concatenated. */
 function load_dit({ dit_config, nerv_config, extras, tensors }, weights) {
   const named = {};
   let at = 0;

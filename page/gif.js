@@ -1,7 +1,7 @@
 "use strict";
-// A GIF that plays for ever, after the GIF89a specification: one palette of 256 colours for all frames, LZW.
+// Writes an endlessly looping GIF (GIF89a specification): one palette of 256 colours for all frames, LZW.
 
-/** 256 colours for the pixels [n, 3]: the box with the longest side is cut at its mean until there are enough (median cut). */
+/** Up to 256 colours for pixels [n, 3]: repeatedly splits the box with the longest side at its mean, as median cut does. */
 function palette_of(pixels) {
   const box = members => {
     const channels = [0, 1, 2].map(ch => members.map(i => pixels[3 * i + ch]));
@@ -20,9 +20,9 @@ function palette_of(pixels) {
   return boxes.map(({ mean }) => mean.map(Math.round));
 }
 
-/** Bytes of LZW codes, 9 to 12 bits each, for numbers 0 … 255. */
+/** LZW codes of 9 to 12 bits, as bytes, for numbers 0 … 255. */
 function lzw(numbers) {
-  const bytes = [], table = new Uint16Array(4096 * 256); // the code of a known sequence and one more number
+  const bytes = [], table = new Uint16Array(4096 * 256); // [code of a sequence, next number] -> code
   let next = 258, bits = 9, held = 0, count = 0, prefix = numbers[0];
   const put = code => { for (held |= code << count, count += bits; count >= 8; count -= 8, held >>>= 8) bytes.push(held & 255); };
   put(256);
@@ -31,7 +31,7 @@ function lzw(numbers) {
     if (table[key]) { prefix = table[key]; continue; }
     put(prefix);
     prefix = numbers[i];
-    if (next === 4095) { // full: begin again
+    if (next === 4095) { // table full: start over
       put(256);
       table.fill(0);
       [next, bits] = [258, 9];
@@ -46,10 +46,10 @@ function lzw(numbers) {
   return bytes;
 }
 
-/** Frames [size, size, 3] in [-1, 1], enlarged `scale` times, for `delay` hundredths of a second each -> the bytes of a GIF. */
+/** Frames [size, size, 3] in [-1, 1], enlarged `scale` times, shown for `delay` hundredths of a second -> bytes of a GIF. */
 function gif(frames, size, scale, delay) {
   const byte = v => Math.min(255, Math.max(0, Math.round((v + 1) * 127.5))), short = n => [n & 255, n >> 8], wide = size * scale;
-  const every = Math.max(1, Math.floor(frames.length * size * size / 20000)), sample = []; // 20,000 pixels do for a palette
+  const every = Math.max(1, Math.floor(frames.length * size * size / 20000)), sample = []; // 20,000 pixels are enough
   for (const [f, frame] of frames.entries())
     for (let i = f % every; i < size * size; i += every) sample.push(...frame.subarray(3 * i, 3 * i + 3));
   const palette = palette_of(sample.map(byte)), nearest = new Map();

@@ -1,29 +1,29 @@
 "use strict";
-// What the controls do. A video is latents of the denoiser; the one that is shown lies between the videos A and B.
+// The controls. Videos A and B are latents of the denoiser; the video shown is an interpolation of their tokens.
 
 const $ = id => document.getElementById(id), value = id => Number($(id).value);
 
-/** The networks of the page: what load_dit returns, and whether products are fast. */
+/** The description and networks of the page (load_dit), and whether matrix products use SIMD. */
 function open_page() {
   const about = JSON.parse($("about").textContent), { dit_config: d, nerv_config: n } = about;
   let weights = from_half(new Uint16Array(bytes_of($("weights").textContent).buffer)), simd = true;
-  const channels = n.last_factor * n.width, maps = 6 * (n.resolution + 2) ** 2 * channels; // the most that products take
+  const channels = n.last_factor * n.width, maps = 6 * (n.resolution + 2) ** 2 * channels; // the most that a product needs
   try {
     weights = use_simd(bytes_of(about.product), weights, maps + 16 * channels ** 2 + 16 * d.num_tokens * d.width);
-  } catch (error) { // a browser of before 2023
+  } catch (error) { // browsers before 2023
     simd = false;
   }
   return { ...about, ...load_dit(about, weights), simd, count: weights.length };
 }
 
 const model = open_page(), { num_frames: T, resolution: size, num_tokens: N, token_dim } = model.nerv_config;
-const EARLIEST = -T / 4, LATEST = T - 1 + T / 2, FPS = 12, WATCH = 2200; // frames, frames, per second, milliseconds
+const EARLIEST = -T / 4, LATEST = T - 1 + T / 2, FPS = 12, WATCH = 2200; // frames, frames, frames per second, milliseconds
 const videos = { A: null, B: null }; // {label, seed, guidance, steps, path: latents at each step of the denoising, noise first}
 const state = {
   chosen: "A", off: new Set(), // tokens that are switched off
-  frame: null, whole: null, stale: true, // functions of time, without the tokens that are off and with; whether both are outdated
-  playing: true, drawn: null, watching: 0, // whether time goes on, the time that is drawn, when the denoising began to be shown
-  jobs: { A: 0, B: 0 }, took: 0, cost: 0, // generations so far; milliseconds of the last one, and of a frame
+  frame: null, whole: null, stale: true, // functions of time, without and with tokens that are off; whether they are outdated
+  playing: true, drawn: null, watching: 0, // whether time advances, the time drawn last, when watching denoising began
+  jobs: { A: 0, B: 0 }, took: 0, cost: 0, // generations started; milliseconds of the last one and of a frame
 };
 
 // ---------------------------------------------------------------------------------------------------------------- pictures
@@ -37,7 +37,7 @@ function show(canvas, pixels, width = size, height = size) {
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
-/** Four bytes for a number of a kernel or token: orange above zero and blue below, grey if shared; near zero, transparent. */
+/** Sets RGBA for an entry of a kernel or token: orange if positive, blue if negative, grey if shared; transparent near zero. */
 function colour(pixels, at, v, scale, shared = false) {
   const [red, green, blue] = shared ? [140, 140, 140] : v > 0 ? [240, 110, 30] : [40, 130, 230];
   pixels[4 * at] = red;
@@ -68,13 +68,13 @@ function show_tokens(tokens) {
 
 // -------------------------------------------------------------------------------------------------------------------- videos
 
-/** Weight tokens [N, d] of A or B; of the chosen one, as they were at the step of its denoising. */
+/** Weight tokens [N, d] of A or B; for the chosen one, at the selected step of its denoising. */
 function tokens_of(which) {
   const { path } = videos[which];
   return model.latent_map.inverse(path[which === state.chosen ? value("step") : path.length - 1]);
 }
 
-/** Those of what is shown: λ B + (1 - λ) A. */
+/** Weight tokens of the video shown: λ B + (1 - λ) A. */
 function tokens_shown() {
   const walk = value("walk"), a = tokens_of("A"), b = videos.B && tokens_of("B");
   return walk === 0 || !b ? a : walk === 1 ? b : a.map((x, i) => (1 - walk) * x + walk * b[i]);
@@ -91,7 +91,7 @@ function rebuild() {
   report();
 }
 
-/** Generates A or B anew, then shows its denoising if `watch`. */
+/** Generates a new A or B, then shows its denoising if `watch`. */
 async function generate_video(which, { label, seed, guidance, steps }, watch = false) {
   const job = ++state.jobs[which], began = performance.now(), { dit_config: c } = model, path = [randn(seed, c.num_tokens * c.token_dim)];
   let rest = began;
@@ -99,7 +99,7 @@ async function generate_video(which, { label, seed, guidance, steps }, watch = f
     path.push(x0);
     if (performance.now() - rest > 40) {
       await breathe();
-      if (job !== state.jobs[which]) return; // a newer one has begun
+      if (job !== state.jobs[which]) return; // a newer one has started
       rest = performance.now();
     }
   }
@@ -112,7 +112,7 @@ async function generate_video(which, { label, seed, guidance, steps }, watch = f
   state.stale = true;
 }
 
-/** Makes A or B the video that the controls are about. */
+/** Makes A or B the video that the controls change. */
 function choose(which, watch = false) {
   const { label, seed, guidance, steps, path } = videos[which];
   state.chosen = which;
@@ -126,7 +126,7 @@ function choose(which, watch = false) {
   state.stale = true;
 }
 
-const breathe = () => new Promise(done => setTimeout(done)); // so that the page answers meanwhile
+const breathe = () => new Promise(done => setTimeout(done)); // keeps the page responsive
 const name_of = label => model.classes[label].replaceAll("_", " ");
 
 // ---------------------------------------------------------------------------------------------------------------------- time
@@ -146,7 +146,7 @@ function draw(now) {
   if (state.playing) {
     const [first, end] = $("beyond").checked ? [EARLIEST, LATEST] : [0, T - 1];
     t += Math.min(passed, 200) / 1000 * FPS * 2 ** value("speed");
-    if (t > end + 0.5 || t < first) t = first; // half a frame's rest at the end
+    if (t > end + 0.5 || t < first) t = first; // pause half a frame at the end
     $("time").value = t;
   }
   if (!state.stale && t === state.drawn) return;
@@ -159,7 +159,7 @@ function draw(now) {
   report();
 }
 
-/** What the tokens that are off painted: the difference, as bright as it goes. */
+/** Shows what the tokens that are off contributed: the difference, scaled to full brightness. */
 function show_change(frame, t) {
   if (!state.whole) return;
   const change = state.whole(t).map((v, i) => Math.abs(v - frame[i]));
@@ -167,7 +167,7 @@ function show_change(frame, t) {
   show($("change"), change.map(v => 2 * v / most - 1));
 }
 
-/** What stands beside the controls and below the video. */
+/** Updates the text beside the controls and below the video. */
 function report() {
   const put = (element, text) => { if (element.textContent !== text) element.textContent = text; };
   const beside = (id, text) => put($(id).nextElementSibling, text), t = value("time"), walk = value("walk"), step = value("step");
@@ -199,7 +199,7 @@ function play(on) {
 
 // ---------------------------------------------------------------------------------------------------------------- link, file
 
-/** Everything that is shown, as the fragment of an address. */
+/** The URL of this page with its state in the fragment. */
 function link() {
   const fields = { chosen: state.chosen };
   for (const [which, v] of Object.entries(videos)) if (v) fields[which] = [v.label, v.seed, v.guidance, v.steps].join();
@@ -212,7 +212,7 @@ function link() {
   return `${location.href.split("#")[0]}#${Object.entries(fields).map(pair => pair.join("=")).join("&")}`;
 }
 
-/** Shows what a link says, or the first video; numbers that are none, or out of range, become those of the first video. */
+/** Restores the state of a link, or shows the first video; invalid or out-of-range numbers get default values. */
 async function follow(fragment, watch) {
   const fields = new URLSearchParams(fragment), { guidance, steps, seed } = model.defaults;
   const number = (text, least, most, otherwise) => text && Number(text) >= least && Number(text) <= most ? Number(text) : otherwise;
@@ -235,7 +235,7 @@ async function follow(fragment, watch) {
   play(!fields.has("time") && !matchMedia("(prefers-reduced-motion: reduce)").matches);
   document.querySelector("main").inert = false;
   if (!last) draw(performance.now());
-  await breathe(); // the first picture is there before the second video is made
+  await breathe(); // show the first video before generating the second
   await generate_video("B", video(fields.get("B"), model.classes.length - 1, seed + 1));
   if (fields.get("chosen") === "B") choose("B");
   if (fields.has("step")) $("step").value = number(fields.get("step"), 0, $("step").max, $("step").max);
@@ -276,7 +276,7 @@ function mark_tokens() {
   state.stale = true;
 }
 
-/** Switches off the eight tokens that change a picture in the middle of the video most: fewer are subtle, these are obvious. */
+/** Switches off the eight tokens that change the middle frame most; the effect of fewer is hard to see. */
 async function eight_off() {
   const tokens = tokens_shown(), whole = model.nerv.forward(tokens)(T / 2), change = [];
   for (let n = 0; n < N; n++) {
@@ -301,12 +301,12 @@ for (const { name, in_ch, out_ch, k } of model.nerv.layers()) {
 $("size").textContent = `${(model.count / 1e6).toFixed(1)} million`;
 for (const id of ["guidance", "steps"]) $(id).max = Math.max($(id).max, model.defaults[id]);
 Object.assign($("time"), { min: EARLIEST, max: LATEST, value: 0 });
-const percent = frames => `${100 * frames / (LATEST - EARLIEST)}%`; // where the clip lies on the slider of time
+const percent = frames => `${100 * frames / (LATEST - EARLIEST)}%`; // marks the clip on the time slider
 document.querySelector(".time").style.cssText = `--from: ${percent(-EARLIEST)}; --to: ${percent(LATEST - T + 1)}`;
 
-/** The walk goes to the end that is chosen. */
+/** Moves the walk to A or B. */
 function go(which) { $("walk").value = which === "A" ? 0 : 1; }
-/** The chosen video with other settings, in the place of the chosen one. */
+/** Generates the chosen video again with other settings. */
 function make(changes, watch) {
   go(state.chosen);
   return generate_video(state.chosen, { ...videos[state.chosen], ...changes }, watch);
@@ -330,7 +330,7 @@ function shift(frames) {
   play(false);
   $("time").value = value("time") + frames;
 }
-let held = null; // where a finger or the mouse is on the video
+let held = null; // x position of a finger or the mouse that drags the video
 $("video").onpointerdown = event => { held = event.clientX; $("video").setPointerCapture(event.pointerId); };
 $("video").onpointermove = event => {
   if (held === null || event.clientX === held) return;
