@@ -84,7 +84,7 @@ def costs(config):
 
 
 def long_costs(c, config, C):
-    """FLOPs of C chunks by themselves, with the interface, to which neighbours are added, and with full attention."""
+    """FLOPs for C chunks: independent, with the interface, with interface and neighbours, and with full attention."""
     with FakeTensorMode():
         x, step = torch.empty(C, c.num_tokens, c.token_dim), torch.ones(C, dtype=torch.long)
         nets = [partial(vin.VIN(c, replace(config, neighbours=near)), chunks=C) for near in (False, True)]
