@@ -53,7 +53,7 @@ class Config:
     classifier_clips: int = option("result", 8192, "real clips that train the classifier")
     bootstrap: int = option("result", 100, "resamples for the intervals; 0: no intervals")
     out_dir: str = option("output", "out/eval", "directory for results.json and report.html")
-    device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
+    device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA if available")
 
 
 class Classifier(nn.Module):

@@ -237,7 +237,7 @@ class Config:
     bootstrap: int = option("result", 100, "resamples for the interval; 0: no interval")
     save_stats: str = option("result", "", "file for the features of the first folder, to give in its place later")
     get_weights: bool = option("machine", False, "only download all weights of common/weights.py")
-    device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
+    device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA if available")
 
 
 def read_clip(path, config, start):

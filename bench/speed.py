@@ -30,7 +30,7 @@ from siblings.results import table
 class Config:
     repeats: int = option("what", 3, "measurements, alternating with the reference's, after an uncounted first one")
     ckpt: str = option("what", "dit.pt", "checkpoint of dit.py, for sample")
-    device: str = option("what", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
+    device: str = option("what", "auto", "cpu, cuda, cuda:1, …; auto: CUDA if available")
 
 
 def clock(device):

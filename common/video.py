@@ -56,7 +56,7 @@ def list_videos(root):
     """All videos under a directory: (sorted paths, notes on what was left out, a line each).
 
     A path is a video file or a directory of frames; files that differ only in suffix are one video. Links are followed, each
-    target once. Ignored: hidden files, without a note, images beside videos (thumbnails) or beside a losses.csv (samples).
+    target once. Hidden files are ignored without a note; images beside videos (thumbnails) or a losses.csv (plots), with one.
     """
     left_out, seen = collections.Counter(), {os.path.realpath(root)}
     found = collections.defaultdict(list)  # path without suffix -> (preference, path) of all with this name

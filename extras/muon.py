@@ -25,10 +25,10 @@ def make_optimizer(network, weight_decay=0.01, muon=False):
 
 
 def orthogonalize(x):
-    """Approximately the orthogonal matrix nearest to x [rows, columns]: singular values of 0.7 to 1.2, by Newton-Schulz steps.
+    """Approximately the orthogonal matrix nearest to x [rows, columns]: singular values of 0.7 to 1.2, by five iterations.
 
-    A step is x <- (a + b G + c G²) x with G = x xᵀ, in bfloat16 on GPUs. On CPUs without native bfloat16, that (like
-    torch.optim.Muon) takes up to thirty times as long; on CPUs, steps are therefore in float32 and on G, which is small.
+    Newton-Schulz: x <- (a + b G + c G²) x with G = x xᵀ, in bfloat16 on GPUs. That (like torch.optim.Muon) takes CPUs without
+    native bfloat16 up to thirty times as long; on CPUs, steps are therefore in float32 and on G, which is small.
     """
     if x.shape[0] > x.shape[1]:
         return orthogonalize(x.T).T
