@@ -1,1 +1,1 @@
-"""Papers that share the decoder or the aim: run as `python -m siblings.codec`, `.fit` or `.vin`, each with its own helpers."""
+"""Papers that share the decoder or the goal: run as `python -m siblings.codec`, `.fit` or `.vin`; the rest are helpers."""

@@ -1,6 +1,6 @@
-"""A video as a file of weights: NeRV-Enc and NeRV-Dec (Chen et al. 2024, "FastNeRV" below), any size of it (HyperNeRV).
+"""Video compression by generated weights: NeRV-Enc and NeRV-Dec (Chen et al. 2024, "FastNeRV" below), at any rate (HyperNeRV).
 
-clip [B, T, 3, R, R] --ViT, weight tokens--> codes [B, P]: every token of every layer, one after the other     (Hypernetwork)
+clip [B, T, 3, R, R] --ViT, weight tokens--> codes [B, P]: the tokens of all layers, concatenated              (Hypernetwork)
 codes --quantize, entropy code--> bytes of one chunk of a file                                  (videofile.py, entropy.py)
 codes, frame positions --shared kernels times codes, convolutions--> frames                                         (NeRVDec)
 
@@ -51,14 +51,14 @@ class CodecConfig:
     resolution: int = 256  # R = H = W in pixels of a tile, a power of two
     num_frames: int = 8  # T of a chunk
     width: int = 16  # channels between the layers
-    pos_dim: int = 16  # of the time embedding, which is all the input
-    tokens: tuple = ((4, 256), (64, 288), (16, 288), (0, 0))  # of each layer: weight tokens, numbers of each
-    basis: int = 0  # K frames that all videos share (SharedBasis; not the papers'), whose tokens come after those of the layers
+    pos_dim: int = 16  # of the time embedding, the only input
+    tokens: tuple = ((4, 256), (64, 288), (16, 288), (0, 0))  # per layer: number of weight tokens, size of each
+    basis: int = 0  # K frames shared by all videos (SharedBasis; not in the papers); its tokens follow those of the layers
     pixelwise: bool = False  # an MLP of each pixel's position instead, as in TransINR and GINR (FastNeRV, Table 2)
 
     def __post_init__(self):
         if self.resolution < 4 or self.resolution & (self.resolution - 1):
-            raise ValueError(f"resolution {self.resolution} is no power of two from 4 on")
+            raise ValueError(f"resolution {self.resolution} is not a power of two of at least 4")
         most = [math.prod(shape) for shape, _ in self.layers] + [math.inf] * (self.basis > 0)
         fits = len(self.tokens) == len(most) and any(self.codes) and all(bool(n) == bool(d) for n, d in self.tokens)
         fits = fits and all(0 <= n <= m for n, m in zip(self.codes, most))
@@ -67,9 +67,9 @@ class CodecConfig:
 
     @property
     def layers(self):
-        """(shape of the kernel, stride of the pixel shuffle) of each; strides are fours, and a two at the end if it takes one.
+        """(kernel shape, stride of the pixel shuffle) per layer; strides are 4, and the last is 2 if the resolution needs it.
 
-        The first kernel is 1 × 1, since its input is a single pixel, the others 3 × 3. An MLP of pixels is four of 1 × 1.
+        The first kernel is 1 × 1, since its input is a single pixel; the others are 3 × 3. A pixelwise MLP is four of 1 × 1.
         """
         if self.pixelwise:
             channels = [3 * self.pos_dim, *[self.width] * 3, 3]
@@ -87,14 +87,14 @@ class CodecConfig:
 
     @property
     def codes(self):
-        """How many numbers the tokens of each layer are; P, all of a clip, is what a file holds, before any are left out."""
+        """Number of codes per layer; their sum P is what a file holds per clip, before tokens are dropped."""
         return [n * d for n, d in self.tokens]
 
     def sources(self, keep):
-        """Where each code is read from when each layer keeps its first tokens, the share `keep` of them: [P] indices.
+        """Index [P] of the code that each code is read from, if each layer keeps only its first tokens, a share `keep` of them.
 
-        Kept ones are read from themselves. Token i falls back on token i less its leading bit, until it comes to one that is
-        kept: of half of 2^k tokens, the first half are used twice, as in HyperNeRV (§3.2).
+        Kept codes are read from themselves. A dropped token i drops its leading bit until it names one that is
+        kept: with half of 2^k tokens, the first half is used twice, as in HyperNeRV (§3.2).
         """
         found, first = [], 0
         for n, dim in self.tokens:
@@ -111,14 +111,14 @@ ENCODERS = {
     "nano": vae.EncoderConfig(width=128, depth=3, heads=4, patch=(4, 8, 8)),
 }
 RANGE = 4.0  # codes lie within ±RANGE
-BITS = 6  # of a code, whose rounding the decoder learns to bear
-EXTRAS = {"muon": None, "renorm": float, "cosine": None, "ema": None}  # as in extras/; decay of the learning rate; of weights
+BITS = 6  # bits per code; training makes the decoder robust to this rounding
+EXTRAS = {"muon": None, "renorm": float, "cosine": None, "ema": None}  # as in extras/; learning-rate decay; weight averaging
 
 
 def pixel_code(t, config):
-    """What an MLP of pixels takes: t [T] -> codes of (t, y, x) [T, 3 * pos_dim, R, R], each of unit second moment.
+    """Input of the pixelwise MLP: t [T] -> codes of (t, y, x) [T, 3 * pos_dim, R, R], each of unit second moment.
 
-    Frequencies in space are geometric, from half a wave over the frame up to the finest that pixels show, as in TransINR.
+    Spatial frequencies are geometric, from half a wave per frame to the finest that pixels resolve, as in TransINR.
     """
     size, dim = config.resolution, config.pos_dim
     frequencies = math.pi / size * torch.logspace(0, math.log2(0.9 * size), dim // 2, base=2, device=t.device)
@@ -134,43 +134,43 @@ def step_of(bits):
 
 
 class Hypernetwork(vae.ViT):
-    """NeRV-Enc: patches and one learned query for each weight token go through a ViT; each layer has its linear map (Fig. 4).
+    """NeRV-Enc: a ViT on patches and one learned query per weight token; each layer has its own linear map (Fig. 4).
 
-    The ViT is that of stage 1 with its batch norm, without which a small one is slow to learn.
+    The ViT is that of stage 1 with its batch norm, without which a small one learns slowly.
     """
 
     def __init__(self, vit_config, config):
         super().__init__(vit_config, config)
         self.counts = [n for n, _ in config.tokens if n]
         self.heads = nn.ModuleList(nn.Linear(vit_config.width, dim) for _, dim in config.tokens if dim)
-        for head in self.heads:  # start near the shared kernels, on which all videos agree
+        for head in self.heads:  # start near the shared kernels, the same for all videos
             nn.init.normal_(head.weight, std=1 / math.sqrt(vit_config.width))
             nn.init.zeros_(head.bias)
 
     def forward(self, clips):
         """clips [B, T, 3, R, R] in [-1, 1] -> codes [B, P], each within ±RANGE."""
-        parts = super().forward(clips).split(self.counts, 1)  # each [B, tokens of a layer, width]
+        parts = super().forward(clips).split(self.counts, 1)  # each [B, tokens of the layer, width]
         codes = torch.cat([head(part).flatten(1) for head, part in zip(self.heads, parts)], 1)
         return RANGE * torch.tanh(codes.float() / RANGE)
 
 
 class Layer(nn.Module):
-    """A convolution and a pixel shuffle. All videos share the kernel; the tokens of each scale its entries (§3.2, Fig. 4b)."""
+    """A convolution and a pixel shuffle. All videos share the kernel; each video's tokens scale its entries (§3.2, Fig. 4b)."""
 
     def __init__(self, shape, stride, tokens, dim, last):
         super().__init__()
         self.stride, self.tokens, self.dim, self.last = stride, tokens, dim, last
-        std = (0.1 if last else 1) / math.sqrt(math.prod(shape[1:]))  # frames are grey at first
+        std = (0.1 if last else 1) / math.sqrt(math.prod(shape[1:]))  # frames start grey
         self.shared = nn.Parameter(torch.randn(shape) * std)
         self.bias = nn.Parameter(torch.zeros(shape[0]))
         if tokens:
-            self.strength = nn.Parameter(torch.ones(1))  # of what a code of one does: the grid of codes is fixed
+            self.strength = nn.Parameter(torch.ones(1))  # effect of a code of 1: the grid of codes is fixed
 
     def kernel(self, codes):
         """codes [B, tokens * dim] -> kernels [B, out, in, k, k].
 
-        The entries are in equal parts, one for each token, which is repeated to fill it. Then each output channel has its norm
-        (HyperNeRV, §9), but for the last layer's, whose amplitude is that of the colours.
+        The entries are split evenly among the tokens, each repeated to fill its part. Then each output channel is normalized
+        (HyperNeRV, §9), except in the last layer, whose amplitude is that of the colours.
         """
         if not self.tokens:
             return self.shared.expand(len(codes), *self.shared.shape)
@@ -184,15 +184,15 @@ class Layer(nn.Module):
         """x [T, B * in, h, w], codes [B, tokens * dim] -> [T, B * out, h * stride, w * stride]."""
         B = len(codes)  # videos are the groups (Fig. 5)
         kernel, bias = self.kernel(codes).flatten(0, 1).to(x.dtype), self.bias.to(x.dtype).repeat(B)
-        if B == 1 and not torch.is_grad_enabled():  # channels last: half the time on a CPU
+        if B == 1 and not torch.is_grad_enabled():  # channels last: twice as fast on a CPU
             x, kernel = (part.contiguous(memory_format=torch.channels_last) for part in (x, kernel))
         return F.pixel_shuffle(F.conv2d(x, kernel, bias, padding=kernel.shape[-1] // 2, groups=B), self.stride)
 
 
 class NeRVDec(nn.Module):
-    """Codes in, frames out; and all that turns codes into bytes and back: what a receiver needs to have.
+    """Codes in, frames out, and the conversion of codes to bytes and back: all that a receiver needs.
 
-    mean and log_scale [P] are of a logistic distribution for each code, which training fits: the entropy coder's model.
+    mean and log_scale [P] parametrize a logistic distribution per code, fitted in training: the entropy coder's model.
     """
 
     def __init__(self, config):
@@ -208,28 +208,28 @@ class NeRVDec(nn.Module):
         """codes [B, P], positions t [T'] real-valued, 0 … T-1 in the clip -> frames [B, T', 3, R, R] about [-1, 1]."""
         B, c = len(codes), self.config
         if codes.device.type == "cpu" and B > 1 and not torch.is_grad_enabled():
-            return torch.cat([self(part, t) for part in codes.split(1)])  # to the bit the same in any company
+            return torch.cat([self(part, t) for part in codes.split(1)])  # bit-identical for any batch
         parts = codes.split(c.codes, 1)
         x = pixel_code(t, c) if c.pixelwise else nerv.sinusoid(t.float(), c.pos_dim, c.num_frames)[:, :, None, None]
-        x = x.to(codes.dtype).repeat(1, B, 1, 1)  # [T', B * in, 1, 1], of pixels [T', B * in, R, R]
+        x = x.to(codes.dtype).repeat(1, B, 1, 1)  # [T', B * in, 1, 1]; pixelwise [T', B * in, R, R]
         for i, (layer, part) in enumerate(zip(self.layers, parts)):
             x = layer(nerv.GELU_GAIN * F.gelu(x) if i else x, part)
         frames = 2 * x.unflatten(1, (B, 3)).transpose(0, 1)  # the paper's output bias of 0.5 on [0, 1] is 0 on [-1, 1]
         return frames if self.shared is None else frames + self.shared(parts[-1], t, c.num_frames)
 
     def num_weights(self):
-        """Kernels and biases, of which one video's network has as many (Table 2, "INR size")."""
+        """Kernels and biases, as many as the network of one video has (Table 2, "INR size")."""
         return sum(layer.shared.numel() + layer.bias.numel() for layer in self.layers)
 
     def quantize(self, codes, bits):
-        """codes [B, P] -> whole numbers [B, P], as floats: 2^bits levels in ±RANGE."""
+        """codes [B, P] -> integers [B, P], as floats: 2^bits levels in ±RANGE."""
         return ((codes - self.mean) / step_of(bits)).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
     def dequantize(self, numbers, bits):
         return self.mean + numbers * step_of(bits)
 
     def cost(self, codes, bits):
-        """What each code costs in bits, about, with a gradient: codes [B, P] -> [B, P]."""
+        """Approximate, differentiable cost of each code in bits: codes [B, P] -> [B, P]."""
         half, scale, far = step_of(bits) / 2, self.log_scale.exp(), (codes - self.mean).abs()
         mass = torch.sigmoid((half - far) / scale) - torch.sigmoid((-half - far) / scale)
         return -torch.log2(mass.clamp_min(1e-9))
@@ -237,7 +237,7 @@ class NeRVDec(nn.Module):
 
 class Codec(nn.Module):
     def __init__(self, config, vit_config, chosen=(), steps=0):
-        """chosen: extras; steps: of the training, for renorm."""
+        """chosen: extras; steps: length of the training, for renorm."""
         super().__init__()
         self.config, self.vit_config, self.chosen = config, vit_config, extras.parse(chosen, EXTRAS)
         self.encoder, self.decoder = Hypernetwork(vit_config, config), NeRVDec(config)
@@ -256,9 +256,9 @@ def open_codec(path, device="auto"):
 
 
 def encode_clips(codec, clips, bits, keep, steps=0, price=0.0):
-    """Clips [B, T, 3, R, R] in [-1, 1] -> whole numbers [B, P], their codes after so many steps of refinement on the clips.
+    """Clips [B, T, 3, R, R] in [-1, 1] -> integers [B, P]: their codes after `steps` of refinement on the clips.
 
-    Quantization is in the loop of these steps, straight through; price is what a bit per pixel is worth in squared error.
+    These steps include quantization, with a straight-through gradient; price: weight of a bit per pixel against squared error.
     """
     decoder, sources = codec.decoder, codec.config.sources(keep).to(clips.device)
     kept = sources == torch.arange(len(sources), device=clips.device)
@@ -279,48 +279,48 @@ def encode_clips(codec, clips, bits, keep, steps=0, price=0.0):
 
 @dataclass
 class Config:
-    dataset: str = option("data", "shapes", "built-in shapes, a folder of videos, or one as distributed", choices=data.DATASETS)
-    data_dir: str = option("data", "", "where it is; classes of a folder are its sub-folders")
+    dataset: str = option("data", "shapes", "built-in shapes, a folder of videos or a public data set", choices=data.DATASETS)
+    data_dir: str = option("data", "", "its directory; classes of a folder are its sub-folders")
     stride: int = option("data", 1, "frames of the video per frame of the clip")
-    degrade: str = option("data", "none", "what the encoder sees of a clip that is to come out whole", choices=KINDS)
-    preset: str = option("model", "", "default: fastnerv, the paper's, or nano for the shapes", choices=list(ENCODERS))
+    degrade: str = option("data", "none", "degradation of the encoder's input; the target is the original clip", choices=KINDS)
+    preset: str = option("model", "", "default: fastnerv (the paper's), or nano for the shapes", choices=list(ENCODERS))
     resolution: int = option("model", 256, "height and width of a tile in pixels, a power of two")
     num_frames: int = option("model", 8, "frames of a clip, T")
-    width: int = option("model", 16, "channels of the decoder; larger ones take no byte more (HyperNeRV, Table 3)")
-    tokens: list = option("model", ["4x256", "64x288", "16x288", "0x0"], "of each layer, and numbers of each", nargs="+")
-    basis: int = option("model", 0, "frames that all videos share, for a codec of one scene, with --tokens; 0 is the papers'")
-    pixelwise: bool = option("model", False, "decode by an MLP of each pixel's position, FastNeRV's rivals TransINR and GINR")
-    batch_size: int = option("training", 32, "clips per step, of all processes together")
-    steps: int = option("training", 46_875, "length of the training; the paper's is 150 passes over 10,000 videos")
-    lr: float = option("training", 1e-4, "learning rate, a tenth of it in the last tenth of the steps")
-    extras: list = option("training", [], f"not the papers': {', '.join(EXTRAS)}", nargs="*", metavar="NAME")
-    mask: float = option("training", 0.0, "share of clips of which a random share of tokens is left out (HyperNeRV: 0.5)")
-    rate: float = option("training", 0.0, "what a bit per pixel is worth in squared error; 0 is the papers' loss")
+    width: int = option("model", 16, "channels of the decoder, which do not change the file size (HyperNeRV, Table 3)")
+    tokens: list = option("model", ["4x256", "64x288", "16x288", "0x0"], "per layer, tokens x size of each", nargs="+")
+    basis: int = option("model", 0, "frames shared by all videos, for one scene, with --tokens; 0: none, as in the papers")
+    pixelwise: bool = option("model", False, "decode by a pixelwise MLP, as FastNeRV's baselines TransINR and GINR")
+    batch_size: int = option("training", 32, "clips per step, over all processes")
+    steps: int = option("training", 46_875, "optimizer steps; the paper's are 150 epochs of 10,000 videos")
+    lr: float = option("training", 1e-4, "learning rate; a tenth of it for the last tenth of the steps")
+    extras: list = option("training", [], f"not in the papers: {', '.join(EXTRAS)}", nargs="*", metavar="NAME")
+    mask: float = option("training", 0.0, "share of clips that lose a random share of their tokens (HyperNeRV: 0.5)")
+    rate: float = option("training", 0.0, "weight of a bit per pixel against squared error; 0: the papers' loss")
     seed: int = option("training", 0, "of weights, data order and noise")
-    device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
+    device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA if available")
     bf16: str = option("machine", "auto", "bfloat16 autocast; auto: with CUDA", choices=["auto", "on", "off"])
     compile: str = option("machine", "auto", "torch.compile; auto: with CUDA", choices=["auto", "on", "off"])
     out: str = option("output", "codec.pt", "the checkpoint; losses and sheets go to runs/codec beside it")
-    resume: bool = option("output", False, "go on from the checkpoint --out where it exists, exactly as if never stopped")
+    resume: bool = option("output", False, "continue from the checkpoint --out if it exists, exactly as if never stopped")
     save_every: int = option("output", 500, "steps between checkpoints and previews")
-    flip = False  # data.py asks for it
+    flip = False  # read by data.py
 
 
 def preset_defaults(args):
-    """The defaults that --preset and --dataset imply."""
+    """The defaults implied by --preset and --dataset."""
     name = args.preset or ("nano" if args.dataset in data.DRAWN else "fastnerv")
     defaults = data.DEFAULTS.get(args.dataset, {}) | {"preset": name}
     if name == "nano":  # small enough for two CPU cores
         defaults |= {"resolution": 64, "width": 32, "tokens": ["8x32", "32x32", "8x32"], "mask": 0.5}
         defaults |= {"steps": 2000, "batch_size": 16, "lr": 1.5e-3, "extras": ["muon", "renorm=0.3", "cosine", "ema"]}
-    if args.pixelwise:  # as many codes, evenly over the layers, as TransINR has them; GINR has all in the second layer
+    if args.pixelwise:  # as many codes: TransINR spreads them evenly over the layers, GINR has all in the second
         nano = {"width": 64, "tokens": ["14x32", "14x32", "14x32", "6x32"]}
         defaults |= nano if name == "nano" else {"width": 208, "tokens": ["64x128", "64x128", "64x128", "4x156"]}
     return defaults
 
 
 def new_codec(config):
-    """The untrained Codec of a training's settings. UserError where sizes do not fit."""
+    """The untrained Codec for a training configuration. UserError if sizes do not fit."""
     try:
         tokens = tuple((int(n), int(dim)) for n, dim in (word.split("x") for word in config.tokens))
         sizes = {name: getattr(config, name) for name in ("resolution", "num_frames", "width", "basis", "pixelwise")}
@@ -331,7 +331,7 @@ def new_codec(config):
 
 @torch.no_grad()
 def preview(codec, real, seen, device, path):
-    """A sheet of held-out clips, whole and of half the tokens; returns PSNR and bits per pixel, of both, as text."""
+    """Save a sheet of held-out clips with all and with half of the tokens; return PSNR and bits per pixel of both, as text."""
     shown, found, decoder = {"real": real} | ({"degraded": seen} if seen is not real else {}), [], codec.decoder
     for name, keep in (("all tokens", 1.0), ("half of them", 0.5)):
         order, sources, clips, size = coding_order(decoder, BITS, keep), codec.config.sources(keep), [], 0
@@ -353,7 +353,7 @@ def train(config):
     train_set = data.open_dataset(config, "train")
     held_out, _ = data.fixed_clips(data.open_dataset(config, "test", train_set.classes), 64)
     grid = torch.rand(len(held_out), 8, 8, generator=torch.Generator().manual_seed(0))
-    seen = degrade(held_out, config.degrade, grid)  # what the encoder sees of them
+    seen = degrade(held_out, config.degrade, grid)  # what the encoder sees
     ema = copy.deepcopy(codec).eval().requires_grad_(False)
     optimizer_step = utils.FiniteStep(codec, make_optimizer(codec, muon="muon" in codec.chosen))
     trained = {"model": codec, "optimizer_step": optimizer_step}
@@ -363,7 +363,7 @@ def train(config):
     batches = data.endless(train_set, stream, device)
     log = utils.RunLog(config.out, config.steps, start, rank)
     sizes = f"encoder {utils.millions(codec.encoder):.2f} M, decoder {codec.decoder.num_weights() / 1e3:.1f} k"
-    log.print(f"{len(train_set)} clips, {sizes}, codes of a clip {sum(codec.config.codes) / 1e3:.1f} k, from step {start} on")
+    log.print(f"{len(train_set)} clips, {sizes}, codes per clip {sum(codec.config.codes) / 1e3:.1f} k, from step {start}")
     if utils.wants_compile(device, config.compile):
         codec.encoder.compile()
         codec.decoder.compile()
@@ -375,14 +375,14 @@ def train(config):
         )  # fmt: skip
         log.write()
         found = preview(ema, held_out, seen, device, log.directory / f"step{step:07d}.png")
-        log.print(f"step {step}: held-out clips, all and half of the tokens, {found}")
+        log.print(f"step {step}: held-out clips with all and half of the tokens, {found}")
 
     t, own = (torch.arange(n, device=device) for n in (config.num_frames, sum(codec.config.codes)))
     for step in utils.training_steps(start, config, save):
         lr = config.lr if step < 0.9 * config.steps else 0.1 * config.lr  # FastNeRV, §4.1
         if "cosine" in codec.chosen:
             lr = utils.learning_rate(step, config.steps, config.lr, warmup=50)
-        # The random numbers of the whole batch, of which this process uses its rows.
+        # Random numbers for the whole batch, of which this process uses its rows.
         random, place = utils.step_generator(device, config.seed, step), slice(rank * rows, (rank + 1) * rows)
         noise = torch.rand(config.batch_size, len(own), generator=random, device=device)[place] - 0.5
         draws = torch.rand(2, config.batch_size, generator=random, device=device)[:, place].tolist()
@@ -393,17 +393,17 @@ def train(config):
         clips = to_clip(next(batches)[0].to(device, non_blocking=True))  # uint8 [B, T, H, W, 3] -> [B, T, 3, H, W]
         with utils.autocast(device, config.bf16):
             codes = codec.encoder(degrade(clips, config.degrade, grid))
-            codes = codes + noise * step_of(BITS)  # rounding, as far as a gradient goes
+            codes = codes + noise * step_of(BITS)  # models rounding, with a gradient
             frames = codec.decoder(codes.gather(1, sources), t)
             l2 = (frames.float() - clips).square().mean()  # Eq. 1
-            # The distribution is fitted in any case; the codes themselves are, where bits have a price.
+            # The distribution is always fitted; the codes only if bits have a price.
             cost = codec.decoder.cost(codes if config.rate else codes.detach(), BITS)
             bpp = (cost * (sources == own)).sum(1).mean() / clips[0, :, 0].numel()
             loss = l2 + (config.rate or 1e-3) * bpp
         loss.backward()
         log.add(loss=loss, l2=l2, bpp=bpp)
         optimizer_step(loss, lr)
-        utils.update_ema(ema, codec, 0.99 if "ema" in codec.chosen else 0.0, step)  # without: ema is the codec
+        utils.update_ema(ema, codec, 0.99 if "ema" in codec.chosen else 0.0, step)  # without "ema", this copies the codec
         if log.step(step):
             optimizer_step.check(step)
     log.close(device)
@@ -415,42 +415,42 @@ def train(config):
 @dataclass
 class Encode:
     ckpt: str = option("input", "codec.pt", "checkpoint of `codec train`")
-    bits: int = option("size", BITS, "of a code, 4 to 8")
-    keep: float = option("size", 1.0, "share of the weight tokens that is written")
-    refine: int = option("effort", 0, "gradient steps on the codes against the video")
+    bits: int = option("size", BITS, "bits per code, 4 to 8")
+    keep: float = option("size", 1.0, "share of the weight tokens to write")
+    refine: int = option("effort", 0, "gradient steps that fit the codes to the video")
 
 
 @dataclass
 class Decode:
     ckpt: str = option("input", "codec.pt", "checkpoint of `codec train` that encoded the file")
-    frames: str = option("what", "", "first and last of the video's frames, the last one left out, 100:140; default: all")
-    time_scale: float = option("what", 1.0, "decoded frames per frame of the video, which stays as long as it is")
+    frames: str = option("what", "", "range of frames, end excluded, as in 100:140; default: all")
+    time_scale: float = option("what", 1.0, "decoded frames per frame of the video; its duration stays the same")
 
 
 @dataclass
 class Compare:
     ckpt: str = option("input", "codec.pt", "checkpoint of `codec train`")
-    size: int = option("input", 0, "cut videos to squares and scale them to so many pixels; 0: as they are")
-    videos: int = option("input", 0, "so many of the videos, evenly chosen; 0: all")
-    bits: list = option("ours", [BITS], "of a code; each with each of the next two is a point", nargs="+", type=int)
+    size: int = option("input", 0, "crop videos to squares and scale them to this size in pixels; 0: do not")
+    videos: int = option("input", 0, "number of videos, evenly spaced; 0: all")
+    bits: list = option("ours", [BITS], "bits per code; combined with each of the next two options", nargs="+", type=int)
     keep: list = option("ours", [1.0, 0.5, 0.25], "shares of the weight tokens", nargs="+", type=float)
-    refine: list = option("ours", [0, 10, 100], "gradient steps, a curve for each number", nargs="+", type=int)
-    codecs: list = option("others", list(rivals.RIVALS), "which codecs", nargs="*", choices=list(rivals.RIVALS))
-    crf: list = option("others", [20, 26, 32, 38, 44, 51, 57, 63], "their points; beyond 51 AV1 alone", nargs="+", type=int)
-    out_dir: str = option("output", "out/rd", "points.csv and curves.png go here")
+    refine: list = option("ours", [0, 10, 100], "gradient steps, one curve per value", nargs="+", type=int)
+    codecs: list = option("others", list(rivals.RIVALS), "codecs to compare with", nargs="*", choices=list(rivals.RIVALS))
+    crf: list = option("others", [20, 26, 32, 38, 44, 51, 57, 63], "their CRFs; above 51 only AV1", nargs="+", type=int)
+    out_dir: str = option("output", "out/rd", "directory of points.csv and curves.png")
 
 
 @torch.no_grad()
 def write_video(frames, fps, target, codec, ckpt, bits, keep, refine, quiet=True):
-    """Encode frames, uint8 [F, H, W, 3], as the file `target`; the settings are those of Encode.
+    """Encode frames, uint8 [F, H, W, 3], into the file `target`; the settings are those of Encode.
 
-    Returns (bytes, seconds of encoding, the frames decoded from it), as rd.Point.run.
+    Returns (bytes, seconds of encoding, the decoded frames), as rd.Point.run.
     """
     c, (count, height, width, _), trained, begin = codec.config, frames.shape, ckpt["config"], time.time()
     if not 4 <= bits <= 8 or not 0 < keep <= 1:
         raise UserError(f"--bits {bits} --keep {keep}: bits are 4 to 8; a share of the tokens is above 0 and up to 1")
     if refine < 0 or refine and trained["degrade"] != "none":
-        raise UserError(f"--refine {refine}: 0 or more, and 0 for a model that restores: it would fit the degraded video")
+        raise UserError(f"--refine {refine}: 0 or more, but 0 for a restoration model, which would fit the degraded video")
     order, chunks, device = coding_order(codec.decoder, bits, keep), [], codec.decoder.mean.device
     for k in utils.bar(range(0, count, c.num_frames), "encoding", unit="chunk", disable=quiet):
         tiles = cut(frames[k : k + c.num_frames], c.num_frames, c.resolution).to(device)
@@ -462,7 +462,7 @@ def write_video(frames, fps, target, codec, ckpt, bits, keep, refine, quiet=True
 
 
 def encode(source, target, config):
-    """Encode the video file `source` as the file `target`."""
+    """Encode the video file `source` into the file `target`."""
     codec, ckpt = open_codec(config.ckpt)
     check_target(target, source, config.ckpt)
     frames, fps = read_video(source)
@@ -488,7 +488,7 @@ def decode(source, target, config):
 
 
 def info(source, config):
-    """Print what a file says of itself, and which of its chunks are damaged."""
+    """Print a file's header, and which of its chunks are damaged."""
     reader = container.Reader(source)
     print(*(f"{name} {value}" for name, value in reader.header.items()), sep="\n")
     damaged = [i for i in range(len(reader)) if reader[i] is None]
@@ -496,24 +496,24 @@ def info(source, config):
 
 
 def compare(*sources, config):
-    """Rate and distortion of ours and of other codecs, over video files and the held-out videos of directories."""
+    """Rate and distortion of ours and other codecs, over video files and the held-out videos of directories."""
     codec, ckpt = open_codec(config.ckpt)
     points = rivals.points(config.codecs, config.crf)
-    model = 4 * sum(x.numel() for x in codec.decoder.state_dict().values())  # bytes, of float32
+    model = 4 * sum(x.numel() for x in codec.decoder.state_dict().values())  # bytes, in float32
     for steps, bits, keep in itertools.product(config.refine, config.bits, config.keep):
         run = functools.partial(write_video, codec=codec, ckpt=ckpt, bits=bits, keep=keep, refine=steps)
         points.append(rd.Point(f"ours, refine {steps}", f"{bits} bits, keep {keep:g}", run, model))
     paths = []
     for source in map(Path, sources):
-        source = source / "test" if (source / "test").is_dir() else source  # what training has not seen
+        source = source / "test" if (source / "test").is_dir() else source  # not seen in training
         paths += video.list_videos(source)[0] if source.is_dir() else [source]
     if not paths:
-        raise UserError(f"{' '.join(map(printable, sources))}: there are no videos in it")
+        raise UserError(f"{' '.join(map(printable, sources))}: no videos found")
     videos = [read_video(paths[i], config.size or None) for i in data.spread(paths, config.videos or len(paths))]
     rd.compare(points, videos, config.out_dir)
 
 
-# Each command: its function, its settings, its presets, and the files it takes, "…" for more of the last one.
+# Each command: its function, its settings, its presets, and the files it takes; "…" repeats the last one.
 COMMANDS = {
     "train": (train, Config, preset_defaults, ()),
     "encode": (encode, Encode, None, ("VIDEO", "FILE.nerv")),
@@ -528,7 +528,7 @@ def main():
     if name in ("-h", "--help"):
         utils.parse_options(Config, __doc__, preset_defaults)  # those of train
     if name not in COMMANDS:
-        raise UserError(f"name a command first: {', '.join(COMMANDS)}")
+        raise UserError(f"give a command first: {', '.join(COMMANDS)}")
     function, settings, presets, wanted = COMMANDS[name]
     files = list(itertools.takewhile(lambda argument: not argument.startswith("-"), sys.argv[2:]))
     config = utils.parse_options(settings, __doc__, presets, sys.argv[2 + len(files) :])

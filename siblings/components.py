@@ -1,8 +1,8 @@
-"""The NeRV family in parts: position encodings, stems, blocks, skips, flow.
+"""Components of the NeRV family: position encodings, stems, blocks, skips, flow.
 
-"How to Design and Train Your Implicit Neural Representation for Video Compression" (below: HTD) takes the family apart so
-(§3.1.2, Fig. 2); methods.py puts it together again. What is fixed in a published configuration is fixed here; what is a width
-there goes with C0, the channels of the stem's map. t [B] are times in frames, real-valued, 0 … T-1.
+"How to Design and Train Your Implicit Neural Representation for Video Compression" (below: HTD) divides the family so
+(§3.1.2, Fig. 2); methods.py combines the parts. Constants of the published configurations are constants here; their widths
+scale with C0, the channels of the stem's map. t [B] are times in frames, real-valued, 0 … T-1.
 """
 
 import math
@@ -20,7 +20,7 @@ class Plan:
     frames: int  # T
     height: int  # in pixels, before padding
     width: int
-    strides: list  # of the blocks; what comes out is a multiple of their product, and cut to the frame
+    strides: list  # of the blocks; the output is a multiple of their product, cropped to the frame
     channels: list  # C0 of the stem's map, then of each block's
 
     @property
@@ -31,12 +31,12 @@ class Plan:
 
     @property
     def padded(self):
-        """(height, width) of what the network makes."""
+        """(height, width) of the network's output."""
         return tuple(n * math.prod(self.strides) for n in self.grid)
 
 
 def rows(table, place):
-    """Rows of a table [n, ...] at real places [B] -> [B, ...]: linear between two of them, the first and last repeated."""
+    """Rows of a table [n, ...] at real-valued positions [B] -> [B, ...]: linearly interpolated, clamped at the ends."""
     place = place.clamp(0, len(table) - 1)
     left = place.floor().long()
     part = (place - left).to(table).view(-1, *(1 for _ in table.shape[1:]))
@@ -44,7 +44,7 @@ def rows(table, place):
 
 
 def grid(tables, t, frames, shift=0.0, dim=1):
-    """Tables [n, …] over a video of so many frames, each read at times t [B], side by side along a dimension: [B, …]."""
+    """Tables [n, …] over a video of `frames` frames, each read at times t [B], concatenated along `dim`: [B, …]."""
     return torch.cat([rows(table, (t + shift) / frames * len(table) - shift) for table in tables], dim)
 
 
@@ -57,12 +57,12 @@ def conv(ins, outs, kernel, **kw):
 
 
 def mlp(*sizes):
-    """Linear layers, a GELU after each."""
+    """Linear layers, each followed by a GELU."""
     return nn.Sequential(*(layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.GELU())))
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer norm of maps [B, C, h, w] over their channels, each pixel by itself."""
+    """Layer norm of maps [B, C, h, w] over channels, separately for each pixel."""
 
     def forward(self, x):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
@@ -74,15 +74,15 @@ class ChannelNorm(nn.LayerNorm):
 
 def sinusoid(t, length):
     """NeRV's: sin and cos of 1.25^i π t / length for i = 0 … 79 (Chen et al. 2021, Eq. 2): t [B] -> [B, 160]."""
-    # The highest frequency is 5e7: in float32 the angle would be noise, and not the same noise on every machine.
+    # The highest frequency is 5e7: in float32 the angle would be noise, which differs between machines.
     angle = t.double()[:, None] / length * math.pi * 1.25 ** torch.arange(80, dtype=torch.float64, device=t.device)
     return torch.cat([angle.sin(), angle.cos()], -1).float()
 
 
 class TemporalGrid(nn.Module):
-    """Learned maps along time, at two rates, linear in between (FFNeRV, Lee et al. 2023, §3.2): t [B] -> [B, C0, h, w].
+    """Learned maps over time at two rates, linearly interpolated (FFNeRV, Lee et al. 2023, §3.2): t [B] -> [B, C0, h, w].
 
-    One map per frame and one per two frames, with half of the channels each; at most the 600 and 300 of the published ones.
+    One map per frame and one per two frames, with half of the channels each; at most 600 and 300, as published.
     """
 
     shift, begin = 0.0, staticmethod(nn.init.xavier_uniform_)
@@ -111,9 +111,9 @@ class HierarchicalGrid(TemporalGrid):
 
 
 class ConvNeXt(nn.Module):
-    """Depthwise convolution, norm, and two linear maps with a GELU between (Liu et al. 2022); added where sizes agree.
+    """Depthwise convolution, norm, and two linear maps with a GELU between (Liu et al. 2022); residual if sizes agree.
 
-    With `affine`, as in encoders of frames: biases, norms with scale and shift, and a scale of 1e-6 for what is added.
+    With `affine`, as in encoders of frames: biases, norms with scale and shift, and a residual branch scaled by 1e-6.
     """
 
     def __init__(self, ins, outs, hidden, kernel, affine):
@@ -129,7 +129,7 @@ class ConvNeXt(nn.Module):
 
 def frame_encoder(ins, outs, strides, narrow):
     """Frames to small maps, a strided convolution and a ConvNeXt per level (HNeRV §3.1): [B, ins, H, W] -> [B, outs, h, w].
-    HNeRV norms before each convolution but the first; DNeRV (`narrow`) after each, and ends with a 1 × 1 from 64 channels."""
+    HNeRV normalizes before each convolution but the first, DNeRV (`narrow`) after each; it ends in a 1 × 1 from 64 channels."""
     layers = []
     for i, stride in enumerate(strides):
         a, b = 64 if i else ins, 64 if narrow or i < len(strides) - 1 else outs
@@ -140,9 +140,9 @@ def frame_encoder(ins, outs, strides, narrow):
 
 
 class Content(nn.Module):
-    """HNeRV's content-adaptive embedding (Chen et al. 2023, §3.1): an encoder sees the frame and makes its code [16, h, w].
+    """HNeRV's content-adaptive embedding (Chen et al. 2023, §3.1): an encoder maps the frame to its code [16, h, w].
 
-    The codes are stored, the encoder is not. Between frames (t real) codes are linear.
+    The codes are stored, the encoder is not. Between frames (t real) codes are interpolated linearly.
     """
 
     features, narrow, stored = 16, False, ("codes",)
@@ -153,7 +153,7 @@ class Content(nn.Module):
         self.register_buffer("codes", torch.zeros(plan.frames, 16, *plan.grid))
 
     def encode(self, clips):
-        """Frames with the one before and the one after, [B, 3, 3, H, W] in [0, 1] -> what is `stored` of the middle ones."""
+        """Frames with their two neighbours, [B, 3, 3, H, W] in [0, 1] -> what is `stored` of the middle ones."""
         return [self.encoder(clips[:, 1])]
 
     def forward(self, t, clips=None):
@@ -162,9 +162,9 @@ class Content(nn.Module):
 
 
 class ContentAndDifference(Content):
-    """Diff-NeRV's two embeddings (Zhao et al. 2023, "DNeRV", §3.1): content as HNeRV's, and differences to both neighbours.
+    """Diff-NeRV's two embeddings (Zhao et al. 2023, "DNeRV", §3.1): content as in HNeRV, and differences to both neighbours.
 
-    The second is two channels of a larger map: the frame by 24, or by what of the strides comes nearest.
+    The second has two channels on a larger map: the frame downscaled by 24, or the nearest that the strides allow.
     """
 
     narrow, stored = True, ("codes", "differences")
@@ -178,7 +178,7 @@ class ContentAndDifference(Content):
 
     @staticmethod
     def level(plan):
-        """The number of the block whose input has the size of the difference: 2 of strides 5, 4, 4, 3, 2."""
+        """Index of the block whose input has the size of the difference: 2 for strides 5, 4, 4, 3, 2."""
         return min(range(len(plan.strides)), key=lambda i: abs(math.log(math.prod(plan.strides[i:]) / 24)))
 
     def encode(self, clips):
@@ -190,7 +190,7 @@ class ContentAndDifference(Content):
 
 
 def mlp_stem(features, plan, hidden=True):
-    """NeRV's: a hidden layer, then the whole map (§3.1; 512 hidden for C0 = 26), or at once (HNeRV's plain NeRV)."""
+    """NeRV's: a hidden layer, then the whole map (§3.1; 512 hidden for C0 = 26), or the map at once (HNeRV's plain NeRV)."""
     shape = (plan.channels[0], *plan.grid)
     wide = [max(8, round(512 / 26 * plan.channels[0]))] if hidden else []
     return nn.Sequential(mlp(features, *wide, math.prod(shape)), nn.Unflatten(1, shape))
@@ -202,7 +202,7 @@ def conv_stem(features, plan, kernel, act=nn.Identity):
 
 
 class Transformer(nn.Module):
-    """Attention and an MLP, without norms, as E-NeRV has it: [B, L, width] -> the same."""
+    """Attention and an MLP, without norms, as in E-NeRV: [B, L, width] -> the same."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -217,7 +217,7 @@ class Transformer(nn.Module):
 
 
 class TransformerStem(nn.Module):
-    """E-NeRV's (Li et al. 2022, §3.2; 256 wide for C0 = 196): a map of (y, x) from a transformer, times a vector of t, through
+    """E-NeRV's (Li et al. 2022, §3.2; 256 wide for C0 = 196): a transformer's map of (y, x), times a vector of t, through
     another. [B, 160] -> [B, C0, h, w]."""
 
     def __init__(self, features, plan):
@@ -236,17 +236,17 @@ class TransformerStem(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------- blocks
-# Block i of a plan: [B, C, h, w] -> [B, C', stride * h, stride * w]; HiNeRV's is behind its upsampling, which is a skip's.
+# Block i of a plan: [B, C, h, w] -> [B, C', stride * h, stride * w]; HiNeRV's follows its upsampling, which is in the skip.
 
 
 def nerv_block(i, plan, kernels=(3, 3)):
-    """NeRV's block (§3.1): convolution to stride² times the channels, pixel shuffle, GELU. Kernels grow by two a block."""
+    """NeRV's block (§3.1): convolution to stride² times the channels, pixel shuffle, GELU. Kernels grow by two per block."""
     stride, (ins, outs) = plan.strides[i], plan.channels[i : i + 2]
     return nn.Sequential(conv(ins, outs * stride**2, min(kernels[0] + 2 * i, kernels[1])), nn.PixelShuffle(stride), nn.GELU())
 
 
 def enerv_block(i, plan, kernels):
-    """E-NeRV's first block is two convolutions, through a quarter of the channels where it widens (§3.3); others are NeRV's."""
+    """E-NeRV's first block is two convolutions, with a quarter of the channels between if it widens (§3.3), others NeRV's."""
     stride, (ins, outs) = plan.strides[i], plan.channels[i : i + 2]
     if i > 0:
         return nerv_block(i, plan, kernels)
@@ -257,7 +257,7 @@ def enerv_block(i, plan, kernels):
 
 
 def grouped_block(i, plan, kernels):
-    """FFNeRV's compact block (§3.4): a convolution in 8 groups, then a 1 × 1 across them; strides of 5 have NeRV's block."""
+    """FFNeRV's compact block (§3.4): a convolution in 8 groups, then a 1 × 1 across them; for strides of 5, NeRV's block."""
     stride, ins = plan.strides[i], plan.channels[i]
     if stride == 5:
         return nerv_block(i, plan, kernels)
@@ -267,27 +267,27 @@ def grouped_block(i, plan, kernels):
 
 
 def convnext_block(i, plan, kernels):
-    """HiNeRV's (§3.2): three ConvNeXt blocks without biases, of 4 times the channels; the last level has one, of the channels
-    as they are. Frames are decoded whole: the paper's patches overlap to give the same."""
+    """HiNeRV's (§3.2): three ConvNeXt blocks without biases, expanding channels by 4; one at the last level, without
+    expansion. Frames are decoded whole: the paper's overlapping patches give the same result."""
     ins, outs = plan.channels[i : i + 2]
     depth, wide = (1, 1) if i == len(plan.strides) - 1 else (3, 4)
     return nn.Sequential(*(ConvNeXt(outs if k else ins, outs, wide * outs, 3, False) for k in range(depth)))
 
 
 # ------------------------------------------------------------------------------------------------------------------ skips
-# What comes in before block i: x [B, C, h, w], t [B] in frames, and `given`, the code of time [B, …] or Diff-NeRV's difference.
+# Applied before block i: x [B, C, h, w], t [B] in frames, and `given`, the code of time [B, …] or Diff-NeRV's difference.
 
 
 def time_features(plan):
-    """Width of the code of time that TimeSkips share: 128, and less only below C0 = 8."""
+    """Width of the code of time that TimeSkips share: 128, or less below C0 = 8."""
     return min(128, 16 * plan.channels[0])
 
 
 class TimeSkip(nn.Module):
-    """E-NeRV's (§3.4): what comes in is normalized, then scaled and shifted, channel by channel, by a linear map of t's code.
+    """E-NeRV's (§3.4): the input is normalized, then scaled and shifted per channel by a linear map of t's code.
 
-    The norm is instance norm in the code of E-NeRV and of HTD, which says layer norm (§3.1.2, §4.3). Scales begin near 0, as
-    there, so that networks learn little at first, or with `bright` at GELU(1) = 0.84.
+    The norm is instance norm in the code of E-NeRV and of HTD, whose text says layer norm (§3.1.2, §4.3). Scales start near 0,
+    as there, so that networks learn slowly at first, or with `bright` at GELU(1) = 0.84.
     """
 
     def __init__(self, i, plan, bright=False):
@@ -298,15 +298,15 @@ class TimeSkip(nn.Module):
 
     def forward(self, x, t, given):
         scale, shift = F.gelu(self.to_scale(given))[:, :, None, None].chunk(2, 1)
-        # Groups of one channel are instance norm; nn.InstanceNorm2d refuses maps of one pixel, which become 0 here.
+        # Groups of one channel are instance norm; nn.InstanceNorm2d rejects maps of one pixel, which become 0 here.
         return torch.group_norm(x, x.shape[1], eps=1e-5) * scale + shift
 
 
 class LocalGridSkip(nn.Module):
-    """HiNeRV's layer norm, bilinear upsampling, and a learned grid in time that is added (§3.1, "hierarchical encoding"): a
-    vector for each of the stride² places in a cell.
+    """HiNeRV's layer norm, bilinear upsampling, and an added learned grid in time (§3.1, "hierarchical encoding"): a
+    vector for each of the stride² positions in a cell.
 
-    One row per frame of 8 channels, halved from level to level, one per two of twice as many, one per four of four times.
+    Block i has rows of 8 / 2^i channels per frame, of twice as many per two frames, and of four times as many per four.
     """
 
     def __init__(self, i, plan):
@@ -345,9 +345,9 @@ class DifferenceSkip(nn.Module):
 
 
 class Flow(nn.Module):
-    """FFNeRV's flow-guided aggregation (§3.3): neighbouring frames, warped to this one, and the network's own, by weights.
+    """FFNeRV's flow-guided aggregation (§3.3): a weighted sum of neighbouring frames, warped to this one, and its own frame.
 
-    Flows and the weights of neighbours come from the map before the last two blocks, those of own and warped from the last map.
+    Flows and weights of neighbours come from the map before the last two blocks, those of own and warped from the last map.
     """
 
     NEIGHBOURS = (-2, -1, 1, 2)
@@ -371,7 +371,7 @@ class Flow(nn.Module):
 
 
 def warp(frames, flow):
-    """Frames [B, C, H, W] seen from where each pixel points, flow [B, 2, H, W] in pixels (x, y); edges repeat."""
+    """Sample frames [B, C, H, W] where each pixel points, flow [B, 2, H, W] in pixels (x, y); edges repeat."""
     H, W = flow.shape[-2:]
     x = torch.arange(W, device=flow.device) + flow[:, 0]
     y = torch.arange(H, device=flow.device)[:, None] + flow[:, 1]

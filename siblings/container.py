@@ -1,7 +1,7 @@
-"""A file of chunks: a header that says what they are, where each one is, and a checksum of each (docs/codec.md, "The file").
+"""A file of chunks: a header that describes them, an index, and a checksum per chunk (docs/codec.md, "The file").
 
-Numbers are little-endian; lengths and counts are varints, seven bits a byte. Nothing is allocated on the word of a file alone:
-what it says of lengths is held against how long it is.
+Numbers are little-endian; lengths and counts are varints, seven bits per byte. Nothing is allocated on a file's word alone:
+the lengths it states are checked against its own.
 """
 
 import json
@@ -15,13 +15,13 @@ from common.video import printable
 MAGIC, VERSION = b"NeRV", 1
 START = struct.Struct("<4sBII")
 LARGEST = 2**20  # bytes of a header as JSON
-# What headers are likely to hold, so that they take some 40 bytes: a short video is not much longer. Part of the format.
+# Likely content of headers, a dictionary for compression to about 40 bytes: short videos are small. Part of the format.
 WORDS = b'"1234567890abcdef":[128,256,[0.125,0.25,0.75,0.5,12.5,29.97,50,30,24,"frames":"size":[64,64],"rate":25.0,"keep":1.0,'
 WORDS += b'"bits":[8,8,8],"bits":[4,4,4,4],"bits":[6,6,6,6],"kind":"fit","kind":"codec","model":"'
 
 
 class BadFile(UserError):
-    """A file that is not one of ours, or no longer: path and reason, on one line."""
+    """A file that is not ours, or is damaged: path and reason, on one line."""
 
     def __init__(self, path, reason):
         super().__init__(f"{printable(path)}: {reason}")
@@ -32,7 +32,7 @@ def varint(number):
 
 
 def read_varint(data, place):
-    """(the number at this place of some bytes, the place after it). IndexError or ValueError where there is none."""
+    """(the number at `place` in the bytes, the place after it). IndexError or ValueError if there is none."""
     number = 0
     for shift in range(0, 63, 7):
         byte, place = data[place], place + 1
@@ -45,7 +45,7 @@ def read_varint(data, place):
 def write(path, header, chunks):
     """Write a header (a dictionary that JSON can hold) and chunks (bytes) to a file; returns its length in bytes.
 
-    It gets its name when it is whole. UserError where the disk does not take it.
+    The name appears only when the file is complete. UserError if it cannot be written.
     """
     packer = zlib.compressobj(9, zlib.DEFLATED, -15, zdict=WORDS)
     head = packer.compress(json.dumps(header, separators=(",", ":")).encode()) + packer.flush()
@@ -55,9 +55,9 @@ def write(path, header, chunks):
 
 
 class Reader:
-    """header: the dictionary. len(reader): number of chunks. reader[i]: the bytes of one, or None where it is damaged.
+    """header: the dictionary. len(reader): number of chunks. reader[i]: the bytes of one, or None if it is damaged.
 
-    Raises BadFile for what is not such a file, or whose header is damaged, or after which bytes follow.
+    Raises BadFile if it is not such a file, its header is damaged, or extra bytes follow.
     """
 
     def __init__(self, path):
@@ -68,13 +68,13 @@ class Reader:
             raise BadFile(path, error.strerror or "cannot be read") from None
         self.length = len(self.data)
         if self.length < START.size or self.data[:4] != MAGIC:
-            raise BadFile(path, "not a file of this program")
+            raise BadFile(path, "not a file written by this program")
         _, version, size, checksum = START.unpack_from(self.data)
         if version != VERSION:
-            raise BadFile(path, f"its format has version {version}, and this program reads {VERSION}")
+            raise BadFile(path, f"its format is version {version}, but this program reads {VERSION}")
         head, offset = self.data[START.size : START.size + size], START.size + size
         if zlib.crc32(head) != checksum:
-            raise BadFile(path, "its header is damaged, or it ends within it")
+            raise BadFile(path, "its header is damaged, or the file is truncated")
         try:
             unpacker = zlib.decompressobj(-15, zdict=WORDS)
             self.header = json.loads(unpacker.decompress(head, LARGEST))
@@ -88,7 +88,7 @@ class Reader:
             if len(self.entries) != count or place != len(index) or not isinstance(self.header, dict):
                 raise ValueError
         except (zlib.error, ValueError, IndexError, struct.error, RecursionError):
-            raise BadFile(path, "its header is not one of this program") from None
+            raise BadFile(path, "its header was not written by this program") from None
         if self.length > offset:
             raise BadFile(path, f"{self.length - offset} bytes follow its end")
 

@@ -1,4 +1,4 @@
-"""Degraded clips for a restoration to learn from (FastNeRV, §3.1, Fig. 8; sizes are ours)."""
+"""Degraded clips to train restoration (FastNeRV, §3.1, Fig. 8; sizes are ours)."""
 
 import torch
 import torch.nn.functional as F
@@ -7,9 +7,9 @@ KINDS = ["none", "down4", "blur", "mask"]
 
 
 def degrade(clips, kind, draws):
-    """Clips [B, T, 3, R, R] in [-1, 1] as they come to a restoration, of the same shape, rounded to 8 bits as in a file.
+    """Degrade clips [B, T, 3, R, R] in [-1, 1], keeping their shape; rounded to 8 bits as in a file.
 
-    down4: every pixel is the mean of a square of 4 × 4. blur: by a Gaussian of σ = 2 pixels. mask: grey holes in a quarter of
+    down4: every pixel is the mean of a square of 4 × 4. blur: Gaussian of σ = 2 pixels. mask: grey holes in a quarter of
     the cells of an 8 × 8 grid, the same in all frames: where draws, [B, 8, 8] in [0, 1), are below 0.25.
     """
     size = clips.shape[-1]
@@ -26,11 +26,11 @@ def degrade(clips, kind, draws):
 
 
 def blur(x, sigma):
-    """x [..., R, R], mirrored at its edges, times a Gaussian's spectrum."""
+    """Gaussian blur of x [..., R, R] in the frequency domain, mirrored at its edges."""
     size = x.shape[-1]
     x = torch.cat([x, x.flip(-1)], -1)
     x = torch.cat([x, x.flip(-2)], -2)
     place = torch.arange(2 * size, device=x.device)
-    weights = torch.exp(-(torch.minimum(place, 2 * size - place) ** 2) / (2 * sigma**2))  # about the first place on a ring
+    weights = torch.exp(-(torch.minimum(place, 2 * size - place) ** 2) / (2 * sigma**2))  # centred at 0 on a ring
     spectrum = torch.fft.fft(weights / weights.sum()).real
     return torch.fft.ifft2(torch.fft.fft2(x) * spectrum[:, None] * spectrum).real[..., :size, :size]

@@ -1,7 +1,7 @@
-"""Whole numbers to bytes and back, at what they are worth in bits: an ANS coder (constriction), logistic distributions.
+"""Entropy coding of integers by an ANS coder (constriction) with logistic distributions.
 
-Each number has a width in bits, which bounds it to -2^(bits - 1) … 2^(bits - 1) - 1, and a distribution about 0. Sender and
-receiver know both; those whose distributions are about the same go through the coder together.
+Each number has a width in bits, which bounds it to -2^(bits - 1) … 2^(bits - 1) - 1, and a distribution centred at 0. Sender
+and receiver know both; numbers with about the same distribution are coded together.
 """
 
 import functools
@@ -14,7 +14,7 @@ LEAST, MOST = -16, 24  # of k: a distribution's scale is 2^(k / 4)
 
 @functools.cache
 def probabilities(bits, k):
-    """Of the numbers of so many bits, from the least on: logistic, of scale 2^(k / 4); what is beyond is at the ends."""
+    """Of the integers of this width, in ascending order: logistic, of scale 2^(k / 4); the ends include the tails."""
     number = np.arange(2**bits) - 2 ** (bits - 1)
     edges = 1 / (1 + np.exp(-np.clip((np.append(number, number[-1] + 1) - 0.5) / 2 ** (k / 4), -40, 40)))
     edges[0], edges[-1] = 0, 1
@@ -22,14 +22,14 @@ def probabilities(bits, k):
 
 
 def best_scale(numbers, bits):
-    """The k whose distribution writes whole numbers [n] shortest."""
+    """The k whose distribution codes integers [n] in the fewest bits."""
     counts = np.bincount(numbers.astype(int) + 2 ** (bits - 1), minlength=2**bits)
     costs = [-(counts * np.log2(np.maximum(probabilities(bits, k), 2.0**-24))).sum() for k in range(LEAST, MOST + 1)]
     return LEAST + int(np.argmin(costs))
 
 
 def coding_order(log2_scales, bits, kept):
-    """[(bits, distribution, its columns)] in the order in which they are written, of columns [P] of which `kept` ones are."""
+    """[(bits, distribution, its columns)] in coding order, over the columns of [P] that are `kept`."""
     k = np.clip(np.rint(4 * np.asarray(log2_scales, np.float64)), LEAST, MOST).astype(int)
     groups = {}
     for column in np.flatnonzero(kept).tolist():
@@ -39,17 +39,17 @@ def coding_order(log2_scales, bits, kept):
 
 
 def pack(numbers, order):
-    """Whole numbers [rows, P] -> the bytes of the columns of `order`."""
-    coder = constriction.stream.stack.AnsCoder()  # what goes in last comes out first
+    """Integers [rows, P] -> the bytes of the columns of `order`."""
+    coder = constriction.stream.stack.AnsCoder()  # last in, first out
     for bits, model, columns in reversed(order):
         coder.encode_reverse((numbers[:, columns] + 2 ** (bits - 1)).ravel().astype(np.int32), model)
     return coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
 
 
 def unpack(chunk, order, shape):
-    """Bytes of pack, and zeros after them or not -> int8 [rows, P], 0 in columns that `order` lacks.
+    """Bytes of pack, with or without trailing zeros -> int8 [rows, P], 0 in columns that `order` lacks.
 
-    ValueError where they are not what pack makes.
+    ValueError if they are not the output of pack.
     """
     chunk = chunk.rstrip(b"\0")
     words = np.frombuffer(chunk + bytes(-len(chunk) % 4), "<u4").astype(np.uint32)

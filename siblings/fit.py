@@ -1,4 +1,4 @@
-"""One network for one video: the NeRV family and RNeRV, fitted side by side in equal time, stored as small as they go.
+"""One network per video: the NeRV family and RNeRV, fitted side by side in equal time, and compressed.
 
 video --one network per method, Adam on its frames--> weights --quantize, entropy code--> video.nerv --decode--> frames
 
@@ -6,10 +6,10 @@ python -m siblings.fit video.mp4 --method rnerv --size 1.5M --minutes 10     wri
 python -m siblings.fit video.mp4 --method nerv,enerv,hnerv,plain,ffnerv,hinerv,diffnerv,rnerv --resize 160x320
 python -m siblings.fit --decode video.nerv --out again.mp4 --fps 60
 python -m siblings.fit --explain video.nerv                                  XINC contribution maps; of dit.pt too
-python -m siblings.fit --explain clips.nerv --ckpt codec.pt                  … of codec.py's files, from chunk to chunk
+python -m siblings.fit --explain clips.nerv --ckpt codec.pt                  … of codec.py's files, between chunks
 
 The methods are the rows of a table in methods.py, compared as in "How to Design and Train Your Implicit Neural Representation
-for Video Compression" (below: HTD). docs/fit.md has the format of the file.
+for Video Compression" (below: HTD). docs/fit.md describes the file format.
 """
 
 import copy
@@ -47,23 +47,23 @@ from siblings.videofile import VideoFile
 
 @dataclass
 class Config:
-    method: str = option("network", "rnerv", f"one, or several by commas: {', '.join(METHODS)}")
-    size: str = option("network", "1.5M", "parameters, without codes of frames: 300k, 1.5M, 3M, …; widths follow")
-    bits: int = option("network", 8, "of a stored parameter, 4 to 8")
-    minutes: float = option("training", 10.0, "of training, for each method, by turns; on a CPU, minutes of its time")
-    steps: int = option("training", 0, "of each method, instead of --minutes: then the same command makes the same file")
-    lr: float = option("training", 0.0, "peak learning rate, of Adam; 0: each method's own")
+    method: str = option("network", "rnerv", f"one, or several separated by commas: {', '.join(METHODS)}")
+    size: str = option("network", "1.5M", "parameters, without codes of frames: 300k, 1.5M, 3M, …; sets the widths")
+    bits: int = option("network", 8, "bits per stored parameter, 4 to 8")
+    minutes: float = option("training", 10.0, "training time per method, in turns; on a CPU, minutes of CPU time")
+    steps: int = option("training", 0, "steps per method, instead of --minutes: makes the file reproducible")
+    lr: float = option("training", 0.0, "peak learning rate of Adam; 0: each method's own")
     seed: int = option("training", 0, "of weights and of the order of frames")
-    frames: str = option("video", "", "first and last of the frames, the last one left out, 100:140; default: all")
-    resize: str = option("video", "", "fit the video at this height and width, 160x320, cut to that shape")
-    decode: str = option("instead", "", "a .nerv file, which is written to --out as a video", metavar="FILE")
-    fps: float = option("instead", 0.0, "frames per second that --decode makes; 0: those of the video")
-    explain: str = option("instead", "", "a .nerv file or a dit.pt: who paints which pixel, as a picture", metavar="FILE")
-    ckpt: str = option("instead", "codec.pt", "the model of a file of `siblings.codec` to --explain")
-    device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one")
-    out: str = option("output", "", "what is written; default: by the name of the video, .nerv, or .METHOD.nerv of several")
-    resume: bool = option("output", False, "go on from the state in --run-dir where it exists, as if never stopped")
-    run_dir: str = option("output", "runs/fit", "report.csv, curves.csv, curves.png and the state of the training go here")
+    frames: str = option("video", "", "range of frames, end excluded, as in 100:140; default: all")
+    resize: str = option("video", "", "fit the video at this height and width, as in 160x320, cropped to that shape")
+    decode: str = option("instead", "", "a .nerv file to decode into the video --out", metavar="FILE")
+    fps: float = option("instead", 0.0, "frames per second of --decode; 0: those of the video")
+    explain: str = option("instead", "", "a .nerv file or a dit.pt: draw what each kernel adds to each pixel", metavar="FILE")
+    ckpt: str = option("instead", "codec.pt", "the model, to --explain a file of `siblings.codec`")
+    device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA if available")
+    out: str = option("output", "", "output file; default: the video's name with .nerv, or .METHOD.nerv for several")
+    resume: bool = option("output", False, "continue from the state in --run-dir if it exists, as if never stopped")
+    run_dir: str = option("output", "runs/fit", "directory of report.csv, curves.csv, curves.png and the training state")
 
 
 class Video:
@@ -79,15 +79,15 @@ class Video:
         return len(self.frames)
 
     def clip(self, number, padded):
-        """What an encoder sees of a frame: [1, 3, 3, H, W] in [0, 1], the one before, itself and the one after."""
+        """Encoder input for a frame: [1, 3, 3, H, W] in [0, 1], the previous frame, itself and the next."""
         clip = to_clip(self.frames[np.arange(number - 1, number + 2).clip(0, len(self) - 1)]) / 2 + 0.5
         return F.pad(clip, (0, padded[1] - self.width, 0, padded[0] - self.height), "replicate")[None]
 
 
 def resized(frames, text):
-    """Frames uint8 [T, H, W, 3] cut in their middle to the shape of "160x320" and scaled to it, bicubic."""
+    """Frames uint8 [T, H, W, 3], centre-cropped to the aspect ratio of "160x320" and scaled to it, bicubic."""
     if not (found := re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text)):
-        raise UserError(f"--resize {text}: name height and width in pixels, as in 160x320")
+        raise UserError(f"--resize {text}: give height and width in pixels, as in 160x320")
     size = int(found[2]), int(found[1])
     return np.stack([ImageOps.fit(Image.fromarray(frame), size, Image.Resampling.BICUBIC) for frame in frames])
 
@@ -102,20 +102,20 @@ def parameters(text):
 
 
 def squared_error(frame, real):
-    """Mean over a frame, uint8 [H, W, 3] both."""
+    """Mean over a frame, both uint8 [H, W, 3]."""
     return np.square(frame.astype(np.float64) - real).mean()
 
 
 def decode(config):
     """Write a .nerv file as a video."""
     if not config.out or config.fps < 0:
-        raise UserError("--decode takes --out, the video to write, .mp4 or .mkv, and an --fps that is not negative")
+        raise UserError("--decode needs --out, the video to write (.mp4 or .mkv), and an --fps of at least 0")
     check_target(config.out, config.decode)
     file = FittedVideo(config.decode, utils.pick_device(config.device))
     first, last = frame_range(config.frames, file.frames)
     ratio = (config.fps or file.rate) / file.rate
     places = np.arange(math.ceil(first * ratio - 1e-6), math.ceil(last * ratio - 1e-6)) / ratio
-    places = np.minimum(places, file.frames - 1)  # after the last frame there is nothing to go by
+    places = np.minimum(places, file.frames - 1)  # nothing to interpolate after the last frame
     bar = utils.bar(decoded(file.network, places), "decoding", total=len(places), unit="frame")
     count = write_frames(config.out, (frame[None] for frame in bar), config.fps or file.rate)
     print(f"wrote {config.out}: {count} frames of {file.width} x {file.height}")
@@ -125,7 +125,7 @@ def decode(config):
 
 
 class Fit:
-    """One method's network in training: its steps, the seconds they took, and what came of it at some of them."""
+    """One method's network in training: its steps, the seconds they took, and points of its curve."""
 
     def __init__(self, name, video, config, device):
         self.name, self.video, self.config, self.device, self.method = name, video, config, device, METHODS[name]
@@ -138,18 +138,18 @@ class Fit:
         self.update = utils.FiniteStep(self.network, torch.optim.Adam(self.network.parameters(), fused=True))
         self.stream = data.Stream(len(video), 1, config.seed)
         self.steps, self.seconds, self.curve, self.recent = 0, 0.0, [], None
-        self.encoder = hasattr(self.network.encoding, "encode")  # whether codes come from the frames themselves
-        if self.method.flow:  # FFNeRV's buffer: the network's own frames, as they were when it last made them; grey at first
+        self.encoder = hasattr(self.network.encoding, "encode")  # whether codes are computed from the frames
+        if self.method.flow:  # FFNeRV's buffer of the network's own frames, as last decoded; grey at first
             self.own = np.full((len(video), *self.plan.padded, 3), 128, np.uint8)
 
     @property
     def progress(self):
-        """How much of the training is done, 0 … 1: by steps, or by the seconds that they took."""
+        """Fraction of the training done, 0 … 1: by steps, or by the seconds they took."""
         done = self.steps / self.config.steps if self.config.steps else self.seconds / (60 * self.config.minutes)
         return min(1.0, done)
 
     def forward(self, number):
-        """All that the network makes of a frame, each [1, 3, H, W], and the squared error of each."""
+        """All outputs of the network for a frame, each [1, 3, H, W], and the squared error of each."""
         clip = self.video.clip(number, self.plan.padded).to(self.device) if self.encoder else None
         neighbours = self.neighbours(number) if self.method.flow else None
         parts = self.network.views(torch.tensor([number], device=self.device), clip, neighbours)
@@ -157,23 +157,23 @@ class Fit:
         return parts, [(part[0, :, : self.plan.height, : self.plan.width] - real).square().mean() for part in parts]
 
     def flops(self):
-        """Floating-point operations of a training step, forward and backward: what it would cost on any machine."""
+        """Floating-point operations of a training step, forward and backward: its cost on any machine."""
         with FlopCounterMode(display=False) as counter:
             sum(self.forward(0)[1]).backward()
         self.update.optimizer.zero_grad(set_to_none=True)
         return counter.get_total_flops()
 
     def step(self):
-        """One step of Adam on the squared error of a frame; each comes once in a pass."""
-        clock = time.thread_time if self.device.type == "cpu" else time.perf_counter  # other work on the machine does not count
+        """One step of Adam on the squared error of a frame; each frame occurs once per epoch."""
+        clock = time.thread_time if self.device.type == "cpu" else time.perf_counter  # exclude other load on the machine
         start = clock()
         number = self.stream.batch(self.steps)[0] % len(self.video)
         parts, errors = self.forward(number)
-        # HTD says nothing of the loss; papers have L2 (HNeRV) or L1 and SSIM. FFNeRV weighs own and warped frames by 0.1.
+        # HTD does not state the loss; papers use L2 (HNeRV) or L1 and SSIM. FFNeRV weights own and warped frames by 0.1.
         (errors[0] + 0.1 * sum(errors[1:])).backward()
         if self.method.flow:
             self.own[number] = to_frames(parts[1])[0]
-        # "Cosine annealing learning rate and single epoch warmup" (HTD §4). Where time is what is given, it is by the clock.
+        # "Cosine annealing learning rate and single epoch warmup" (HTD §4). With a time budget, the schedule follows the clock.
         warmup = min(1.0, (self.steps + 1) / len(self.video))
         self.update(errors[0], (self.config.lr or self.method.lr) * warmup * 0.5 * (1 + math.cos(math.pi * self.progress)))
         error = errors[0].item()  # waits for a GPU
@@ -193,14 +193,14 @@ class Fit:
 
     @torch.no_grad()
     def settle(self):
-        """Let encoders make the codes of all frames, which is what a file has of them."""
+        """Let encoders compute the codes of all frames, for the file to store."""
         for i in range(len(self.video) if self.encoder else 0):
             clip = self.video.clip(i, self.plan.padded).to(self.device)
             for name, code in zip(self.network.encoding.stored, self.network.encoding.encode(clip)):
                 getattr(self.network.encoding, name)[i] = code[0]
 
     def measure(self, most=16):
-        """A point of the curve: PSNR after quantization, over up to so many frames, outside the training's seconds."""
+        """A point of the curve: PSNR after quantization, over at most `most` frames, not counted in the training's seconds."""
         self.settle()
         network = copy.deepcopy(self.network)
         unpack(network, packed(network, self.config.bits), self.config.bits)
@@ -209,7 +209,7 @@ class Fit:
         self.curve.append([self.steps, round(self.seconds, 2), float(np.mean(found))])
 
     def store(self, path, bits):
-        """Write the file with so many bits a parameter; returns its bytes."""
+        """Write the file with `bits` bits per parameter; return its size in bytes."""
         self.settle()
         header = {"kind": "fit", "method": self.name, "size": [self.plan.width, self.plan.height]}
         header |= {"frames": len(self.video), "rate": round(self.video.rate, 4), "bits": bits}
@@ -217,7 +217,7 @@ class Fit:
         return container.write(path, header, packed(self.network, bits))
 
     def write(self, path):
-        """Write the file, read it, and measure what it decodes to; returns the row of the report."""
+        """Write the file, read it, and measure the decoded video; return the row of the report."""
         v, size, file = self.video, self.store(path, self.config.bits), FittedVideo(path, self.device)
         errors = [squared_error(*pair) for pair in zip(decoded(file.network, range(len(v))), v.frames)]
         row = {"method": self.name, "parameters": file.parameters, "bytes": size}
@@ -239,17 +239,17 @@ class Fit:
             self.own[:] = state["own"].numpy()
 
 
-SAME = ("method", "size", "lr", "seed", "frames", "resize")  # what a training goes on with
-MARKS = [2.0**-k for k in range(7, 0, -1)] + [0.75]  # of the training, at which a curve has points; the last one is its end
+SAME = ("method", "size", "lr", "seed", "frames", "resize")  # must be equal to resume a training
+MARKS = [2.0**-k for k in range(7, 0, -1)] + [0.75]  # fractions of the training at which a curve has points; the end is another
 
 
 def fit(source, config):
     """Fit one network per method to the video `source`, in turns, and write one file each."""
     names = config.method.split(",")
     if wrong := [name for name in names if name not in METHODS or names.count(name) > 1]:
-        raise UserError(f"--method {wrong[0]}: once each of {', '.join(METHODS)}")
+        raise UserError(f"--method {wrong[0]}: choose from {', '.join(METHODS)}, each at most once")
     if not 4 <= config.bits <= 8:
-        raise UserError(f"--bits {config.bits}: it is from 4 to 8")
+        raise UserError(f"--bits {config.bits}: must be from 4 to 8")
     utils.check_positive(config, "minutes")
     stem, run = Path(config.out or Path(source).name).with_suffix(""), Path(config.run_dir)
     outs = [Path(config.out or f"{stem}.nerv")] if len(names) == 1 else [Path(f"{stem}.{name}.nerv") for name in names]
@@ -262,11 +262,11 @@ def fit(source, config):
     if config.resume and (run / "state.pt").is_file():
         state = checkpoints.load(run / "state.pt", "fit", "python -m siblings.fit")
         if differ := [name for name in about if state["about"].get(name) != about[name]]:
-            raise UserError(f"{run / 'state.pt'} has another --{differ[0]}: give the same ones, or another --run-dir")
+            raise UserError(f"{run / 'state.pt'} has another --{differ[0]}: use the same value, or another --run-dir")
         for one in fits:
             one.load_state_dict(state["fits"][one.name])
     for one in fits:
-        size, going = methods.count(one.method, one.plan), f"; going on after step {one.steps}" if one.steps else ""
+        size, going = methods.count(one.method, one.plan), f"; resuming after step {one.steps}" if one.steps else ""
         print(f"{one.name}: {size:,} parameters, strides {one.plan.strides}, channels {one.plan.channels}{going}")
 
     def save():
@@ -275,7 +275,7 @@ def fit(source, config):
     saved = time.monotonic()
     with utils.Interrupt() as interrupt, utils.bar(desc="fitting", total=100, unit="%") as bar:
         while (left := [one for one in fits if one.progress < 1]) and not interrupt.stop():
-            one = min(left, key=lambda one: one.progress)  # who has had least: so all go through the same good and bad minutes
+            one = min(left, key=lambda one: one.progress)  # the one least trained: all share the noise of the machine
             before = one.progress
             one.step()
             if any(before < mark <= one.progress for mark in MARKS):
@@ -292,8 +292,8 @@ def fit(source, config):
         save()
         rows = [one.write(path) for one, path in zip(fits, outs)]
     if left:
-        print("interrupted: --resume goes on")
-    print(f"\n{len(v)} frames of {v.width} x {v.height}, {config.bits} bits, seed {config.seed}; PSNR is of the files\n")
+        print("interrupted: --resume continues")
+    print(f"\n{len(v)} frames of {v.width} x {v.height}, {config.bits} bits, seed {config.seed}; PSNR of the decoded files\n")
     table(list(rows[0]), [list(row.values()) for row in rows])
     points = [{"method": one.name, **dict(zip(("steps", "seconds", "PSNR"), point))} for one in fits for point in one.curve]
     for name, lines in (("report", rows), ("curves", points)):
@@ -305,15 +305,15 @@ def fit(source, config):
     for k, what in ((1, "seconds of training"), (0, "steps of training")):
         panels.append((what, "PSNR after quantization, dB", {one.name: [(p[k], p[2]) for p in one.curve] for one in fits}))
     families(run / "curves.png", panels)
-    print(f"\ncurves are in {run}")
+    print(f"\ncurves: {run}")
 
 
 # ------------------------------------------------------------------------------------------------------------- explaining
 
 
 def last_layer(path, seed, device):
-    """What XINC looks at: (title, the head, its kernel [3, in, k, k], edges, frames, t [1] -> [1, 1, 3, H, W])."""
-    if path.is_file() and path.open("rb").read(2) == b"PK":  # as torch's files begin
+    """Input of XINC: (title, the head, its kernel [3, in, k, k], edges, frames, t [1] -> [1, 1, 3, H, W])."""
+    if path.is_file() and path.open("rb").read(2) == b"PK":  # the first bytes of torch's files
         ckpt = checkpoints.load(path, "dit", "python dit.py")
         model, vae, latent_map = (part.to(device) for part in dit.load_dit(ckpt))
         labels = torch.tensor([seed % len(ckpt["classes"])], device=device)
@@ -329,7 +329,7 @@ def last_layer(path, seed, device):
 
 
 def chunks_of(path, ckpt, device):
-    """The whole chunks of a file of codec.py, as xinc.explain_cuts takes them."""
+    """The intact chunks of a file of codec.py, for xinc.explain_cuts."""
     model, _ = codec.open_codec(ckpt, device)
     file, head, seen, T = VideoFile(path, model, ckpt), model.decoder.layers[-1], [], model.config.num_frames
     head.register_forward_pre_hook(lambda module, given: seen.append(given))
@@ -354,7 +354,7 @@ def explain(config):
     if path.suffix == ".nerv" and container.Reader(path).header.get("kind") == "codec":
         chunks = chunks_of(path, config.ckpt, device)[:9]
         if len(chunks) < 2:
-            raise UserError(f"{printable(path)} has one chunk, and maps are compared from chunk to chunk")
+            raise UserError(f"{printable(path)} has one chunk, but maps are compared between chunks")
         figures = xinc.explain_cuts(chunks, out, path.name)
         print(f"wrote {out}: {len(chunks) - 1} cuts between chunks\n")
         rows = [[name, *(f"{value:.3f}" for value in found.values())] for name, found in figures.items()]
@@ -363,12 +363,12 @@ def explain(config):
     head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
 
     def look(place):
-        """(frame, what the head sees when it makes it, the head's kernel) at one place in time."""
+        """(frame, input of the head, the head's kernel) at one time."""
         frame = to_frames(run(torch.tensor([float(place)], device=device)).float())[0, 0]
         return frame, seen[-1].float(), kernel.float()
 
     if count < 2:
-        raise UserError(f"{printable(path)} has one frame, and maps are compared between neighbours")
+        raise UserError(f"{printable(path)} has one frame, but maps are compared between neighbours")
     places = np.unique(np.linspace(0, count - 2, min(8, count - 1)).round())
     figures = xinc.explain(([look(t), look(t + 1)] for t in places), out, title, edges)
     print(
@@ -382,7 +382,7 @@ def main():
     files = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
     config = utils.parse_options(Config, __doc__, argv=sys.argv[1 + len(files) :])
     if len(files) + bool(config.decode) + bool(config.explain) != 1:
-        raise UserError("name one video to fit, first of all, or one file to --decode or to --explain")
+        raise UserError("give one video to fit as the first argument, or one file to --decode or --explain")
     if files:
         fit(files[0], config)
     else:

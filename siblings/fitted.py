@@ -1,6 +1,6 @@
-"""The .nerv file of a video by fit.py: a network's parameters as whole numbers, entropy coded, and frames from it.
+"""The .nerv file of a video by fit.py: a network's parameters as entropy-coded integers, and frames decoded from it.
 
-The header has method, size of the frame, number of frames, rate, bits, strides and channels: all that builds the network.
+The header has method, frame size, number of frames, rate, bits, strides and channels: all that builds the network.
 """
 
 import math
@@ -19,20 +19,20 @@ MOST = 10**8  # parameters of a network
 
 
 def width(x, bits):
-    """Of the numbers of a tensor, in bits: vectors, which are few and go everywhere, always have 8."""
+    """Bits per number of a tensor: vectors, which are few and affect everything, always have 8."""
     return 8 if x.ndim == 1 else bits
 
 
 def quantize(x, bits):
-    """A tensor -> (whole numbers int16 [n], their step): one scale for all of it, about 0.
+    """A tensor -> (integers int16 [n], their step): one scale for all of it, centred at 0.
 
-    HTD quantizes as HiNeRV does, per tensor, and does not say where the scale comes from. Here it has the least squared error
-    of a few that let up to 70 % of the range go.
+    HTD quantizes as HiNeRV does, per tensor, and does not state how the scale is chosen. Here it has the least squared error
+    among a few that clip up to 70 % of the range.
     """
     flat, half = x.detach().float().cpu().flatten(), 2 ** (width(x, bits) - 1)
     best, largest = (math.inf,), flat.abs().max().item()
     for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3):
-        step = float(np.float32(max(share * largest / (half - 1), 1e-12)))  # as the file has it
+        step = float(np.float32(max(share * largest / (half - 1), 1e-12)))  # as stored in the file
         numbers = (flat / step).round().clamp(-half, half - 1)
         error = (numbers * step - flat).square().sum().item()
         best = (error, numbers, step) if error < best[0] else best
@@ -40,7 +40,7 @@ def quantize(x, bits):
 
 
 def order(x, k, bits):
-    """How entropy.pack takes the numbers of a tensor: a distribution of scale 2^(k / 4), one column."""
+    """The coding order of entropy.pack for a tensor: one distribution of scale 2^(k / 4), one column."""
     return entropy.coding_order([k / 4], [width(x, bits)], [True])
 
 
@@ -57,7 +57,7 @@ def packed(network, bits):
 
 @torch.no_grad()
 def unpack(network, chunks, bits):
-    """Put the tensors of packed chunks into a network. ValueError where they are not what `packed` makes."""
+    """Load packed chunks into a network. ValueError if they are not the output of `packed`."""
     stored = network.stored()
     if len(chunks) != 1 + len(stored) or any(chunk is None for chunk in chunks) or len(chunks[0]) != 5 * len(stored):
         raise ValueError("a part is damaged or missing")
@@ -67,9 +67,9 @@ def unpack(network, chunks, bits):
 
 
 class FittedVideo:
-    """A .nerv file of fit.py, ready for `decoded`. Raises BadFile for what is none, or damaged.
+    """A .nerv file of fit.py, ready for `decoded`. Raises BadFile if it is of another kind or damaged.
 
-    A network is small, and one bad number spoils all frames: nothing of a damaged file is decoded.
+    A network is small, and one bad number spoils all frames: no part of a damaged file is decoded.
     """
 
     def __init__(self, path, device="cpu"):
@@ -84,23 +84,23 @@ class FittedVideo:
             good = good and 1 <= len(steps) <= 16 and len(channels) == len(steps) + 1 and self.frames <= 10**7
             plan = Plan(self.frames, self.height, self.width, steps, channels)
             good = good and self.width * self.height <= LARGEST and math.prod(plan.padded) <= 16 * LARGEST
-            # Counted before anything of that size is allocated; a parameter takes at least this much of a file.
+            # Checked before allocating anything of that size; a parameter takes at least this much of a file.
             self.parameters = methods.count(METHODS[self.method], plan, codes=True) if good else 0
         except (KeyError, TypeError, ValueError, RuntimeError):
             good = False
         if not good or self.parameters > min(MOST, 2**14 * reader.length):
-            raise container.BadFile(path, "its header is not that of a video by this program")
+            raise container.BadFile(path, "its header is not that of a video written by this program")
         self.path, self.length = path, reader.length
         self.network = Network(METHODS[self.method], plan).to(device).eval().requires_grad_(False)
         try:
             unpack(self.network, [reader[i] for i in range(len(reader))], self.bits)
         except ValueError:
-            raise container.BadFile(path, "it is damaged, or by another version of this program") from None
+            raise container.BadFile(path, "it is damaged, or from another version of this program") from None
 
 
 @torch.no_grad()
 def decoded(network, places):
-    """Frames at places in time, real-valued, uint8 [H, W, 3] each; one at a time, so that its neighbours change nothing."""
+    """Frames at real-valued times, uint8 [H, W, 3] each; one at a time, so that the result does not depend on the batch."""
     device = next(network.parameters()).device
     for place in places:
         yield to_frames(network(torch.tensor([float(place)], device=device)))[0]

@@ -1,4 +1,4 @@
-"""Whole videos at their own size and rate, and frames cut into tiles of the size that a network makes."""
+"""Whole videos at their own size and rate, and frames cut into tiles of the network's size."""
 
 import math
 from pathlib import Path
@@ -12,26 +12,26 @@ LARGEST = 2**25  # pixels of a frame
 
 
 def check_target(target, *sources):
-    """UserError, before the work, where `target` cannot be written or is one of the files that it is made from."""
+    """UserError, before any work, if `target` cannot be written or is one of the files it is made from."""
     make_parent(target)
     if any(Path(target).exists() and Path(source).exists() and Path(target).samefile(source) for source in sources):
-        raise UserError(f"{printable(target)} would overwrite what it is made from: name another file")
+        raise UserError(f"{printable(target)} would overwrite what it is made from: give another file name")
 
 
 def read_video(path, size=None):
-    """(frames, frames a second) of a video: uint8 [T, H, W, 3], or cut to squares of `size` pixels.
+    """(frames, frames per second) of a video: uint8 [T, H, W, 3], or cropped to squares of `size` pixels.
 
-    Images, which have no rate, have 25 frames a second. UserError where it cannot be read or frames are too large.
+    Images, which have no rate, get 25 frames per second. UserError if it cannot be read or frames are too large.
     """
     frames = read_frames(path, size)
     if math.prod(frames.shape[1:3]) > LARGEST:
-        about = f"{frames.shape[2]} x {frames.shape[1]}, more than {LARGEST} pixels"
+        about = f"{frames.shape[2]} x {frames.shape[1]}, over the limit of {LARGEST} pixels"
         raise UserError(f"{printable(path)} has frames of {about}")
     return frames, probe(path).fps or 25.0
 
 
 def frame_range(text, count):
-    """ "100:140" -> (100, 140), "" -> (0, count). UserError where the video has no such frames."""
+    """ "100:140" -> (100, 140), "" -> (0, count). UserError if the video lacks these frames."""
     if not text:
         return 0, count
     numbers = text.split(":")
@@ -42,9 +42,9 @@ def frame_range(text, count):
 
 
 def cut(frames, count, size):
-    """Up to `count` frames, uint8 [n, H, W, 3] -> their tiles as clips [tiles, count, 3, size, size], row by row.
+    """At most `count` frames, uint8 [n, H, W, 3] -> their tiles as clips [tiles, count, 3, size, size], row by row.
 
-    What is beyond an edge repeats the edge; after the last frame it repeats the last frame.
+    Beyond its edges, a frame is padded with its edge pixels; beyond its end, a clip with its last frame.
     """
     n, height, width, _ = frames.shape
     clip = to_clip(np.pad(frames, ((0, count - n), (0, -height % size), (0, -width % size), (0, 0)), "edge"))
@@ -53,7 +53,7 @@ def cut(frames, count, size):
 
 
 def join(tiles, height, width):
-    """Tiles [..., rows * columns, T, 3, size, size] -> clip [..., T, 3, height, width]; what `cut` added is cut off."""
+    """Tiles [..., rows * columns, T, 3, size, size] -> clip [..., T, 3, height, width], without the padding of `cut`."""
     size = tiles.shape[-1]
     tiles = tiles.unflatten(-5, (math.ceil(height / size), math.ceil(width / size)))  # [..., rows, columns, T, 3, size, size]
     clip = tiles.movedim((-6, -5), (-4, -2))  # [..., T, 3, rows, size, columns, size]

@@ -1,10 +1,10 @@
-"""The methods of the NeRV family: rows of a table that name their components, and the network that a row makes.
+"""The methods of the NeRV family: rows of a table that name their components, and the network built from a row.
 
     t [B] --encoding--> code --stem--> [B, C0, h, w] --skip, then block, × stride each--> [B, Cn, H, W] --head--> frames
 
 METHODS is Figure 2 of "How to Design and Train Your Implicit Neural Representation for Video Compression" (below: HTD) as data;
-a method of your own is another row. Numbers are those of the published configurations, as ratios to C0, the channels of the
-stem's map: so all widths follow from C0, and C0 follows from the number of parameters that is asked for (`plan`).
+add a row for a method of your own. Numbers are those of the published configurations, as ratios to C0, the channels of the
+stem's map: all widths follow from C0, and C0 follows from the requested number of parameters (`plan`).
 """
 
 import itertools
@@ -21,10 +21,10 @@ from siblings.components import Plan
 
 @dataclass
 class Method:
-    """A row: which components, and how parameters are spread over the blocks (HTD §3.1.2, "Other").
+    """A row: which components, and how parameters are distributed over the blocks (HTD §3.1.2, "Other").
 
-    The first block has expansion × C0 channels, each next one the last's by reduction, none less than least × C0. A pair is for
-    up to 2.1 M parameters and above: half-way between HTD's 1.5 M and 3 M.
+    The first block has expansion × C0 channels; each next one divides them by reduction, down to least × C0. A pair holds the
+    values up to 2.1 M parameters and above: the boundary is half-way between HTD's 1.5 M and 3 M.
     """
 
     encoding: type  # None: the sinusoid of time
@@ -35,13 +35,13 @@ class Method:
     expansion: float = 1.0
     reduction: object = 2.0
     least: object = 0.0
-    kernels: tuple = (3, 3)  # of the blocks: the first one's, then two more each time up to the second number
+    kernels: tuple = (3, 3)  # of the blocks: the first one's, then two more per block up to the second number
     head: int = 1  # kernel of the last convolution
-    sigmoid: bool = False  # of it on [0, 1], or tanh on [-1, 1]: the same function, of twice the argument
+    sigmoid: bool = False  # output sigmoid on [0, 1], else tanh on [-1, 1]: the same function, of twice the argument
     grid: float = 8.5  # rows of the stem's map, about: 9 of 1080 or 720, 8 of 640
-    levels: int = 5  # most blocks; beyond, strides of two join to fours
-    multiple: int = 1  # of which channels are multiples, from the first block on
-    zero_biases: bool = False  # how they begin
+    levels: int = 5  # maximum number of blocks; beyond it, strides of two merge into fours
+    multiple: int = 1  # divisor of the channels, from the first block on
+    zero_biases: bool = False  # initialization
     lr: float = 5e-4  # the published peak learning rate
 
 
@@ -58,29 +58,29 @@ METHODS = {
     # … and its NeRV baseline, the "NeRV [5]" of HTD: C0 about 54, least 12.
     "plain": Method(None, partial(parts.mlp_stem, hidden=False), parts.nerv_block,
                     expansion=1 / 2, least=12 / 54, head=3, levels=4, lr=1e-3),
-    # FFNeRV's repository, C0 = 48 and least 24, with the expansion that HTD takes at 1.5 M and 3 M (§4.1: 4, not 8).
+    # FFNeRV's repository, C0 = 48 and least 24, with HTD's expansion at 1.5 M and 3 M (§4.1: 4, not 8).
     "ffnerv": Method(parts.TemporalGrid, None, parts.grouped_block, flow=True, expansion=4, least=0.5, multiple=8),
     # HiNeRV's Bunny configurations: reduction 2 after the first block, at most four levels.
     "hinerv": Method(parts.HierarchicalGrid, partial(parts.conv_stem, kernel=3), parts.convnext_block, parts.LocalGridSkip,
                      grid=18, levels=4, sigmoid=True, zero_biases=True, lr=2e-3),
-    # DNeRV: HNeRV's decoder, and the difference.
+    # DNeRV: HNeRV's decoder, with the difference.
     "diffnerv": Method(parts.ContentAndDifference, CODES, parts.nerv_block, parts.DifferenceSkip, **HNERV),
     # RNeRV as HTD releases it (configs/overrides): E-NeRV with FFNeRV's grid and no stem; C0 = 12 and least 20 at 1.5 M
     # parameters, 24 and 12 at 3 M. Its command leaves the learning rate at 1e-4; here it is HNeRV's.
     "rnerv": Method(parts.TemporalGrid, None, parts.enerv_block, parts.TimeSkip,
                     expansion=3, least=(20 / 12, 12 / 24), head=3, sigmoid=True, lr=1e-3),
-    # … and as its §4.3 has it: FFNeRV's blocks, reduction 1.2 at 1.5 M and 1.4 at 3 M, expansion 4. What is least is not said.
+    # … and as its §4.3 has it: FFNeRV's blocks, reduction 1.2 at 1.5 M and 1.4 at 3 M, expansion 4. It does not state `least`.
     "rnerv-text": Method(parts.TemporalGrid, None, parts.grouped_block, parts.TimeSkip,
                          expansion=4, reduction=(1.2, 1.4), multiple=8, head=3, sigmoid=True, lr=1e-3),
 }  # fmt: skip
-# Ours: skips that begin bright, and learn sooner. And for claims of HTD: what flow costs, and where parameters are best.
+# Ours: skips that start bright and learn faster. For claims of HTD: the cost of flow, and where parameters help most.
 METHODS["rnerv+"] = replace(METHODS["rnerv"], skip=partial(parts.TimeSkip, bright=True))
 METHODS["ffnerv-flowless"] = replace(METHODS["ffnerv"], flow=False)
 METHODS["rnerv-steep"] = replace(METHODS["rnerv-text"], reduction=2.0)
 
 
 class Network(nn.Module):
-    """One video: t [B], real-valued, 0 … T-1 -> frames [B, 3, H, W] in [-1, 1]."""
+    """Network of one video: t [B], real-valued, 0 … T-1 -> frames [B, 3, H, W] in [-1, 1]."""
 
     def __init__(self, method, plan):
         super().__init__()
@@ -108,13 +108,13 @@ class Network(nn.Module):
         return maps
 
     def frame(self, x):
-        """The last map -> a frame [B, 3, H, W], as the network makes it by itself."""
+        """The last map -> the network's own frame [B, 3, H, W], before aggregation."""
         return torch.tanh(self.head(x) / 2 if self.sigmoid else self.head(x))
 
     def views(self, t, clips=None, neighbours=None):
-        """All that a loss looks at: the frame first, before it is cut to size; with flow, then own and warped ones.
+        """All outputs for a loss: the frame first, before cropping; with flow, then own and warped ones.
 
-        clips: for encoders, as Content.encode has them. neighbours: [B, 4, 3, H, W], the frames that flow moves.
+        clips: for encoders, as in Content.encode. neighbours: [B, 4, 3, H, W], the frames that flow warps.
         """
         own = self.frame((maps := self.maps(t, clips))[-1])
         if not self.flow:
@@ -133,22 +133,22 @@ class Network(nn.Module):
         return self.views(t, neighbours=neighbours)[0][..., : self.plan.height, : self.plan.width]
 
     def stored(self):
-        """{name: tensor} of what decoding needs and a file holds: all but the encoders of frames."""
+        """{name: tensor} of all that decoding needs and a file holds: everything but the encoders of frames."""
         return {name: x for name, x in self.state_dict(keep_vars=True).items() if "encoder" not in name}
 
 
 def count(method, plan, codes=False):
-    """Parameters of a network; nothing is allocated. Without the codes of frames, as in HTD's Table 5: DNeRV's of 600 frames of
-    1080 rows are more than its network of 1.5 M."""
+    """Parameters of a network, without allocating it, nor counting the codes of frames, as in HTD's Table 5: for 600 frames of
+    1080 rows, DNeRV's codes exceed its network of 1.5 M."""
     with torch.device("meta"):
         stored = Network(method, plan).stored().values()
     return sum(x.numel() for x in stored if codes or isinstance(x, nn.Parameter))
 
 
 def strides(height, width, rows, levels):
-    """Of the blocks, largest first: a product that leaves about `rows` of the shorter side, and pads as little as it can."""
+    """Strides of the blocks, largest first, whose product leaves about `rows` of the shorter side, with little padding."""
     if (height, rows) == (1080, 2):
-        return [5, 3, 2, 2, 2]  # HNeRV's and HTD's, with codes of 9 × 16: what leaves two rows pads a fifth of them
+        return [5, 3, 2, 2, 2]  # HNeRV's and HTD's, with codes of 9 × 16: a product that leaves two rows pads a fifth of them
     best = (math.inf, [])
     for twos, threes, fives in itertools.product(range(13), (0, 1), (0, 1)):
         total = 2**twos * 3**threes * 5**fives
@@ -163,15 +163,15 @@ def strides(height, width, rows, levels):
 
 
 def plan(method, size, frames, height, width):
-    """The Plan with about `size` parameters: C0 first, then steps of single layers until it is within half a percent, or of two
-    until it is within one. Where no step comes nearer (very small networks) it stays. ValueError where the narrowest network is
-    much larger."""
+    """The Plan with about `size` parameters: C0 first, then single layers change until it is within 0.5 %, or pairs until it is
+    within 1 %. It stops early if no change brings it nearer (very small networks). ValueError if the narrowest network is much
+    larger."""
     steps = strides(height, width, method.grid, method.levels)
     reduction, least = (x[size > 2.12e6] if isinstance(x, tuple) else x for x in (method.reduction, method.least))
     units = [2 if method.multiple > 1 else 1, *(method.multiple for _ in steps)]
 
     def off(channels):
-        """How far from the size, as a share of it and with its sign."""
+        """Signed relative deviation from the size."""
         return count(method, Plan(frames, height, width, steps, channels)) / size - 1
 
     def channels(c0):
@@ -182,11 +182,11 @@ def plan(method, size, frames, height, width):
 
     low, high = 1.0, 8192.0
     if (beyond := off(channels(low))) > 0.1:
-        raise ValueError(f"{round(size * (1 + beyond)):,} parameters are the least for this method and video")
+        raise ValueError(f"{round(size * (1 + beyond)):,} parameters are the minimum for this method and video")
     for _ in range(12):  # to a third of a percent of C0
         middle = math.sqrt(low * high)
         low, high = (middle, high) if off(channels(middle)) < 0 else (low, middle)
-    base, together = channels(low), 1  # layers that move at once
+    base, together = channels(low), 1  # layers that change at once
     while abs(off(base)) > 0.005 * together and together < 3:
         moves = [m for m in itertools.product((-1, 0, 1), repeat=len(base)) if 0 < sum(map(abs, m)) <= together]
         moved = [[c + sign * unit for c, sign, unit in zip(base, move, units)] for move in moves]

@@ -1,6 +1,6 @@
-"""Rate and distortion: a point of a codec's curve over a set of videos, the distance of two curves, and all of them as a plot.
+"""Rate and distortion: a point of a codec's curve over a set of videos, the BD-rate of two curves, and plots of all curves.
 
-PSNR is that of the squared error of all frames of all videos together, in RGB. MS-SSIM is a mean over frames.
+PSNR comes from the mean squared error over all frames of all videos, in RGB. MS-SSIM is a mean over frames.
 """
 
 import math
@@ -17,20 +17,20 @@ from common import utils
 from common.video import to_clip
 from siblings.results import add_row, families, table
 
-BATCH = 16  # frames that are looked at together
+BATCH = 16  # frames per batch of MS-SSIM
 COLUMNS = ["codec", "setting", "videos", "frames", "bytes", "bpp", "bpp with model", "psnr", "ms-ssim", "seconds"]
 
 
 def psnr(error):
-    """dB of a mean squared error of 8-bit frames; of none at all, 98 dB."""
+    """dB of a mean squared error of 8-bit frames; 98 dB for an error of zero."""
     return 10 * math.log10(255**2 / max(error, 1e-5))
 
 
 def ms_ssim(x, y):
     """MS-SSIM of each frame (Wang et al. 2003): x, y float [T, 3, H, W] in [-1, 1] -> [T], NaN where frames are too small.
 
-    The window of 11 pixels shrinks where five scales of it do not fit, to 7 at 128 pixels and 3 at 64: compare values at one
-    size of frames only.
+    The window of 11 pixels shrinks if five scales do not fit: to 7 at 128 pixels and 3 at 64. Compare values only at one
+    frame size.
     """
     side = max((side for side in (3, 5, 7, 9, 11) if min(x.shape[-2:]) > 16 * (side - 1)), default=0)
     if not side:
@@ -41,7 +41,7 @@ def ms_ssim(x, y):
 class Point(NamedTuple):
     """One setting of one codec: run(frames, fps, path) -> (bytes, seconds of encoding, the frames decoded).
 
-    model: bytes that a receiver needs beside the files.
+    model: bytes that a receiver needs besides the files.
     """
 
     codec: str
@@ -51,7 +51,7 @@ class Point(NamedTuple):
 
 
 def measure(point, videos, directory):
-    """A Point over videos [(uint8 frames [T, H, W, 3], fps)] -> {column: value} of COLUMNS; files go into the directory."""
+    """Measure a Point over videos [(uint8 frames [T, H, W, 3], fps)] -> {column: value} of COLUMNS; files go to `directory`."""
     row = {"codec": point.codec, "setting": point.setting, "videos": len(videos)} | dict.fromkeys(COLUMNS[3:], 0)
     pixels = error = 0
     for frames, fps in videos:
@@ -68,7 +68,7 @@ def measure(point, videos, directory):
 
 
 def compare(points, videos, directory):
-    """Measure Points over videos: points.csv and curves.png in the directory, tables on standard output."""
+    """Measure Points over videos: write points.csv and curves.png to the directory, and print tables."""
     for name in ("points.csv", "curves.png"):
         utils.make_parent(f"{directory}/{name}")
     Path(f"{directory}/points.csv").unlink(missing_ok=True)
@@ -81,7 +81,7 @@ def compare(points, videos, directory):
 
 
 def front(points):
-    """[(rate, quality)] without those that another one beats or equals in both, by rate: what a codec's curve goes through."""
+    """The Pareto front of [(rate, quality)], sorted by rate: the points of a codec's curve."""
     best, kept = -math.inf, []
     for rate, quality in sorted(points, key=lambda point: (point[0], -point[1])):
         if quality > best:
@@ -91,13 +91,13 @@ def front(points):
 
 
 def bd_rate(reference, points):
-    """How much rate a curve [(rate, quality), …] takes beyond a reference at equal quality, over the qualities that both have.
+    """Extra rate of a curve [(rate, quality), …] over a reference at equal quality, over the qualities that both have.
 
-    -0.2 is a fifth less (Bjontegaard 2001): the mean distance of log rates as functions of quality, here by PCHIP, which does
-    not swing between points as one cubic through all of them does.
-    Returns (the share, lowest and highest quality), NaN where the curves do not overlap.
+    -0.2 is a fifth less (Bjontegaard 2001): the mean difference of log rates as functions of quality, here by PCHIP, which does
+    not oscillate between points as a single cubic does.
+    Returns (relative difference, lowest and highest quality), NaN if the curves do not overlap.
     """
-    from scipy.interpolate import PchipInterpolator  # half a second, which other commands need not wait for
+    from scipy.interpolate import PchipInterpolator  # imported here: it takes half a second
 
     rates, qualities = zip(*(np.array(front(curve) or [(1, -math.inf)]).T for curve in (reference, points)))
     low, high = max(q[0] for q in qualities), min(q[-1] for q in qualities)
@@ -108,7 +108,7 @@ def bd_rate(reference, points):
 
 
 def report(directory, rows):
-    """Print the rows as a table, and what each codec's curve takes beyond x264's; draw curves.png into the directory."""
+    """Print the rows as a table, and each codec's BD-rate against x264; write curves.png to the directory."""
     table(COLUMNS, [[f"{x:.4g}" if isinstance(x, float) else x for x in (row[name] for name in COLUMNS)] for row in rows])
     codecs, lines = list(dict.fromkeys(row["codec"] for row in rows)), []
     curves = {codec: [(row["bpp"], row["psnr"]) for row in rows if row["codec"] == codec] for codec in codecs}

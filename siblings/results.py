@@ -1,4 +1,4 @@
-"""Results of many runs: tables, rows of a CSV file that a study goes on with, and plots of several lines."""
+"""Results of many runs: tables, CSV files that a study appends to, and line plots."""
 
 import csv
 from pathlib import Path
@@ -8,7 +8,7 @@ from common.utils import UserError
 
 
 def table(header, rows):
-    """Print rows as a Markdown table in even columns."""
+    """Print rows as a Markdown table with aligned columns."""
     rows = [header, ["---"] * len(header), *rows]
     widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
     for row in rows:
@@ -16,18 +16,18 @@ def table(header, rows):
 
 
 def read_rows(path, columns):
-    """The rows of a CSV file, {column: string}, none where there is no file; UserError where it has other columns."""
+    """The rows of a CSV file, {column: string}; [] if there is no file. UserError if it has other columns."""
     if not Path(path).is_file():
         return []
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != columns:
-            raise UserError(f"{path} is not of this version: it has other columns than {', '.join(columns)}")
+            raise UserError(f"{path} is from another version: its columns are not {', '.join(columns)}")
         return list(reader)
 
 
 def add_row(path, columns, row):
-    """Append a row {column: value} to a CSV file, which is begun where there is none; what has no value is left empty."""
+    """Append a row {column: value} to a CSV file, creating it if needed; a missing value is left empty."""
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, columns)
         if not file.tell():
@@ -36,11 +36,11 @@ def add_row(path, columns, row):
 
 
 def families(path, panels):
-    """Panels [(name of x, name of y, {name of a line: [(x, y), …]})] as a PNG, with a legend; x is logarithmic."""
+    """Plot panels [(name of x, name of y, {name of a line: [(x, y), …]})] as a PNG, with a legend; x is logarithmic."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     fig, axes = figure(len(panels), width=4.6, height=3.6)
-    names = list(dict.fromkeys(name for _, _, lines in panels for name in lines))  # a line looks the same in all panels
+    names = list(dict.fromkeys(name for _, _, lines in panels for name in lines))  # each line has one style in all panels
     for ax, (x_name, y_name, lines) in zip(axes, panels):
         ax.set(xlabel=x_name, ylabel=y_name)
         for name, points in lines.items():

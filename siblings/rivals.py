@@ -1,7 +1,7 @@
-"""What one would use instead: x264, x265 and SVT-AV1 (by PyAV), each with one thread, at its slow best and tuned for PSNR.
+"""Baselines: x264, x265 and SVT-AV1 (through PyAV), each with one thread, at a slow preset and tuned for PSNR.
 
-Raw bitstreams are counted: they need no tables of a container, 800 bytes and more of an MP4, and play all the same. Colours
-are 4:2:0 inside, as videos mostly are.
+Sizes are of raw bitstreams, which play without a container, whose tables take 800 bytes or more in an MP4. Colours
+are 4:2:0 inside, as in most videos.
 """
 
 import functools
@@ -20,15 +20,15 @@ from av.video.reformatter import Interpolation
 from common.utils import UserError
 from siblings import rd
 
-os.environ.setdefault("SVT_LOG", "1")  # errors alone
-# The same matrix and range there and back, whatever a stream says of itself, and no short cuts in between.
+os.environ.setdefault("SVT_LOG", "1")  # only errors
+# The same matrix and range in both directions, whatever a stream declares, and accurate conversion.
 SCALE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-MESSAGES = re.compile(rb"\0?\0\0\x01\x06.*?(?=\0?\0\0\x01)", re.DOTALL)  # what x264 writes of itself, 600 bytes
+MESSAGES = re.compile(rb"\0?\0\0\x01\x06.*?(?=\0?\0\0\x01)", re.DOTALL)  # x264's message about itself, 600 bytes
 
 
 class Rival(NamedTuple):
     encoder: str
-    form: str  # of its raw files
+    form: str  # format of its raw files
     worst: int  # the largest CRF
     options: dict
 
@@ -42,12 +42,12 @@ RIVALS = {
 
 
 def available():
-    """The names of RIVALS that this PyAV has."""
+    """The names of RIVALS that this PyAV supports."""
     return [name for name, rival in RIVALS.items() if rival.encoder in av.codecs_available]
 
 
 def encode(name, frames, fps, crf):
-    """Frames, uint8 [T, H, W, 3], at one of RIVALS' constant quality -> the bytes of a raw file."""
+    """Encode frames, uint8 [T, H, W, 3], by one of RIVALS at a CRF -> the bytes of a raw file."""
     rival, (_, height, width, _) = RIVALS[name], frames.shape
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
     encoder = av.CodecContext.create(rival.encoder, "w")
@@ -55,7 +55,7 @@ def encode(name, frames, fps, crf):
     encoder.framerate = Fraction(fps).limit_denominator(10_000)
     encoder.time_base, encoder.pix_fmt, encoder.thread_count = 1 / encoder.framerate, "yuv420p", 1
     encoder.options = rival.options | {"crf": str(crf)}
-    if name == "x265" and min(height, width) < 64:  # the same bytes; with AVX it overwrites its memory at 32 x 48
+    if name == "x265" and min(height, width) < 64:  # the bytes do not change; with AVX it overwrites its memory at 32 x 48
         encoder.options |= {"x265-params": X265["x265-params"] + ":no-asm=1"}
     packets = []
     for k, frame in enumerate(frames):
@@ -69,28 +69,28 @@ def encode(name, frames, fps, crf):
 
 
 def decode(name, data, shape):
-    """The bytes of encode -> its frames, uint8, which have to be of the shape [T, H, W, 3] that was encoded."""
+    """The bytes of encode -> its frames, uint8. UserError if they are not the frames [T, H, W, 3] that were encoded."""
     colours = {"src_colorspace": "ITU601", "src_color_range": "MPEG", "interpolation": SCALE}
     with av.open(io.BytesIO(data), format=RIVALS[name].form) as file:
         frames = [frame.reformat(format="rgb24", **colours).to_ndarray() for frame in file.decode(video=0)]
     if len(frames) != shape[0]:
-        raise UserError(f"what {name} wrote of {shape[0]} frames decodes to {len(frames)}")
+        raise UserError(f"{name} encoded {shape[0]} frames, which decode to {len(frames)}")
     return np.stack(frames)[:, : shape[1], : shape[2]]
 
 
 def there_and_back(frames, fps, path, name, crf):
-    """What rd.Point.run is to give."""
+    """Encode and decode, as rd.Point.run."""
     begin = time.time()
     data = encode(name, frames, fps, crf)
     return len(data), time.time() - begin, decode(name, data, frames.shape)
 
 
 def points(names, crfs):
-    """The points of a comparison: each of the named codecs by each CRF up to its worst. A line for those that are not there."""
+    """The points of a comparison: each named codec at each CRF up to its worst. Prints a line for each missing codec."""
     found = []
     for name in names:
         if name not in available():
-            print(f"{name} is left out: PyAV has no {RIVALS[name].encoder} here", file=sys.stderr)
+            print(f"{name} is skipped: this PyAV has no {RIVALS[name].encoder}", file=sys.stderr)
             continue
         few = [crf for crf in sorted(crfs) if 0 <= crf <= RIVALS[name].worst]
         found += [rd.Point(name, f"crf {crf}", functools.partial(there_and_back, name=name, crf=crf)) for crf in few]
@@ -98,10 +98,10 @@ def points(names, crfs):
 
 
 def within(name, frames, fps, budget):
-    """(frames, bytes) of a codec at its best constant quality within a budget of bytes, or at its worst beyond it."""
+    """(frames, bytes) of a codec at its best CRF within a budget of bytes, or at its worst if none fits."""
     made = functools.cache(lambda crf: encode(name, frames, fps, crf))
     low, high = 0, RIVALS[name].worst
-    while low < high:  # sizes fall with CRF
+    while low < high:  # sizes decrease with CRF
         middle = (low + high) // 2
         low, high = (low, middle) if len(made(middle)) <= budget else (middle + 1, high)
     return decode(name, made(low), frames.shape), len(made(low))

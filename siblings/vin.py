@@ -1,18 +1,18 @@
 """Long videos: many networks that exchange information, after Video Interface Networks (Dedhia et al. 2025).
 
-A long video is C chunks of T frames. Each has a network of its own, so that a video is latents θ [B, C, N, d] of stage 1. The
-denoiser of dit.py takes all chunks at once, as a batch, and an interface connects them at every timestep:
+A long video is C chunks of T frames. Each has its own network, so that a video is latents θ [B, C, N, d] of stage 1. The
+denoiser of dit.py processes all chunks as a batch, and an interface connects them at every timestep:
 
     θ_τ of all chunks [B, C * N, d]  --one cross-attention of M learned queries, self-attention-->  global tokens [B, M, width]
     before every block of the DiT, a chunk's tokens attend to these M tokens, and to those of the chunks before and after
 
-The global tokens are the paper's. Attention to neighbours is our own (--no-neighbours), and so are all sizes, which the public
-text of the paper does not give. Cost is linear in C. What is added starts at zero: the first step is that of dit.pt.
+The global tokens are the paper's. Attention to neighbours is ours (--no-neighbours), and so are all sizes, which the paper's
+public text does not give. Cost is linear in C. Added outputs start at zero: training starts from the function of dit.pt.
 
 python -m siblings.vin train --ckpt dit.pt --chunks 4 --overlap 2
 python -m siblings.vin sample --ckpt vin.pt --chunks 12            more chunks than in training
-python -m siblings.vin sample --interp                             walk between two long videos; --interp a.mp4 b.mp4: of files
-python -m siblings.vin sample --predict a.mp4                      go on from the first clip of a file
+python -m siblings.vin sample --interp                             interpolate two long videos; --interp a.mp4 b.mp4: two files
+python -m siblings.vin sample --predict a.mp4                      continue from the first clip of a file
 """
 
 import copy
@@ -41,26 +41,26 @@ from sample import Sampler, interpolate
 
 @dataclass
 class VINConfig:
-    """Sizes of the interface, and how chunks lie in a video."""
+    """Sizes of the interface, and the layout of chunks in a video."""
 
-    chunks: int = 4  # C of the training videos
+    chunks: int = 4  # C in training videos
     overlap: int = 0  # frames that neighbouring chunks share
     global_tokens: int = 64  # M
     neighbours: bool = True  # attention to the tokens of the chunks before and after, in every block
-    places: int = 16  # of a chunk in a video that training sees
+    places: int = 16  # positions of a chunk in a video that training covers
     depth: int = 2  # blocks of self-attention among the global tokens
-    heads: int = 4  # of the attention that is added to each block of the DiT, as wide as the DiT's heads
+    heads: int = 4  # of the attention added to each block of the DiT, of the same width as the DiT's heads
 
 
 class CrossAttention(nn.Module):
-    """Queries x [B, L, width] attend to a memory [B, K, width], of which `kv` makes keys and values -> [B, L, width]."""
+    """Queries x [B, L, width] attend to a memory [B, K, width], through keys and values by `kv` -> [B, L, width]."""
 
     def __init__(self, width, heads, head_width, zero=False):
         super().__init__()
         self.heads, inner = heads, heads * head_width
         self.q, self.kv = nn.Linear(width, inner), nn.Linear(width, 2 * inner)
         self.out = nn.Linear(inner, width)
-        nn.init.orthogonal_(self.q.weight)  # keys start as queries: similar tokens attend to each other from the first step on
+        nn.init.orthogonal_(self.q.weight)  # keys start equal to queries: similar tokens attend to each other at once
         self.kv.weight.data[:inner] = self.q.weight.data
         for parameter in self.out.parameters() if zero else ():
             nn.init.zeros_(parameter)
@@ -74,7 +74,7 @@ class CrossAttention(nn.Module):
 
 
 class VIN(nn.Module):
-    """The DiT, and the interface beside it."""
+    """The DiT with the interface."""
 
     def __init__(self, dit_config, config):
         super().__init__()
@@ -90,8 +90,8 @@ class VIN(nn.Module):
     def forward(self, latents, timestep, label, given=None, chunks=1, place=None):
         """Noised latents [B * C, N, d], chunk after chunk of each video, timesteps and labels [B * C] -> ε [B * C, N, d].
 
-        given [B * C, N, d]: the latents of known chunks, zeros for the others. The model gets them clean, at timestep 0, and
-        the ε that comes out for them leads to them. place [B, C]: of each chunk in its video, in any order; by default 0 … C-1.
+        given [B * C, N, d]: the latents of given chunks, zeros for others. The model gets them clean, at timestep 0, and its
+        ε for them is the one that leads to them. place [B, C]: of each chunk in its video, in any order; by default 0 … C-1.
         """
         C, N, M = chunks, latents.shape[1], len(self.offset)
         seen, seen_timestep = latents, timestep
@@ -104,8 +104,8 @@ class VIN(nn.Module):
         place_code = nerv.sinusoid(place.flatten().float(), x.shape[-1], self.config.places)[:, None]  # [B * C, 1, width]
 
         memory = (self.norm(x) + place_code + code[:, None]).unflatten(0, (-1, C)).flatten(1, 2)  # [B, C * N, width]
-        # A query starts at the position of one of the N tokens, so that it attends to that one of every chunk. Those that start
-        # anywhere attend to all alike, and take thousands of steps to learn not to (docs/long.md).
+        # A query starts at the position of one of the N tokens, so that it attends to that token in every chunk. Random queries
+        # attend to all tokens equally, and take thousands of steps to unlearn it (docs/long.md).
         g = (self.dit.position[torch.arange(M, device=x.device) * N // M] + self.offset).expand(len(memory), -1, -1)
         g = g + self.read_attention(self.norm(g), self.read_attention.kv(memory))  # [B, M, width]
         for block in self.blocks:
@@ -125,10 +125,10 @@ class VIN(nn.Module):
         return eps
 
     def near(self, place, N):
-        """For places [B, C]: rows of the chunks before and after, each [B * C], and to which of the M global tokens and of the
-        2N tokens of these two each head of each chunk attends, [B * C, heads, M + 2N].
+        """For places [B, C]: rows of the chunks before and after, each [B * C]; a mask of which of the M global tokens and the
+        2N tokens of these two each head of each chunk attends to, [B * C, heads, M + 2N].
 
-        Half of the heads attend to the chunk before, half to the one after: in the mean of the two, what moves cancels.
+        Half of the heads attend to the chunk before, half to the one after: motion cancels in the mean of the two.
         """
         B, C = place.shape
         found = [place[:, None] == place[..., None] + way for way in (-1, 1)]  # [B, C, C]
@@ -142,7 +142,7 @@ class VIN(nn.Module):
 def generate(model, labels, chunks, steps=20, guidance=2.0, seed=None, first=None):
     """Latents [B, C, N, d] of videos of any number C of chunks; labels [B], the rest as in dit.generate.
 
-    first: the latents [B, N, d] of chunk 0 where it is known. Guidance is then on it too.
+    first: the latents [B, N, d] of chunk 0 if it is given. Guidance then applies to it, too.
     """
     network = functools.partial(model, chunks=chunks)
     network.config = model.dit.config
@@ -160,12 +160,12 @@ def load_vin(ckpt, network=VIN):
 
 
 def play(vae, tokens, t, overlap):
-    """Frames of a long video, chunk by chunk: yields clips [n, 3, H, W] at the frame positions t, sorted, one after the other.
+    """Frames of a long video, chunk by chunk: yields clips [n, 3, H, W] at the sorted frame positions t.
 
-    tokens [C, N, d]. One chunk fades into the next between the last frame of that one alone and the first of this one alone.
+    tokens [C, N, d]. Chunks cross-fade between the last frame of the earlier one alone and the first of the later one alone.
     """
     stride = vae.nerv_config.num_frames - overlap
-    owners = (((t + 1) / stride).ceil().long() - 1).clamp(0, len(tokens) - 1)  # the latest chunk that has begun
+    owners = (((t + 1) / stride).ceil().long() - 1).clamp(0, len(tokens) - 1)  # the latest chunk that has started
     owners, counts = owners.unique_consecutive(return_counts=True)
     for c, mine in zip(owners.tolist(), t.split(counts.tolist())):
         local = mine - c * stride
@@ -182,27 +182,27 @@ def play(vae, tokens, t, overlap):
 
 @dataclass
 class Config:
-    ckpt: str = option("data", "dit.pt", "checkpoint of dit.py to start from; how it was trained holds here too")
-    data_dir: str = option("data", "", "where its data set is, or one of longer videos of its classes; default: where it was")
-    num_latents: int = option("data", 0, "videos that are encoded; 0: ten of every one, up to 200,000 chunks, and in nano 4096")
-    chunks: int = option("model", 4, "C, networks of a training video, one after the other; sampling takes any number")
-    overlap: int = option("model", 0, "frames that neighbouring chunks share, and fade over")
+    ckpt: str = option("data", "dit.pt", "checkpoint of dit.py to start from, whose training settings apply here, too")
+    data_dir: str = option("data", "", "directory of its data set, or of longer videos of its classes; default: as trained")
+    num_latents: int = option("data", 0, "videos to encode; 0: ten per video, up to 200,000 chunks; 4096 for nano")
+    chunks: int = option("model", 4, "C, consecutive networks per training video; sampling takes any number")
+    overlap: int = option("model", 0, "frames that neighbouring chunks share and cross-fade over")
     global_tokens: int = option("model", VINConfig.global_tokens, "M, tokens of the interface")
     neighbours: bool = option("model", True, "attention to the tokens of the chunks before and after, in every block")
     steps: int = option("training", 100_000, "optimizer steps")
-    batch_size: int = option("training", 16, "videos per step, of all processes together")
-    lr: float = option("training", 1e-4, "peak learning rate, reached after the warm-up, then cosine decay")
+    batch_size: int = option("training", 16, "videos per step, over all processes")
+    lr: float = option("training", 1e-4, "peak learning rate, after the warm-up; then cosine decay")
     warmup: int = option("training", 1000, "steps of linear warm-up")
     seed: int = option("training", 0, "of weights, data order and noise")
     bf16: str = option("machine", "auto", "bfloat16 autocast; auto: with CUDA", choices=["auto", "on", "off"])
     compile: str = option("machine", "auto", "torch.compile; auto: with CUDA", choices=["auto", "on", "off"])
-    out: str = option("output", "vin.pt", "the checkpoint, stage 1 included; losses and sheets go to runs/vin beside it")
-    resume: bool = option("output", False, "go on from the checkpoint --out where it exists, exactly as if never stopped")
+    out: str = option("output", "vin.pt", "the checkpoint, including stage 1; losses and sheets go to runs/vin beside it")
+    resume: bool = option("output", False, "continue from the checkpoint --out if it exists, exactly as if never stopped")
     save_every: int = option("output", 500, "steps between checkpoints and sample sheets")
 
 
 def preset_defaults(args):
-    """The defaults that the checkpoint of dit.py implies."""
+    """The defaults implied by the checkpoint of dit.py."""
     try:
         nano = checkpoints.load(args.ckpt, "dit", "python dit.py")["vae"]["config"]["preset"] == "nano"
     except UserError:
@@ -248,7 +248,7 @@ def train(argv=None, denoiser=VIN):
     tokens, labels = checkpoints.cached(directory, key, count, shape, encode, rank, world, few)
     stream = data.Stream(count, B, config.seed, start)
     log, new = utils.RunLog(config.out, config.steps, start, rank), utils.millions(model) - utils.millions(start_model)
-    log.print(f"{utils.millions(model):.2f} M parameters, {new:.2f} M of them new; {count} videos, from step {start} on")
+    log.print(f"{utils.millions(model):.2f} M parameters, {new:.2f} M of them new; {count} videos, from step {start}")
     if utils.wants_compile(device, config.compile):
         model.compile()
     shown = torch.linspace(0, len(classes) - 1, min(4, len(classes)), device=device).round().long()
@@ -278,7 +278,7 @@ def train(argv=None, denoiser=VIN):
         chosen = torch.tensor(stream.batch(step)[mine]) % count
         mean, deviation = tokens[chosen].to(device).float().unbind(2)  # each [B, C, N, d]
         theta0 = latent_map(mean) + latent_map.spread(deviation) * posterior_noise[mine]
-        # Guidance needs the model without a condition; prediction, chunk 0 of a tenth of the videos, of unknown class too.
+        # Guidance trains without conditions, prediction with chunk 0 given in a tenth of the videos, some of unknown class.
         label = torch.where(drop < 2 * dit.DROP_CONDITION, len(classes), labels[chosen].to(device))[:, None].expand(-1, C)
         given = torch.zeros_like(theta0)
         given[:, 0] = theta0[:, 0] * ((known < 0.1) & (drop >= dit.DROP_CONDITION))[:, None, None]
@@ -302,21 +302,21 @@ def train(argv=None, denoiser=VIN):
 @dataclass
 class SampleConfig:
     ckpt: str = option("input", "vin.pt", "checkpoint of `python -m siblings.vin train`")
-    chunks: int = option("what", 8, "networks of a video, one after the other: as many as in training, or more")
+    chunks: int = option("what", 8, "consecutive networks per video: as many as in training, or more")
     classes: list = option("what", [], "names or numbers; default: all, or two for --interp", nargs="+", metavar="CLASS")
     count: int = option("what", 1, "videos per class, or per FILE to predict")
     interp: list = option("what", None, "interpolate between generated videos, or between FILEs", nargs="*", metavar="FILE")
-    predict: list = option("what", [], "go on from the first clip of FILEs, whose --classes may be", nargs="+", metavar="FILE")
+    predict: list = option("what", [], "continue the first clip of each FILE, of --classes if given", nargs="+", metavar="FILE")
     time_scale: float = option("time", 1.0, "decoded frames per frame of the training videos")
-    fps: float = option("time", 12.0, "frames per second of what is written")
+    fps: float = option("time", 12.0, "frames per second of the output")
     steps: int = option("sampling", 20, "evaluations of the denoiser, 1 to 1000")
-    guidance: float = option("sampling", 2.0, "scale of classifier-free guidance; 1 is none")
+    guidance: float = option("sampling", 2.0, "scale of classifier-free guidance; 1: none")
     seed: int = option("sampling", 0, "of the noise")
-    out_dir: str = option("output", "out/samples", "where the videos go")
+    out_dir: str = option("output", "out/samples", "directory for the videos")
 
 
 class LongSampler(Sampler):
-    """Videos of many chunks: one after the other is generated, and each is decoded and written chunk by chunk."""
+    """Videos of many chunks, generated one by one; each is decoded and written chunk by chunk."""
 
     def __init__(self, config):
         ckpt = checkpoints.load(config.ckpt, "vin", "python -m siblings.vin train")
@@ -328,7 +328,7 @@ class LongSampler(Sampler):
         self.t = torch.linspace(0, self.frames - 1, max(1, round(self.frames * config.time_scale)))
 
     def generate(self, label, first=None):
-        """A label, and where it is known the first chunk's tokens [1, N, d] -> tokens [C, N, d] of a new video."""
+        """A label, and the first chunk's tokens [1, N, d] if given -> tokens [C, N, d] of a new video."""
         c, first = self.config, None if first is None else self.latent_map(first)
         labels = torch.tensor([label], device=self.device)
         with utils.autocast(self.device):
@@ -339,19 +339,19 @@ class LongSampler(Sampler):
         """The first `count` frames of a file as a clip [count, 3, H, W], and the tokens of its chunks [C, N, d]."""
         frames = video.read_frames(file, self.vae.nerv_config.resolution, 0, (count - 1) * self.stride + 1)[:: self.stride]
         if len(frames) < count:
-            raise UserError(f"{video.printable(file)} gives {len(frames)} frames, and {count} are needed: use fewer --chunks")
+            raise UserError(f"{video.printable(file)} has {len(frames)} frames, but {count} are needed: use fewer --chunks")
         clip = video.to_clip(frames)
         chunks = clip.unfold(0, self.T, self.T - self.overlap).movedim(-1, 1)  # [C, T, 3, H, W]
         return clip, torch.cat([self.vae.encode(part.to(self.device))[0] for part in chunks.split(16)])
 
     def predict(self, file, label):
-        """Clips of a video that goes on from the first chunk of a file, which has an orange edge."""
+        """Clips of a video that continues the first chunk of a file; that chunk gets an orange border."""
         (real, first), known = self.encode(file, self.T), self.t <= self.T - 1
         yield video.mark(real[self.t[known].round().long()])
         yield from play(self.vae, self.generate(label, first), self.t[~known], self.overlap)
 
     def write(self, name, titles, videos):
-        """Each of videos, iterators of clips [n, 3, H, W], as an MP4; about 16 frames of each as one sheet."""
+        """Write each of `videos`, iterators of clips [n, 3, H, W], as an MP4, and about 16 frames of each as one sheet."""
         folder, every, rows = Path(self.config.out_dir) / name, len(self.t) // 16 + 1, []
         for i, (clips, title) in enumerate(zip(utils.bar(videos, "writing", len(titles), "video"), titles)):
             few = []
@@ -381,7 +381,7 @@ def sample(argv=None):
     sampler.write(name, titles, (play(sampler.vae, tokens, sampler.t, sampler.overlap) for tokens in walk))
 
 
-COMMANDS = {"train": (train, Config, preset_defaults, ()), "sample": (sample, SampleConfig, None, ())}  # with what they take
+COMMANDS = {"train": (train, Config, preset_defaults, ()), "sample": (sample, SampleConfig, None, ())}  # with their arguments
 
 
 def main():
@@ -389,7 +389,7 @@ def main():
     if name in ("-h", "--help"):
         utils.parse_options(Config, __doc__, preset_defaults)  # those of train
     if name not in COMMANDS:
-        raise UserError(f"name a command first: {', '.join(COMMANDS)}")
+        raise UserError(f"give a command first: {', '.join(COMMANDS)}")
     COMMANDS[name][0](sys.argv[2:])
 
 

@@ -1,8 +1,8 @@
-"""Who paints which pixel: XINC's contribution maps of a network's last convolution.
+"""XINC: contribution maps of a network's last convolution, which show what each kernel adds to each pixel.
 
 XINC (Padmanabhan et al., CVPR 2024) treats each kernel of the head layer, one per input channel and colour, as a neuron. Its
-map is what it alone adds to each pixel; all maps of a colour, and the bias, are that colour before the activation. "How to
-Design and Train Your Implicit Neural Representation for Video Compression" (§4.5, §10) takes it to the whole NeRV family.
+map is what it alone adds to each pixel; the maps of a colour and the bias sum to that colour before the activation. "How to
+Design and Train Your Implicit Neural Representation for Video Compression" (§4.5, §10) applies it to the whole NeRV family.
 """
 
 import math
@@ -12,15 +12,15 @@ import torch.nn.functional as F
 
 from common import plot
 
-DEAD = 0.01  # of the mean kernel's total contribution: less is near-dead. The papers name no threshold
+DEAD = 0.01  # of the mean kernel's total contribution: less is near-dead. The papers state no threshold
 
 
 def contributions(x, kernel, bias=None, edges="constant"):
     """What each kernel adds to each pixel: x [B, in, H, W], kernel [out, in, k, k] -> [B, in, out, H, W].
 
-    edges: "constant" where the convolution pads with zeros, "replicate" where it repeats the edge. With a bias, each neuron
-    gets an equal share of it, as in XINC's code: the sum over neurons is the layer's output. Without, maps are what the kernels
-    themselves do.
+    edges: "constant" if the convolution pads with zeros, "replicate" if it repeats the edge. With a bias, each neuron
+    gets an equal share of it, as in XINC's code: the sum over neurons is the layer's output. Without one, maps contain only the
+    kernels' own contributions.
     """
     outs, ins, k, _ = kernel.shape
     x = F.pad(x, (k // 2,) * 4, mode=edges)
@@ -29,11 +29,11 @@ def contributions(x, kernel, bias=None, edges="constant"):
 
 
 def explain(pairs, path, title, edges="constant"):
-    """Measure the head layer over pairs of neighbouring frames, and draw it; returns the figures as a dictionary.
+    """Measure the head layer over pairs of neighbouring frames, and draw it; return the figures as a dictionary.
 
-    pairs: a list of two (frame uint8 [H, W, 3], x [1, in, h, w], kernel [3, in, k, k]) each. path: of the PNG. Figures:
-    neurons; near_dead, the share of them below DEAD of the mean; half, the least share of neurons that makes half of all
-    contributions; motion, the correlation over pixels between how much contributions change and how much the frame does.
+    pairs: a list of pairs of (frame uint8 [H, W, 3], x [1, in, h, w], kernel [3, in, k, k]). path: of the PNG. Figures:
+    neurons; near_dead, the share of them below DEAD of the mean; half, the smallest share of neurons that makes half of all
+    contributions; motion, the correlation over pixels between the change of contributions and that of the frame.
     """
     totals, changes, moved, shown = 0, [], [], None
     for pair in pairs:
@@ -44,7 +44,7 @@ def explain(pairs, path, title, edges="constant"):
         motion = np.abs(pair[1][0].astype(np.float32) - pair[0][0]).mean(-1)
         changes.append(np.abs(then - now).ravel())
         moved.append(motion.ravel())
-        if shown is None or motion.mean() > shown[-1].mean():  # the pair in which most moves
+        if shown is None or motion.mean() > shown[-1].mean():  # the pair with the most motion
             shown = pair[0][0], maps[0], now, np.abs(then - now), motion
     ordered = np.sort(totals.ravel())[::-1]
     half = np.searchsorted(np.cumsum(ordered), ordered.sum() / 2) + 1
@@ -58,19 +58,19 @@ def explain(pairs, path, title, edges="constant"):
 
 
 def correlation(x, y):
-    """Of two arrays [n], or NaN where one is constant."""
+    """Correlation of two arrays [n], or NaN if one is constant."""
     return float(np.corrcoef(x, y)[0, 1]) if x.std() * y.std() > 0 else math.nan
 
 
 def painted(x, kernel, stride=1):
-    """How much all kernels add to each pixel, in absolute values: x [B, in, h, w], kernel [out, in, k, k] -> [B, H, W].
+    """Sum of the absolute contributions of all kernels: x [B, in, h, w], kernel [out, in, k, k] -> [B, H, W].
 
     A pixel shuffle of `stride` after the layer, as in HyperNeRV, puts each kernel's map on every stride-th pixel (HTD §10.1).
     """
     return F.pixel_shuffle(contributions(x, kernel).abs().sum(1), stride).sum(1)
 
 
-# Frames around a cut, each (chunk before or after it, number in the chunk); the second pair and the last are HTD's, Fig. 41.
+# Frames around a cut, each (chunk before or after it, index in the chunk); the second pair and the last are HTD's, Fig. 41.
 PAIRS = {
     "across the cut": ((0, -1), (1, 0)),
     "next frame of a chunk": ((0, -2), (0, -1)),
@@ -80,11 +80,11 @@ PAIRS = {
 
 
 def explain_cuts(chunks, path, title):
-    """How contributions move where one chunk ends and the next begins, each with weights of its own, drawn to `path`.
+    """How contributions change between the end of a chunk and the start of the next, with its own weights; drawn to `path`.
 
-    chunks: (number of frames, 2 or more; look(number) -> (frame uint8 [H, W, 3], `painted` [H, W])) each. Returns {name of
+    chunks: a list of (number of frames, 2 or more; look(number) -> (frame uint8 [H, W, 3], `painted` [H, W])). Returns {name of
     PAIRS: figures}, over all cuts: changed, the share of all contributions that changes; motion, its correlation over pixels
-    with the change of the picture; still, its mean over pixels that change by less than a level of 255, over that of all.
+    with the change of the frame; still, its mean over pixels that change by less than one level of 255, over that of all.
     """
     found = {name: [] for name in PAIRS}
     for cut in zip(chunks, chunks[1:]):
@@ -108,13 +108,13 @@ def explain_cuts(chunks, path, title):
 
 
 def draw_neurons(path, title, shown, totals):
-    """One frame: what it shows, who works where, what changes; below, neurons from the busiest to the idlest."""
+    """The frame, contributions and their change; below, neurons from the largest contribution to the smallest."""
     frame, maps, total, change, motion = shown
     pictures = [
         ("the frame", frame, {}),
-        ("all kernels together: where they add much", total, {"cmap": "magma"}),
-        ("where that changes up to the next frame", change, {"cmap": "magma"}),
-        ("where the picture changes", motion, {"cmap": "magma"}),
+        ("sum of the absolute contributions of all kernels", total, {"cmap": "magma"}),
+        ("change of this sum to the next frame", change, {"cmap": "magma"}),
+        ("change of the frame", motion, {"cmap": "magma"}),
     ]
     order = np.argsort(totals.ravel())[::-1]
     for rank in np.unique(np.geomspace(1, len(order), 8).round().astype(int)) - 1:
@@ -123,12 +123,12 @@ def draw_neurons(path, title, shown, totals):
         limit = max(np.abs(maps[neuron, colour]).max(), 1e-12)
         look = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
         pictures.append((f"{name}{100 * totals[neuron, colour] / totals.sum():.2g} %", maps[neuron, colour], look))
-    below = "lower rows: what single kernels add, red makes brighter, blue darker, each in a scale of its own"
+    below = "lower rows: contributions of single kernels; red brightens, blue darkens; each on its own scale"
     draw(path, title, pictures, width=3.2, below=below)
 
 
 def draw(path, title, pictures, width, below=""):
-    """Pictures [(name, array [H, W] or [H, W, 3], options of imshow)], four in a row, as a PNG."""
+    """Draw pictures [(name, array [H, W] or [H, W, 3], options of imshow)], four per row, as a PNG."""
     H, W = pictures[0][1].shape[:2]
     fig, axes = plot.figure(len(pictures), 4, width, height=min(6, width * H / W + 0.4))
     fig.suptitle(title, color=plot.INK, size=11)

@@ -87,7 +87,7 @@ def test_a_run_that_is_stopped_is_not_done(tmp_path, monkeypatch, few_held_out):
 
 def test_runs_of_another_version(tmp_path):
     (tmp_path / "runs.csv").write_text("stage,vae\n1,\n")
-    with pytest.raises(UserError, match="runs.csv is not of this version"):
+    with pytest.raises(UserError, match="runs.csv is from another version"):
         ablate.main(["--out-dir", str(tmp_path)])
 
 

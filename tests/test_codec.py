@@ -306,12 +306,12 @@ def test_files_made_to_do_harm_end_in_one_line(model, tmp_path):
 @pytest.mark.parametrize(
     "command, reason",
     [
-        ("", "name a command first"),
+        ("", "give a command first"),
         ("encode a.mkv", "usage: python -m siblings.codec encode VIDEO FILE.nerv"),
         ("encode a.mkv b.nerv --bits 9", "--bits 9"),
         ("encode a.mkv ./a.mkv", "would overwrite"),
         ("encode a.mkv codec.pt", "would overwrite"),
-        ("decode a.mkv b.mp4", "not a file of this program"),
+        ("decode a.mkv b.mp4", "not a file written by this program"),
         ("decode a.nerv b.mp4 --frames 3:19", "0 to 17"),
         ("decode more.nerv b.mp4", "3 bytes follow"),
         ("decode cut.nerv b.mp4", "chunk 4, frames 16 to 17, is damaged"),

@@ -212,13 +212,13 @@ def test_a_report_and_curves_of_several(call, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options, reason",
     [
-        ("", "name one video"),
-        ("a.mkv --method nerf", "--method nerf: once each of"),
+        ("", "give one video"),
+        ("a.mkv --method nerf", "--method nerf: choose from"),
         ("a.mkv --size many", "--size many"),
-        ("a.mkv --size 1k --method enerv", "least"),
+        ("a.mkv --size 1k --method enerv", "minimum"),
         ("a.mkv --bits 9", "4 to 8"),
         ("--decode other.nerv --out b.mkv", "header"),
-        ("--explain a.mkv", "not a file of this program"),
+        ("--explain a.mkv", "not a file written by this program"),
         ("a.mkv --out ./a.mkv", "would overwrite"),
         ("--decode a.mkv --out a.mkv", "would overwrite"),
     ],

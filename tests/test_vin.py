@@ -214,7 +214,7 @@ def test_bad_input_is_one_line(trained, capsys):
         "train --ckpt {}/vae.pt": "a vae checkpoint, but a dit one is needed",
         "train --ckpt {}/dit.pt --overlap 4": "chunks of 8 frames can share 0 to 3",
         "sample --ckpt {}/dit.pt": "a dit checkpoint, but a vin one is needed",
-        "": "name a command first: train, sample",
+        "": "give a command first: train, sample",
     }.items():
         assert run(command.format(trained)) == 2
         line = capsys.readouterr().err.strip().splitlines()[-1]
