@@ -1,1 +1,1 @@
-"""Whether it pays: the ablations of the paper, and what FVD can tell."""
+"""Studies: the ablations of the paper, comparisons with other methods, and the validity of FVD."""

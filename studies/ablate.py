@@ -1,15 +1,15 @@
-"""Switch each idea of the paper off: Tables 2 and 3, on small models, with the paper's figures beside.
+"""Ablations: Tables 2 and 3 of the paper on small models, beside the paper's figures.
 
 python -m studies.ablate                                                    the built-in shapes, hours on two CPU cores
 python -m studies.ablate --dataset folder --data-dir PATH --vae-options "--preset nano --resolution 64"
 python -m studies.ablate --only 2a 3b --seeds 1                             some tables, one seed
-python -m studies.ablate --only 2-cumulative                                Table 2 as the paper has it, idea upon idea
+python -m studies.ablate --only 2-cumulative                                Table 2 as in the paper, one idea added per row
 
-Every row is the paper's choice in all but one thing, trained on the same data with the same seeds, steps and settings. Rows of
+Each row differs from the paper's choice in one thing, and all train on the same data, seeds, steps and settings. Rows of
 stage 1 are compared by the PSNR of held-out reconstructions, those of stage 2 by classifier accuracy and by Fréchet distances
-on random I3D features, which are not the published FVD; --features i3d takes that, and has rFVD too. At this scale, how far
-generated clips are from real ones is mostly what stage 1 blurs, whatever the denoiser; their distance to reconstructions of
-real clips is what the denoiser adds. A run that is done is a row of runs.csv, and is not done again.
+on random I3D features, which are not the published FVD; --features i3d computes that, and rFVD too. At this scale, the distance
+of generated clips from real ones mostly measures the blur of stage 1, for any denoiser; their distance from reconstructions of
+real clips measures what the denoiser adds. Each finished run is a row of runs.csv, and is not repeated.
 """
 
 import functools
@@ -33,8 +33,8 @@ from siblings.results import read_rows, table
 from studies import runs, variants
 
 FEW = "--token-dim 64 --num-tokens 8"
-# Table -> (what it compares, {row: (the paper's gFVD, options of vae.py, or in table 3 of dit.py)}), best of the paper last;
-# without options a row is the base, which all tables share. At one width, smaller codes have more kernel entries (2c-size).
+# Table -> (what it compares, {row: (the paper's gFVD, options of vae.py, or in table 3 of dit.py)}), the paper's best last;
+# a row without options is the base, shared by all tables. At one width, smaller codes have more kernel entries (2c-size).
 TABLES = {
     "2a": ("modulation", {"repeat": (741, "--modulation repeat"), "fmm": (636, "--modulation fmm"), "channel": (570, "")}),
     "2b": ("reuse of tokens", {"none": (570, "--reuse none"), "direct": (562, "--reuse direct"), "multihead": (283, "")}),
@@ -63,8 +63,8 @@ TABLES = {
         "plain": (295, "--min-snr-gamma 0 --scheduled-sampling 0"), "scheduled sampling": (261, "--min-snr-gamma 0"),
         "Min-SNR": (238, "--scheduled-sampling 0"), "both": (184, ""),
     }),
-    # Each row adds an idea to those above. The paper has a quarter of the tokens until 2f; they are wide here, since without
-    # reuse the layers share their numbers out.
+    # Each row adds an idea to those above. The paper has a quarter of the tokens until 2f; here they are wide, since without
+    # reuse the layers split their numbers.
     "2-cumulative": ("ideas added one after another", {
         "channel-wise kernels": (570, f"{FEW} --side none --upsampling pixelshuffle --pos-size 1 --reuse none"),
         "direct reuse": (562, f"{FEW} --side none --upsampling pixelshuffle --pos-size 1 --reuse direct"),
@@ -74,7 +74,7 @@ TABLES = {
         "residuals for skips": (219, FEW), "all tokens": (184, "--token-dim 64"),
     }),
 }  # fmt: skip
-STAGE2 = ("2f", "3a", "3b", "2-cumulative")  # tables that need it: what more tokens cost is seen there
+STAGE2 = ("2f", "3a", "3b", "2-cumulative")  # tables that need stage 2, where the cost of more tokens shows
 DIT = "--width 192 --heads 6 --num-latents 2048 --extras --lr 1e-3 --batch-size 32 --steps 500"
 COLUMNS = ["stage", "vae", "dit", "seed", "settings", "revision", "seconds", "psnr", "to_real", "to_reconstructed", "agreement"]
 
@@ -82,19 +82,19 @@ COLUMNS = ["stage", "vae", "dit", "seed", "settings", "revision", "seconds", "ps
 @dataclass
 class Config:
     dataset: str = option("data", "shapes", "what to train on", choices=data.DATASETS)
-    data_dir: str = option("data", "", "directory of videos, classes from its sub-folders")
-    only: list = option("what", [], "tables to run and to print; all unless named", nargs="*", choices=list(TABLES))
+    data_dir: str = option("data", "", "directory of videos; classes are its sub-folders")
+    only: list = option("what", [], "tables to run and print; default: all", nargs="*", choices=list(TABLES))
     seeds: int = option("what", 3, "runs of each row")
-    report: bool = option("what", False, "run nothing, print what is done")
+    report: bool = option("what", False, "only print the results so far")
     vae_options: str = option("training", "--steps 600", "further options of vae.py for every run, in quotes")
     dit_options: str = option("training", DIT, "further options of dit.py for every run, in quotes")
-    features: str = option("evaluation", "random", "of Fréchet distances; i3d: of the published FVD", choices=["random", "i3d"])
-    clips: int = option("evaluation", 90, "generated clips of each run of stage 2, and as many real ones")
-    out_dir: str = option("output", "out/ablate", "runs.csv and checkpoints go here")
+    features: str = option("evaluation", "random", "of Fréchet distances; i3d: as published", choices=["random", "i3d"])
+    clips: int = option("evaluation", 90, "generated clips per run of stage 2, and as many real ones")
+    out_dir: str = option("output", "out/ablate", "directory of runs.csv and checkpoints")
 
 
 class Study:
-    """The runs of all rows, which are kept in runs.csv, and what rows are compared by."""
+    """The runs of all rows, kept in runs.csv, and the networks and clips that rows are compared by."""
 
     def __init__(self, config):
         self.config, self.path, self.device = config, Path(config.out_dir) / "runs.csv", utils.pick_device()
@@ -105,14 +105,14 @@ class Study:
         self.settings = {"1": first, "2": f"{first} | {config.dit_options} | {config.clips} clips, judge 4096"}
 
     def train(self, stage, name, options, seed):
-        """Train "vae" or "dit", or go on with it -> its checkpoint, and where that is; other settings have other names."""
+        """Train "vae" or "dit", or resume it -> (its checkpoint, the file); the file's name depends on the settings."""
         settings = hashlib.sha256(self.settings["1" if stage == "vae" else "2"].encode()).hexdigest()
         out = self.path.parent / f"{utils.file_name(f'{stage}{name}_{seed}')}_{settings[:8]}.pt"
-        torch.compiler.reset()  # compiled code of earlier rows counts toward a limit
+        torch.compiler.reset()  # the code compiled for earlier rows counts toward a limit
         return runs.train(variants.main, [stage, *options, "--seed", seed, "--resume"], out), out
 
     def run(self, vae_options, dit_options, seed, both):
-        """Stage 1 of a row, and stage 2 where it is compared there, unless they are done."""
+        """Stage 1 of a row, and stage 2 if it is compared there, unless already done."""
 
         @functools.cache
         def stage1():
@@ -155,16 +155,16 @@ class Study:
 
     @functools.cached_property
     def real(self):
-        """Up to config.clips training clips [count, T, 3, H, W], their labels, which are generated too, and their features."""
+        """Up to config.clips training clips [count, T, 3, H, W], their labels, which are also generated, and their features."""
         clips, labels = data.clips(self.open("train"), data.spread(self.open("train"), self.config.clips))
         return clips, labels, self.detector(to_frames(clips))
 
     def reconstructed(self, network):
-        """Features of the real clips after a VAE."""
+        """Features of the real clips as reconstructed by a VAE."""
         return self.detector(to_frames(vae.reconstruct(network, self.real[0], self.device)))
 
     def values(self, stage, column, vae_options, dit_options):
-        """Values in a column of runs.csv, of those runs of a row that are done."""
+        """Values in a column of runs.csv, of the finished runs of a row."""
         dit_options = dit_options if stage == "2" else ""
         wanted = {"stage": stage, "vae": vae_options, "dit": dit_options, "settings": self.settings[stage]}
         rows = (row for row in read_rows(self.path, COLUMNS) if wanted.items() <= row.items())
@@ -172,19 +172,19 @@ class Study:
 
 
 def options_of(name, own):
-    """(options of vae.py, options of dit.py) of a row of the named table."""
+    """(options of vae.py, options of dit.py) for a row of the named table."""
     return ("", own) if name[0] == "3" else (own, "")
 
 
 def spread(values):
-    """Mean, and standard deviation where there are several."""
+    """Mean, and standard deviation if there are several values."""
     if len(values) > 1:
         return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
     return f"{values[0]:.2f}" if values else "not yet"
 
 
 def report(study, names):
-    """Print the tables of what is done."""
+    """Print the tables of the finished runs."""
     for name in names:
         title, rows = TABLES[name]
         metrics = {("1", "psnr"): "PSNR, dB"} if name[0] == "2" else {}  # (stage, column of runs.csv) -> its name
@@ -205,7 +205,7 @@ def main(argv=None):
     utils.check_positive(config, "seeds", "clips")
     study, names = Study(config), config.only or list(TABLES)
     try:
-        for seed in range(0 if config.report else config.seeds):  # all rows of one seed before the next
+        for seed in range(0 if config.report else config.seeds):  # finish one seed for all rows before the next
             for name in names:
                 for _, own in TABLES[name][1].values():
                     study.run(*options_of(name, own), seed, name in STAGE2)

@@ -1,4 +1,4 @@
-"""A sheet of videos by ours, --refine 100, and x264 at as many bytes, or its fewest: `python -m studies.codec`."""
+"""A sheet of videos by ours (--refine 100) and by x264 at the same size, or its smallest: `python -m studies.codec`."""
 
 import tempfile
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from siblings.frames import read_video
 @dataclass
 class Config:
     ckpt: str = option("what", "codec.pt", "checkpoint of `siblings.codec train`")
-    data_dir: str = option("what", "", "folder of videos, of which three are shown")
-    size: int = option("what", 64, "height and width that they are scaled to")
-    out_dir: str = option("output", "out/study", "frames.png goes here")
+    data_dir: str = option("what", "", "folder of videos; three are shown")
+    size: int = option("what", 64, "height and width of the scaled videos")
+    out_dir: str = option("output", "out/study", "directory of frames.png")
 
 
 def main():
@@ -24,7 +24,7 @@ def main():
     (model, ckpt), out = codec.open_codec(config.ckpt), f"{config.out_dir}/frames.png"
     paths, rows, titles = video.list_videos(config.data_dir)[0] if config.data_dir else [], [], []
     if not paths:
-        raise UserError("name a folder of videos with --data-dir")
+        raise UserError("give a folder of videos with --data-dir")
     utils.make_parent(out)
     for k in np.linspace(0, len(paths) - 1, 3).round().astype(int):
         real, fps = read_video(paths[k], config.size)

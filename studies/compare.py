@@ -1,17 +1,17 @@
-"""Is it better than what one would use instead? Three ways to generate video, after equal seconds of training in all stages.
+"""Three ways to generate video, compared after equal training time over all stages.
 
 ours      vae.py, then dit.py
-frames    what people pick today: a convolutional KL autoencoder, each frame by itself, eight times smaller, in the shape of
-          Stable Diffusion's (Rombach et al. 2022); then a DiT whose blocks attend within a frame and across frames in turns,
-          as Latte's do (Ma et al. 2024)
+frames    the usual baseline: a convolutional KL autoencoder of single frames that downscales by eight, shaped like Stable
+          Diffusion's (Rombach et al. 2022); then a DiT whose blocks attend alternately within a frame and across frames, as
+          in Latte (Ma et al. 2024)
 pixels    no autoencoder: a DiT on space-time patches of pixels, which predicts the clean patch (Li & He 2025)
 
-pip install -r studies/requirements.txt                                   the autoencoder's parts, of diffusers
+pip install -r studies/requirements.txt                                   diffusers, for the autoencoder's parts
 python -m studies.compare --dataset sprites                               three learning rates, three seeds: 27 hours
 python -m studies.compare --dataset sprites --minutes 10 --seeds 1 --lrs 1
 
-All denoisers are of one size, trained by dit.py's loop, and all are measured by evaluate.py, whose reports are beside the
-checkpoints. A run that is done is a row of runs.csv, and is not done again. The learning rates are shares of each method's own;
+All denoisers have one size, train in dit.py's loop and are measured by evaluate.py, whose reports are beside the
+checkpoints. Each finished run is a row of runs.csv, and is not repeated. Learning rates are multiples of each method's own;
 all rows are reported.
 """
 
@@ -56,29 +56,29 @@ COLUMNS = ["method", "lr", "seed", "settings", "revision", *SHOWN]
 @dataclass
 class Config:
     dataset: str = option("data", "sprites", "what to train on", choices=data.DATASETS)
-    data_dir: str = option("data", "", "where it is")
+    data_dir: str = option("data", "", "its directory")
     resolution: int = option("data", 64, "height and width in pixels")
     num_frames: int = option("data", 8, "frames of a clip")
     methods: list = option("what", list(METHODS), "methods to run", nargs="+", choices=list(METHODS))
     seeds: int = option("what", 3, "runs of each method with each learning rate")
-    lrs: list = option("what", [1.0, 2.0, 4.0], "learning rates, as shares of each method's own", nargs="+", type=float)
-    minutes: float = option("training", 60.0, "of all stages of a run together, with what is encoded between them")
-    first: float = option("training", 0.6, "share of the time that the first stage gets, where there is one")
+    lrs: list = option("what", [1.0, 2.0, 4.0], "learning rates, as multiples of each method's own", nargs="+", type=float)
+    minutes: float = option("training", 60.0, "training time per run: all stages, and encoding between them")
+    first: float = option("training", 0.6, "share of the time for the first stage, if any")
     bf16: str = option("training", "auto", "bfloat16 autocast; auto: with CUDA", choices=["auto", "on", "off"])
-    vae_options: str = option("training", VAE, "further options of vae.py, in quotes")
-    dit_options: str = option("training", DIT, "those of dit.py for ours, in quotes")
-    rival_options: str = option("training", RIVAL, "… for the others, in quotes")
+    vae_options: str = option("training", VAE, "more options of vae.py, in quotes")
+    dit_options: str = option("training", DIT, "more options of dit.py for ours, in quotes")
+    rival_options: str = option("training", RIVAL, "more options of dit.py for the others, in quotes")
     frames_width: int = option("training", 16, "channels of the frames' autoencoder at full resolution, a multiple of 16")
-    videos: int = option("evaluation", 256, "clips of each kind, or all held-out ones")
-    lpips: str = option("evaluation", "alex", "backbone of LPIPS, in the loss of frames too", choices=["vgg", "alex", "none"])
-    out_dir: str = option("output", "out/compare", "runs.csv, checkpoints and reports go here")
+    videos: int = option("evaluation", 256, "clips of each kind, at most all held-out ones")
+    lpips: str = option("evaluation", "alex", "backbone of LPIPS, also in the loss of frames", choices=["vgg", "alex", "none"])
+    out_dir: str = option("output", "out/compare", "directory of runs.csv, checkpoints and reports")
 
 
 class Rival(nn.Module):
-    """A first stage in the place of vae.VAE: tokens are patches of the frames, or of what a KL autoencoder makes of each frame.
+    """A first stage in place of vae.VAE: tokens are patches of the frames, or of a KL autoencoder's latent of each frame.
 
     pixels    patches of 8 frames of 8 × 8 pixels; with 2 frames a step takes 3.5 times as long
-    frames    patches of 2 × 2 pixels of a latent frame of 4 channels, as Latte's
+    frames    patches of 2 × 2 pixels of a latent frame of 4 channels, as in Latte
     """
 
     def __init__(self, method, num_frames, resolution, width):
@@ -86,15 +86,15 @@ class Rival(nn.Module):
         self.length, self.size, channels, self.net = 8, 8, 24, None  # frames and pixels of a patch, channels of a map
         if method == "frames":
             self.length, self.size, channels, self.net = 1, 2, 4, autoencoder(width)
-        covered = 8 * self.size if self.net else self.size  # pixels of a video, by a token
+        covered = 8 * self.size if self.net else self.size  # pixels of the video per token
         if num_frames % self.length or resolution % covered:
-            raise UserError(f"{method} takes multiples of {self.length} frames and {covered} pixels")
+            raise UserError(f"{method} needs multiples of {self.length} frames and {covered} pixels")
         self.side = resolution // covered
         sizes = {"num_tokens": num_frames // self.length * self.side**2, "token_dim": channels * self.size**2}
-        self.nerv_config = SimpleNamespace(num_frames=num_frames, **sizes)  # what dit.py asks of a first stage
+        self.nerv_config = SimpleNamespace(num_frames=num_frames, **sizes)  # read by dit.py
 
     def encode(self, video):
-        """video [B, T, 3, H, W] in [-1, 1] -> mean, logvar, each [B, N, d]; of pixels, with next to no deviation."""
+        """video [B, T, 3, H, W] in [-1, 1] -> mean, logvar, each [B, N, d]; for pixels, the deviation is almost zero."""
         maps = video.unflatten(1, (-1, self.length)).flatten(2, 3).flatten(0, 1)  # [B * T / length, 3 * length, H, W]
         posterior = self.net.encode(maps).latent_dist if self.net else None
         parts = (posterior.mean, posterior.logvar) if posterior else (maps, torch.full_like(maps, -20.0))
@@ -102,7 +102,7 @@ class Rival(nn.Module):
         return tuple(x.movedim(2, -1).flatten(1, 3) for x in parts)
 
     def decode(self, tokens, t):
-        """tokens [B, N, d] -> frames [B, T, 3, H, W], all of them."""
+        """tokens [B, N, d] -> all frames [B, T, 3, H, W]."""
         maps = tokens.unflatten(1, (-1, self.side, self.side)).movedim(-1, 2).flatten(0, 1)  # [B * t, d, h, w]
         maps = F.pixel_shuffle(maps, self.size)
         maps = self.net.decode(maps).sample if self.net else maps
@@ -110,19 +110,19 @@ class Rival(nn.Module):
 
 
 def autoencoder(width):
-    """That of Stable Diffusion, with so many channels at full resolution."""
+    """Stable Diffusion's autoencoder, with `width` channels at full resolution."""
     try:
         from diffusers.models import AutoencoderKL
     except ImportError:
-        raise UserError("the autoencoder is of diffusers: pip install -r studies/requirements.txt") from None
+        raise UserError("the autoencoder needs diffusers: pip install -r studies/requirements.txt") from None
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     return AutoencoderKL(**blocks, block_out_channels=(width, 2 * width, 4 * width, 4 * width), norm_num_groups=16)
 
 
 class CleanDiT(dit.DiT):
-    """The denoiser of pixels: it predicts the clean tokens, and the noise is what is left (Li & He 2025, "Back to Basics").
+    """The denoiser of pixels: it predicts the clean tokens, from which the noise follows (Li & He 2025, "Back to Basics").
 
-    A patch has 1,536 numbers, the transformer a width of 192: too few for the noise of a patch. Clean patches are much alike.
+    A patch has 1,536 numbers, the transformer a width of 192: too few to represent noise. Clean patches vary much less.
     """
 
     def forward(self, latents, timestep, label, given=None):
@@ -132,7 +132,7 @@ class CleanDiT(dit.DiT):
 
 
 def denoiser_of(method, num_frames):
-    """The class of a method's denoiser; that of frames has a row of tokens for each frame."""
+    """The class of a method's denoiser; that of frames has a row of tokens per frame."""
     return {"frames": type("Latte", (Latte,), {"rows": num_frames}), "pixels": CleanDiT}.get(method, dit.DiT)
 
 
@@ -146,7 +146,7 @@ def load_vae(ckpt):
 
 
 def train_frames(network, train_set, config, lr, seed, seconds, batch_size=8, few=2):
-    """Train the autoencoder of frames for so many seconds, with the losses of vae.py's nano -> (its averaged weights, steps).
+    """Train the autoencoder of frames for `seconds`, with the losses of vae.py's nano -> (its averaged weights, steps).
 
     vae.py would encode all frames of a clip to decode a few.
     """
@@ -175,7 +175,7 @@ def train_frames(network, train_set, config, lr, seed, seconds, batch_size=8, fe
 
 
 def train_for(seconds, main, argv, out):
-    """Run a training for as many steps as fit into so many seconds, trials and what it prepares included -> steps."""
+    """Run a training for as many steps as fit into `seconds`, including trials and preparation -> steps."""
     began = time.time()
     pace = runs.seconds_per_step(main, argv, out, seconds / 100)
     steps = max(1, int((seconds - (time.time() - began)) / pace))
@@ -183,10 +183,10 @@ def train_for(seconds, main, argv, out):
 
 
 def train(method, lr, seed, config, out):
-    """Both stages of a method in the time that there is, into out/dit.pt -> steps of both stages."""
+    """Train both stages of a method in the time budget, into out/dit.pt -> steps of both stages."""
     began, seconds, steps, lrs = time.time(), 60 * config.minutes, 0, [own * lr for own in METHODS[method]]
     torch.manual_seed(seed)
-    torch.compiler.reset()  # compiled code of earlier runs counts toward a limit
+    torch.compiler.reset()  # the code compiled for earlier runs counts toward a limit
     source = {name: getattr(config, name) for name in ("dataset", "data_dir", "resolution", "num_frames")} | {"preset": "nano"}
     common = ["--seed", seed, "--bf16", config.bf16]
     if method == "ours":
@@ -207,7 +207,7 @@ def train(method, lr, seed, config, out):
 
 
 def run(method, lr, seed, config):
-    """Train a method and measure it -> what is in its row of runs.csv."""
+    """Train a method and measure it -> its row of runs.csv."""
     out = Path(config.out_dir) / f"{method}_{lr:g}_{seed}"
     row, device = {"steps": "+".join(map(str, train(method, lr, seed, config, out)))}, utils.pick_device()
     measured = {"ckpt": str(out / "dit.pt"), "protocol": "videogpt", "guidance": 1.0, "out_dir": str(out / "eval")}
@@ -231,7 +231,7 @@ def run(method, lr, seed, config):
 
 
 def settings(config, method):
-    """All that a run of a method depends on, as runs.csv has it."""
+    """All that a run of a method depends on, as recorded in runs.csv."""
     own = f"{config.vae_options} | {config.dit_options}" if method == "ours" else f"{config.rival_options} | {config.lpips}"
     own += f" | width {config.frames_width}" if method == "frames" else ""
     clips = f"{config.dataset} {config.data_dir} {config.num_frames} x {config.resolution}"
@@ -242,9 +242,9 @@ def main(argv=None):
     config = utils.parse_options(Config, __doc__, argv=argv)
     utils.check_positive(config, "seeds", "minutes", "videos")
     if not 0 < config.first < 1:
-        raise UserError(f"--first {config.first}: it is a share of the time, between 0 and 1")
+        raise UserError(f"--first {config.first}: must be a share of the time, between 0 and 1")
     rows = []
-    # In turns, so that a machine that gets slower is the same to all.
+    # Interleaved, so that a slower machine affects all methods alike.
     for seed, lr, method in itertools.product(range(config.seeds), config.lrs, config.methods):
         key = [method, f"{lr:g}", seed, settings(config, method)]
         one = functools.partial(run, method, lr, seed, config)

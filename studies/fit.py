@@ -1,10 +1,10 @@
-"""The NeRV family on one video in equal time, seed after seed: siblings.fit's report of many runs.
+"""The NeRV family on one video in equal time over several seeds: the reports of siblings.fit, combined.
 
-python -m studies.fit --video bunny.mp4 --resize 160x320 --frames 0:132          ten minutes a method, three seeds
+python -m studies.fit --video bunny.mp4 --resize 160x320 --frames 0:132          ten minutes per method, three seeds
 python -m studies.fit --video bunny.mp4 --resize 160x320 --minutes 3 --seeds 1 --methods ffnerv rnerv
-python -m studies.fit parity --peers DIR                                         our methods beside the published code
+python -m studies.fit parity --peers DIR                                         our methods against the published code
 
-A seed is one run of siblings.fit, resumed where it stopped and not done again.
+Each seed is one run of siblings.fit, which is resumed if interrupted and not repeated.
 """
 
 import csv
@@ -21,23 +21,23 @@ from siblings.methods import METHODS
 from siblings.results import table
 from studies import fit_parity
 
-TIMES = {"1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2}  # of the training, at which PSNR is in the table
+TIMES = {"1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2}  # fractions of the training at which the table has PSNR
 
 
 @dataclass
 class Config:
     video: str = option("what", "", "the video to fit")
-    resize: str = option("what", "", "fit it at this height and width, 160x320, cut to that shape")
-    frames: str = option("what", "", "first and last of its frames, the last one left out; default: all")
+    resize: str = option("what", "", "fit it at this height and width, as in 160x320, cropped to that shape")
+    frames: str = option("what", "", "range of its frames, end excluded, as in 0:132; default: all")
     methods: list = option("what", list(METHODS), "rows of siblings/methods.py", nargs="+", choices=list(METHODS))
     size: str = option("what", "1.5M", "parameters of each")
-    minutes: float = option("training", 10.0, "of each method in each seed")
+    minutes: float = option("training", 10.0, "per method and seed")
     seeds: int = option("training", 3, "runs of each method")
-    out_dir: str = option("output", "out/fit", "a directory for each seed, with files, report.csv and curves.png, goes here")
+    out_dir: str = option("output", "out/fit", "directory of one folder per seed, with files, report.csv and curves.png")
 
 
 def run(config, seed):
-    """Fit all methods with one seed, or take what is there -> ({method: report}, {method: [(seconds, PSNR), …]})."""
+    """Fit all methods with one seed, or read a finished run -> ({method: report}, {method: [(seconds, PSNR), …]})."""
     directory = Path(config.out_dir).resolve() / f"seed{seed}"
 
     def rows_of(name):
@@ -46,7 +46,7 @@ def run(config, seed):
 
     def reports():
         rows = rows_of("report")
-        done = all(float(row["seconds"]) > 0.98 * 60 * config.minutes for row in rows)  # Ctrl-C has a report too
+        done = all(float(row["seconds"]) > 0.98 * 60 * config.minutes for row in rows)  # Ctrl-C writes a report, too
         return {row["method"]: row for row in rows if done}
 
     if not reports():
@@ -56,9 +56,9 @@ def run(config, seed):
         command += [f"--{name}={value}" for name, value in options.items()]
         subprocess.run(command, cwd=Path(__file__).parent.parent)
     if not (found := reports()):
-        raise UserError(f"seed {seed} was interrupted: start again to go on")
+        raise UserError(f"seed {seed} was interrupted: start again to resume")
     if missing := [name for name in config.methods if name not in found]:
-        raise UserError(f"{directory} is of other methods, without {missing[0]}: use another --out-dir")
+        raise UserError(f"{directory} has other methods, without {missing[0]}: use another --out-dir")
     curves = {name: [] for name in found}
     for row in rows_of("curves"):
         curves[row["method"]].append((float(row["seconds"]), float(row["PSNR"])))
@@ -66,7 +66,7 @@ def run(config, seed):
 
 
 def at(curve, seconds):
-    """The last PSNR of a curve [(seconds, PSNR), …] up to that time and 2 % more, for a point comes a step late; or NaN."""
+    """The last PSNR of a curve [(seconds, PSNR), …] by that time plus 2 %, as a point comes up to a step late; or NaN."""
     return ([np.nan] + [quality for when, quality in curve if when <= 1.02 * seconds])[-1]
 
 
@@ -75,7 +75,7 @@ def main():
         return fit_parity.compare(utils.parse_options(fit_parity.Config, fit_parity.__doc__, argv=sys.argv[2:]))
     config = utils.parse_options(Config, __doc__)
     if not config.video:
-        raise UserError("name a video with --video")
+        raise UserError("give a video with --video")
     utils.check_positive(config, "seeds", "minutes")
     seeds, rows = [run(config, seed) for seed in range(config.seeds)], []
     for name in config.methods:

@@ -1,7 +1,7 @@
-"""Our rows of the NeRV family beside the published code: same weights, same frame? Run by `python -m studies.fit parity`.
+"""Parity of our NeRV family with the published code: same weights, same frame. Run by `python -m studies.fit parity`.
 
-Each of theirs is built at a released configuration, ours at the same channels, and its weights are copied into ours. Codes of
-time are ours in both: theirs are of float32, in which the highest frequencies are noise. Nothing of theirs is kept here.
+Each published network is built at a released configuration, ours with the same channels, and its weights are copied into ours.
+Both use our codes of time: theirs are float32, in which the highest frequencies are noise. None of their code is kept here.
 """
 
 import argparse
@@ -23,21 +23,21 @@ from siblings.components import Plan, sinusoid
 from siblings.methods import METHODS, Network
 from siblings.results import table
 
-T, TIME = 132, torch.tensor([5.0])  # frames, and the one that is compared
+T, TIME = 132, torch.tensor([5.0])  # frames, and the time that is compared
 COMMON = {"act": "gelu", "norm": "none", "bias": True, "num_blocks": 1, "conv_type": "conv", "reduction": 2, "sin_res": True}
 COMMON |= {"stride_list": [5, 2, 2, 2, 2], "stem_dim_num": "512_1", "embed_length": 160, "lower_width": 96, "sigmoid": False}
 
 
 @dataclass
 class Config:
-    peers: str = option("what", "peers", "directory of the checkouts NeRV, E-NeRV, HNeRV, FFNeRV, HiNeRV and vinrb")
+    peers: str = option("what", "peers", "directory with the checkouts NeRV, E-NeRV, HNeRV, FFNeRV, HiNeRV and vinrb")
 
 
 def load(root, module):
-    """A module of a checkout; what it imports and is not installed is a mock."""
+    """A module of a checkout; its imports that are not installed are mocked."""
     sys.path.insert(0, str(root))
     for old in list(sys.modules):
-        if old.split(".")[0] in ("configs", "data", "model", "models", "utils", "video_encoders"):  # names that several have
+        if old.split(".")[0] in ("configs", "data", "model", "models", "utils", "video_encoders"):  # in several checkouts
             del sys.modules[old]
     while True:
         try:
@@ -47,7 +47,7 @@ def load(root, module):
 
 
 class Code(nn.Module):
-    """For their codes of places k / count: [n] -> [n, 160]."""
+    """Replaces their codes of positions k / count: [n] -> [n, 160]."""
 
     count = T
 
@@ -106,9 +106,9 @@ def hinerv(load, plan):
 
 
 def rnerv(load, plan, **text):
-    config = load("configs").get_base_configs([1080, 1920])["enerv"] | text  # and configs/overrides/rnerv-1_5.json:
+    config = load("configs").get_base_configs([1080, 1920])["enerv"] | text  # with configs/overrides/rnerv-1_5.json:
     config |= {"fc_dim": 12, "lower_width": 20, "stem_type": "ffnerv", "wbit": 32, "t_dim": [T // 2, T]}
-    encoder = object.__new__(load("video_encoders").NeRVEncoder)  # without its data
+    encoder = object.__new__(load("video_encoders").NeRVEncoder)  # without loading its data
     encoder.positional_encoding, encoder.params = "ffnerv", config
     encoder.build_model()
     type(encoder.net.positional_encoder).pos_embed_helper = lambda self, place, bases: Code()(place)
@@ -150,12 +150,12 @@ PEERS = {
 
 @torch.no_grad()
 def compare(config):
-    """Print a row for each method: what it was held against, difference and parameters there; ours at 1.5 M and 3 M."""
+    """Print a row per method: its reference, the difference and the parameters there; ours at 1.5 M and 3 M."""
     rows = []
     for name, (build, repository, about, height, width, strides, channels) in PEERS.items():
         root, plan = Path(config.peers) / repository, Plan(T, height, width, strides, channels)
         if not root.is_dir():
-            raise UserError(f"there is no checkout {root}")
+            raise UserError(f"no checkout at {root}")
         torch.manual_seed(0)
         net, pairs, run = build(functools.partial(load, root), plan)
         ours, copied, clips = Network(METHODS[name], plan), 0, torch.rand(1, 3, 3, height, width)

@@ -1,9 +1,9 @@
-"""What a Fréchet video distance can tell: `python -m studies.fvd bias | sensitivity` prints a table of each.
+"""The validity of a Fréchet video distance: `python -m studies.fvd bias | sensitivity` prints a table of each.
 
 bias         FVD between two halves of one set of clips falls as 1 / n
 sensitivity  does the distance grow with blur, noise, swapped, frozen and shuffled frames? Rank correlations
 
-Clips are 16 frames of 64 × 64 of the built-in shapes, or of any videos (--data-dir). --features random measures on an untrained
+Clips are 16 frames of 64 × 64 of the built-in shapes, or of any videos (--data-dir). --features random uses an untrained
 I3D.
 """
 
@@ -23,9 +23,9 @@ from siblings.results import table
 @dataclass
 class Config:
     data_dir: str = option("clips", "", "folder of videos; default: the built-in shapes")
-    clips: int = option("clips", 64, "how many: bias takes two halves of them, sensitivity all")
-    features: str = option("features", "i3d", "trained network, or one of random weights", choices=["i3d", "random"])
-    repeats: int = option("what", 3, "of bias: pairs of halves for each n")
+    clips: int = option("clips", 64, "number of clips: bias uses two halves of them, sensitivity all")
+    features: str = option("features", "i3d", "trained network, or one with random weights", choices=["i3d", "random"])
+    repeats: int = option("what", 3, "of bias: pairs of halves per n")
 
 
 def bias(clips, detector, config):
@@ -43,17 +43,17 @@ def bias(clips, detector, config):
 
 
 def blur(clip, sigma, rng):
-    """Gaussian, of sigma in pixels."""
+    """Gaussian blur, sigma in pixels."""
     return gaussian_filter(clip.astype(np.float32), (0, sigma, sigma, 0), mode="nearest", truncate=3).round().astype(np.uint8)
 
 
 def noise(clip, deviation, rng):
-    """Gaussian, of a standard deviation in steps of 255."""
+    """Gaussian noise, its standard deviation in steps of 255."""
     return (clip + deviation * rng.standard_normal(clip.shape)).round().clip(0, 255).astype(np.uint8)
 
 
 def swap(clip, count, rng):
-    """So many swaps of two random frames, one after the other."""
+    """`count` successive swaps of two random frames."""
     order = np.arange(len(clip))
     for _ in range(count):
         i, j = rng.choice(len(clip), 2, replace=False)
@@ -62,12 +62,12 @@ def swap(clip, count, rng):
 
 
 def freeze(clip, count, rng):
-    """The last frames stand still."""
+    """Freeze the last `count` frames."""
     return clip[np.minimum(np.arange(len(clip)), len(clip) - 1 - count)]
 
 
 def shuffle(clip, width, rng):
-    """Frames in a random order within windows of so many."""
+    """Shuffle frames within windows of `width`."""
     parts = [rng.permutation(np.arange(i, min(i + width, len(clip)))) for i in range(0, len(clip), width)]
     return clip[np.concatenate(parts)]
 
@@ -82,7 +82,7 @@ LEVELS = {
 
 
 def sensitivity(clips, detector, config):
-    """The distance of clips from themselves, corrupted; the floor is that of two halves of them, uncorrupted."""
+    """The distance of clips from corrupted copies; the floor is the distance of two uncorrupted halves."""
     real, rows = detector(clips), []
     floor = fvd.frechet_distance_of(real[::2], real[1::2])
     for corrupt, (title, levels) in LEVELS.items():

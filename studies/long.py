@@ -1,11 +1,11 @@
-"""Long videos of the shapes, made in several ways in equal training time: seams, subject, motion, FVD, FLOPs.
+"""Long videos of the shapes, generated in several ways in equal training time: seams, subject, motion, FVD, FLOPs.
 
-python -m studies.long --seconds 1200                    all rows from scratch: stage 1, stage 2, then each row for so long
+python -m studies.long --seconds 1200                    all rows from scratch: stage 1, stage 2, then each row for 1200 s
 python -m studies.long --only interface "by themselves"
-python -m studies.long --between vae.pt                  frames between those that a stage 1 of the shapes is shown (§4.5.1)
+python -m studies.long --between vae.pt                  frames between those that stage 1 of the shapes encodes (§4.5.1)
 
-Rows with an interface, and full attention, go on for --seconds from a denoiser of as long a training; others train for both at
-once. A row's steps are those that fit, by the time of a few steps of its own. A row that is done is a line of runs.csv.
+Rows with an interface, and full attention, train for --seconds from a denoiser trained as long; others train for both at
+once. The number of steps is what fits, by timing a few steps of the row. A finished row is a line of runs.csv.
 """
 
 import functools
@@ -33,7 +33,7 @@ from siblings import vin
 from siblings.results import table
 from studies import runs
 
-# Row -> (the denoiser of siblings.vin, or the first stage of dit.py's; options beside those of all).
+# Row -> (the denoiser of siblings.vin, or the first stage of dit.py's; options besides the common ones).
 ROWS = {
     "real": ("", ""),
     "reconstructed": ("", ""),
@@ -51,21 +51,21 @@ COLUMNS = "row settings revision steps seconds gflop seam colour size shape path
 
 @dataclass
 class Config:
-    only: list = option("what", [], "rows to run; all unless named", nargs="*", choices=list(ROWS))
-    between: str = option("what", "", "compare the frames between shown ones, and no rows", metavar="VAE.pt")
-    scale: int = option("what", 8, "of --between: decoded frames per shown one, as --time-scale of sample.py")
-    chunks: int = option("what", 8, "of the videos that are compared, 2 or more; vin.py trains with 4")
-    seconds: float = option("training", 600.0, "of training of each row, beside as much of the denoiser that it starts from")
+    only: list = option("what", [], "rows to run; default: all", nargs="*", choices=list(ROWS))
+    between: str = option("what", "", "only evaluate frames between those encoded by this stage 1", metavar="VAE.pt")
+    scale: int = option("what", 8, "of --between: decoded frames per encoded one, as --time-scale of sample.py")
+    chunks: int = option("what", 8, "per compared video, 2 or more; vin.py trains with 4")
+    seconds: float = option("training", 600.0, "training time per row, after as much for the denoiser it starts from")
     vae_options: str = option("training", "--steps 2000", "further options of vae.py, in quotes")
     dit_options: str = option("training", "", "further options of dit.py, in quotes")
     vin_options: str = option("training", "--num-latents 4096", "further options of siblings.vin, in quotes")
-    videos: int = option("judging", 36, "videos of each row, or clips of --between")
-    features: str = option("judging", "random", "of FVD; i3d takes the published weights", choices=["i3d", "random"])
-    out_dir: str = option("output", "out/long", "runs.csv, checkpoints and their sheets go here")
+    videos: int = option("judging", 36, "videos per row, or clips of --between")
+    features: str = option("judging", "random", "of FVD; i3d: the published weights", choices=["i3d", "random"])
+    out_dir: str = option("output", "out/long", "directory of runs.csv, checkpoints and their sheets")
 
 
 class FullAttention(nn.Module):
-    """The DiT on the latents of all chunks at once, in the place of vin.VIN."""
+    """The DiT on the latents of all chunks at once, in place of vin.VIN."""
 
     def __init__(self, dit_config, config):
         super().__init__()
@@ -82,9 +82,9 @@ class FullAttention(nn.Module):
 
 
 def seam(clips, frames, overlap):
-    """The jump between chunks over the mean step within, root mean squares over pixels; 1 is as frames differ anyhow.
+    """The jump between chunks over the mean step within, as root mean squares over pixels; 1: no larger than other steps.
 
-    clips [B, F, 3, H, W] of chunks of so many frames. Where chunks share frames, the jump is the largest step of the fade.
+    clips [B, F, 3, H, W] of chunks of `frames` frames. If chunks share frames, the jump is the largest step of the fade.
     """
     steps = clips.diff(dim=1).square().mean((2, 3, 4)).sqrt()  # [B, F - 1]
     first = torch.arange(frames - overlap, clips.shape[1] - overlap, frames - overlap) - 1  # the step into each next chunk
@@ -104,7 +104,7 @@ def track(frames):
 
 
 def path_error(centre, period):
-    """Root mean square distance of centres [F, 2] from the nearest path of one turn in a period, in half frame widths."""
+    """Root mean square distance of centres [F, 2] from the best-fitting path of this period, in half frame widths."""
     angle, good = 2 * math.pi * np.arange(len(centre)) / period, np.isfinite(centre).all(1)
     basis = np.stack([np.ones_like(angle), np.cos(angle), np.sin(angle)], 1)[good]
     found, *_ = np.linalg.lstsq(basis, centre[good], rcond=None)
@@ -112,7 +112,7 @@ def path_error(centre, period):
 
 
 def subject(frames, chunk):
-    """How far colour and size of the shape are from the first chunk's, means over the later chunks: (in [0, 1], relative)."""
+    """Deviation of the shape's colour and size from the first chunk's, means over later chunks: (in [0, 1], relative)."""
     colours, sides = (np.nanmean(x.reshape(len(frames) // chunk, chunk, -1), 1) for x in track(frames)[:2])
     return float(np.abs(colours[1:] - colours[0]).mean()), float(np.abs(sides[1:] / sides[0] - 1).mean())
 
@@ -133,7 +133,7 @@ class Study:
         self.classifier = train_classifier(short, len(short.classes), 4096, torch.device("cpu"))
 
     def train(self, main, name, options, seconds=0.0, **kw):
-        """Train, or go on with it, for as many steps as fit into so many seconds where it says how many -> the checkpoint."""
+        """Train, or resume, for as many steps as fit into `seconds` (0: as the options say) -> the checkpoint."""
         out, options, main = self.out / f"{utils.file_name(name)}.pt", shlex.split(options), functools.partial(main, **kw)
         if out.is_file():
             options += ["--steps", checkpoints.load(out, ("vae", "dit", "vin"), "this study")["config"]["steps"]]
@@ -144,7 +144,7 @@ class Study:
         return runs.train(main, [*options, "--resume"], out)
 
     def model(self, way, row, options):
-        """What a row samples from: (denoiser, VAE, map of latents), its steps, and the frames that chunks share."""
+        """The model of a row for sampling: (denoiser, VAE, map of latents), its steps, and the frames that chunks share."""
         c, denoiser = self.config, {"vin": vin.VIN, "full": FullAttention}.get(way)
         if denoiser:
             options = f"{options} {c.vin_options} --ckpt {self.out}/dit.pt"
@@ -156,14 +156,14 @@ class Study:
         return dit.load_dit(ckpt), ckpt["step"], ckpt["dit_config"]["cond_frames"]
 
     def run(self, row):
-        """What is in a row of runs.csv."""
+        """Train, sample and measure a row -> its values in runs.csv."""
         c, T, (way, options), overlap, found = self.config, self.T, ROWS[row], 0, {"steps": 0, "gflop": 0.0}
         if way:
             (model, *parts), found["steps"], overlap = self.model(way, row, options)
             chunks, t = 1 if way == "one" else math.ceil((self.F - overlap) / (T - overlap)), torch.arange(float(self.F))
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 sample(model, *parts, 0, chunks, 0)
-            found["gflop"] = sum(counter.get_flop_counts()[type(model).__name__].values()) / 20 / 1e9  # of one of 20 steps
+            found["gflop"] = sum(counter.get_flop_counts()[type(model).__name__].values()) / 20 / 1e9  # one of 20 steps
             tokens = [sample(model, *parts, label, chunks, seed) for seed, label in enumerate(self.labels)]
             clips = torch.stack([torch.cat(list(vin.play(parts[0], one, t, overlap))) for one in tokens])
         else:
@@ -176,7 +176,7 @@ class Study:
         shapes = classify(self.classifier, clips.unflatten(1, (-1, T)).flatten(0, 1)).view(len(clips), -1) // len(MOTIONS)
         found["shape"] = (shapes[:, 1:] == shapes[:, :1]).float().mean().item()
         found["path"] = float(np.nanmean([path_error(track(x)[2], data.LONG_PERIOD) for x in frames]))
-        # Clips of one chunk's length, where chunks without overlap lie: with overlap, "middle" has a fade in it.
+        # Clips of one chunk's length, where chunks lie without overlap: with overlap, "middle" contains a fade.
         for name, start in {"start": 0, "middle": first * T, "across": max(0, first * T - T // 2)}.items():
             features = (self.detector(x[:, start : start + T]) for x in (self.real, frames))
             found[f"fvd_{name}"] = float(fvd.frechet_distance_of(*features))
@@ -184,7 +184,7 @@ class Study:
 
 
 def sample(model, network, latent_map, label, chunks, seed):
-    """Tokens [C, N, d] of a video. With --cond-frames each chunk goes on from the last frames of the one before."""
+    """Tokens [C, N, d] of a video. With --cond-frames, each chunk continues the last frames of the one before."""
     labels, tokens, given, T = torch.tensor([label]), [], None, network.nerv_config.num_frames
     if not isinstance(model, dit.DiT):
         return latent_map.inverse(vin.generate(model, labels, chunks, seed=seed))[0]
@@ -198,7 +198,7 @@ def sample(model, network, latent_map, label, chunks, seed):
 
 
 def between(config):
-    """PSNR of the frames that stage 1 decodes where it was shown one and elsewhere; beside it, of blends of two shown ones."""
+    """PSNR of decoded frames at and between the times that stage 1 encodes; next to it, of blends of two encoded frames."""
     ckpt = checkpoints.load(config.between, "vae", "python vae.py")
     network, settings, scale = vae.load_vae(ckpt), vae.data_settings(ckpt), config.scale
     if settings.dataset not in data.SHAPES:

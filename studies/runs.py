@@ -1,4 +1,4 @@
-"""What the studies of many trainings share: a run is a row of a CSV file, and is not done again."""
+"""Helpers of the studies with many trainings: each run is a row of a CSV file, and is not repeated."""
 
 import csv
 import time
@@ -9,7 +9,7 @@ from siblings.results import add_row, read_rows
 
 
 def once(path, columns, key, run):
-    """The row {column: string} of a CSV file whose first columns are `key`. Where there is none, run() -> {column: value}."""
+    """The row {column: string} of a CSV file whose first columns are `key`; if missing, that of run() -> {column: value}."""
     utils.make_parent(path)
     wanted = dict(zip(columns, map(str, key)))
     if done := [row for row in read_rows(path, columns) if wanted.items() <= row.items()]:
@@ -17,22 +17,22 @@ def once(path, columns, key, run):
     start, about = time.time(), wanted | {"revision": utils.git_revision()}
     values = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in run().items()}
     add_row(path, columns, about | {"seconds": round(time.time() - start)} | values)
-    return once(path, columns, key, run)  # as the file has it
+    return once(path, columns, key, run)  # as read from the file
 
 
 def train(main, argv, out):
-    """Run a training main(argv) to its end -> its checkpoint, which is the file `out`. UserError where it was stopped."""
+    """Run a training main(argv) to its end -> its checkpoint, the file `out`. UserError if it was stopped."""
     main([*map(str, argv), "--out", str(out)])
     ckpt = checkpoints.load(out, ("vae", "dit", "vin"), "this study")
     if ckpt["step"] < ckpt["config"]["steps"]:
-        raise UserError("stopped: start again to go on with the runs that are not done")
+        raise UserError("stopped: start again to resume the unfinished runs")
     return ckpt
 
 
 def seconds_per_step(main, argv, out, least):
-    """Of a training, by the second half of a trial, after what is prepared and compiled; trials grow until they take `least`.
+    """Time per step, over the second half of a trial, without preparation and compilation; trials grow until they take `least`.
 
-    On a GPU thirty steps are a moment, in which kernels are chosen.
+    On a GPU, thirty steps are too short, as kernels are still being selected.
     """
     steps = 30
     utils.RunLog.EVERY = 10  # steps between rows of losses.csv

@@ -1,7 +1,7 @@
 """The tables of results in README.md, docs/compare.md and docs/results.md: python -m studies.tables prints them.
 
-They are in docs/results.csv, each figure with its interval, commit and data set where they are known. Those of the comparison
-are means over runs in docs/compare.csv, which a test computes again.
+They are in docs/results.csv, each figure with its interval, commit and data set if known. Those of the comparison
+are means over runs in docs/compare.csv, which a test recomputes.
 """
 
 import csv

@@ -1,18 +1,18 @@
-"""What the paper compares its choices with (Tables 2 and 3): trained, sampled and measured like the paper's.
+"""The alternatives that the paper compares its choices with (Tables 2 and 3): trained, sampled and measured alike.
 
-python -m studies.variants vae --modulation fmm --steps 600      vae.py with another decoder; all options of vae.py go
-python -m studies.variants dit --denoiser gpt                    dit.py with another denoiser; the decoder is the checkpoint's
-python -m studies.variants sample --classes 0                    sample.py of such checkpoints, whose names say what they hold
-python -m studies.variants evaluate --ckpt vae.pt                evaluate.py of them
+python -m studies.variants vae --modulation fmm --steps 600      vae.py with another decoder; takes all options of vae.py
+python -m studies.variants dit --denoiser gpt                    dit.py with another denoiser; the checkpoint sets the decoder
+python -m studies.variants sample --classes 0                    sample.py for such checkpoints, which name their variants
+python -m studies.variants evaluate --ckpt vae.pt                evaluate.py for such checkpoints
 
---modulation fmm | repeat            how generated numbers become a kernel        Table 2a
---reuse direct | none                which numbers of the tokens a layer gets     Table 2b
+--modulation fmm | repeat            how generated numbers modulate a kernel      Table 2a
+--reuse direct | none                which token numbers a layer gets             Table 2b
 --pos-size 1 | 2 | 4 | 16            height and width of the position code        Table 2c
 --upsampling pixelshuffle | bilinear from one level to the next                   Table 2d
 --side skip | none                   how maps of different sizes are combined     Table 2e
 --denoiser gpt | latte               the transformer of stage 2                   Table 3a
 
-The paper names these and gives no details: the docstrings say what was chosen. The number of tokens (2f) and the training of
+The paper names these without details: the docstrings state our choices. The number of tokens (2f) and the training of
 stage 2 (3b) are options of vae.py and dit.py.
 """
 
@@ -34,7 +34,7 @@ from nerv import GELU_GAIN, Block, ModulatedConv, NeRV, double
 
 
 class Multiplied:
-    """2a, what both have: a shared kernel [out, in, k, k], each entry times a factor that depends on the video."""
+    """2a, base of both: a shared kernel [out, in, k, k], each entry multiplied by a factor that depends on the video."""
 
     def __init__(self, config, in_ch, out_ch, kernel_size, *args, **kw):
         super().__init__(config, in_ch, out_ch, kernel_size, *args, **kw)
@@ -45,12 +45,12 @@ class Multiplied:
 class FMM(Multiplied):
     """2a, factorized multiplicative modulation of INR-GAN (Skorokhodov et al. 2021), as in DIGAN and StyleGAN-V.
 
-    The tokens give A [out, r] and B [r, in], r = 10 as there. The kernel is sigmoid(A B) at all k × k times a shared one.
+    The tokens give A [out, r] and B [r, in], r = 10 as there. The kernel is sigmoid(A B), at all k × k, times a shared one.
     """
 
     rank = 10
 
-    def add_head(self, config, entries, std):  # entries of A B start at about unit scale
+    def add_head(self, config, entries, std):  # entries of A B start near unit scale
         super().add_head(config, self.rank * sum(self.kernel_shape[:2]), self.rank**-0.25)
 
     def weight(self, tokens):
@@ -63,7 +63,7 @@ class FMM(Multiplied):
 class Repeat(Multiplied):
     """2a, FastNeRV (Chen et al. 2024): generated numbers [out, N], repeated along the inputs, times a shared kernel.
 
-    Each token gives one number for every output channel. They start around one, so that training starts at the shared kernel.
+    Each token gives one number per output channel. They start near one, so that training starts at the shared kernel.
     """
 
     def add_head(self, config, entries, std):
@@ -78,10 +78,10 @@ class Repeat(Multiplied):
 
 
 class DirectReuse:
-    """2b: the same numbers in every layer, all N × d of the tokens, repeated or cut to the size of the layer's block."""
+    """2b: the same numbers in every layer, all N × d of the tokens, repeated or truncated to the size of the layer's block."""
 
     def add_head(self, config, entries, std):
-        self.std = std  # tokens are of about unit scale
+        self.std = std  # tokens have about unit scale
         self.offset = nn.Parameter(torch.randn(entries) * std)
 
     def generate(self, tokens):
@@ -93,7 +93,7 @@ class DirectReuse:
 class NoReuse(DirectReuse):
     """2b: every number of the tokens is one entry of one kernel. Each layer has its share, and a block of as many channels."""
 
-    side, start = "residual", 0  # of the decoder, on which the number of layers depends; of the share, set once they are there
+    side, start = "residual", 0  # the decoder's, which sets the number of layers; start of the share, set by the decoder
 
     def __init__(self, config, in_ch, out_ch, kernel_size, block_in, block_out, **kw):
         levels = (config.resolution // config.pos_size).bit_length() - 1
@@ -101,7 +101,7 @@ class NoReuse(DirectReuse):
         share = config.num_tokens * config.token_dim // layers
         channels = math.isqrt(share // kernel_size**2)
         if not channels:
-            raise ValueError(f"reuse none: the {share} numbers of a layer are no kernel of {kernel_size} x {kernel_size}")
+            raise ValueError(f"reuse none: the {share} numbers of a layer cannot fill a {kernel_size} x {kernel_size} kernel")
         super().__init__(config, in_ch, out_ch, kernel_size, min(channels, block_in), min(channels, block_out), **kw)
 
     def generate(self, tokens):
@@ -109,7 +109,7 @@ class NoReuse(DirectReuse):
 
 
 class PixelShuffle:
-    """2d: a 3×3 convolution to four times the channels, which become 2 × 2 pixels (NeRV); the block grows fourfold too."""
+    """2d: a 3×3 convolution to four times the channels, which become 2 × 2 pixels (NeRV); the block grows fourfold, too."""
 
     def __init__(self, config, in_ch, out_ch, kernel_size, block_in, block_out, upsample=False, gain=1.0):
         if upsample:
@@ -178,7 +178,7 @@ CHOICES = {  # option -> its values, the paper's first
 
 
 def decoder(**choices):
-    """The class of a decoder with other than the paper's CHOICES; its name says which, as in "NeRV side=skip"."""
+    """The class of a decoder with CHOICES other than the paper's; its name lists them, as in "NeRV side=skip"."""
     other = {name: choices[name] for name, (first, *_) in CHOICES.items() if choices.get(name, first) != first}
     if not other:
         return NeRV
@@ -202,13 +202,13 @@ def decoder(**choices):
 
 
 class GPT(dit.DiT):
-    """3a, G.pt (Peebles et al. 2022): a pre-norm transformer, without a mask; timestep and class are two tokens in front."""
+    """3a, G.pt (Peebles et al. 2022): a pre-norm transformer without a mask; timestep and class are two tokens in front."""
 
     def __init__(self, config):
         super().__init__(config)
         kw = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
         layer = nn.TransformerEncoderLayer(config.width, config.heads, 4 * config.width, **kw)
-        self.blocks = nn.TransformerEncoder(layer, config.depth, enable_nested_tensor=False)  # copies of one start
+        self.blocks = nn.TransformerEncoder(layer, config.depth, enable_nested_tensor=False)  # identical copies
         for parameter in self.blocks.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
@@ -221,7 +221,7 @@ class GPT(dit.DiT):
 
 
 class LatteBlock(dit.DiTBlock):
-    """A DiT block within each row of tokens, or within each column; rows is how many there are, or 0 for a near square."""
+    """A DiT block within each row of tokens, or within each column; rows: their number, or 0 for a near square."""
 
     def __init__(self, config, columns, rows=0):
         super().__init__(config.width, config.heads)
@@ -237,9 +237,9 @@ class LatteBlock(dit.DiTBlock):
 
 
 class Latte(dit.DiT):
-    """3a, Latte (Ma et al. 2024): blocks within a frame and blocks across frames take turns.
+    """3a, Latte (Ma et al. 2024): blocks alternate between within a frame and across frames.
 
-    Weight tokens have no frames: they are cut, as they come, into rows as many as the largest divisor of N up to its root.
+    Weight tokens have no frames: they are split in order into rows, as many as the largest divisor of N up to its root.
     """
 
     rows = 0
@@ -253,12 +253,12 @@ DENOISERS = {"dit": dit.DiT, "gpt": GPT, "latte": Latte}
 
 
 def load_vae(ckpt):
-    """vae.load_vae with the decoder that the checkpoint names."""
+    """vae.load_vae with the checkpoint's decoder."""
     return vae.load_vae(ckpt, decoder(**dict(part.split("=") for part in ckpt["decoder"].split()[1:])))
 
 
 def load_dit(ckpt):
-    """dit.load_dit with the denoiser and the decoder that the checkpoint names."""
+    """dit.load_dit with the checkpoint's denoiser and decoder."""
     return dit.load_dit(ckpt, next((cls for cls in DENOISERS.values() if cls.__name__ == ckpt["denoiser"]), dit.DiT), load_vae)
 
 
@@ -279,7 +279,7 @@ def main(argv=None):
     elif script == "evaluate":
         evaluate.main(utils.parse_options(evaluate.Config, evaluate.__doc__, argv=rest), load_dit, load_vae)
     else:
-        raise utils.UserError("name a script first: vae, dit, sample or evaluate")
+        raise utils.UserError("give a script first: vae, dit, sample or evaluate")
 
 
 if __name__ == "__main__":

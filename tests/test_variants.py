@@ -89,7 +89,7 @@ def test_no_reuse_and_multiplication_do_not_go_together():
     assert variants.decoder() is variants.decoder(side="residual", reuse="multihead") is nerv.NeRV
     with pytest.raises(UserError, match="reuse none has too few numbers for modulation fmm"):
         variants.decoder(reuse="none", modulation="fmm")
-    with pytest.raises(ValueError, match="the 6 numbers of a layer are no kernel of 3 x 3"):
+    with pytest.raises(ValueError, match="the 6 numbers of a layer cannot fill a 3 x 3 kernel"):
         tiny(reuse="none")
 
 
