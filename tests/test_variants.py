@@ -108,13 +108,13 @@ def test_a_variant_is_trained_sampled_and_measured(tmp_path, monkeypatch, capsys
     network = variants.load_vae(ckpt).nerv
     assert ckpt["decoder"] == type(network).__name__ == name and network.config.pos_size == 4
     for load in (lambda: vae.load_vae(ckpt), lambda: dit.main(["--steps", "1"])):
-        with pytest.raises(UserError, match=f"its decoder is '{name}', not 'NeRV'"):
+        with pytest.raises(UserError, match=f"its network is '{name}', not 'NeRV'"):
             load()
     variants.main(f"dit --denoiser latte --num-latents 4 --width 24 --depth 2 --extras {tiny}".split())
     ckpt = torch.load("dit.pt", weights_only=True)
     model, autoencoder, _ = variants.load_dit(ckpt)
     assert type(model) is variants.Latte and type(autoencoder.nerv).__name__ == name
-    with pytest.raises(UserError, match="its denoiser is 'Latte', not 'DiT'"):
+    with pytest.raises(UserError, match="its network is 'Latte', not 'DiT'"):
         dit.load_dit(ckpt, load_vae=variants.load_vae)
     variants.main("sample --classes 0 --steps 2".split())
     assert (tmp_path / "out/samples/samples.png").is_file()
