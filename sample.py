@@ -33,16 +33,16 @@ class Config:
     predict: list = option(
         "what", [], "go on from the first frames of FILEs; --classes may name theirs", nargs="+", metavar="FILE"
     )
-    refine: int = option("what", 0, "gradient steps on the tokens of FILEs, or on predicted ones by the given frames")
+    refine: int = option("what", 0, "gradient steps that fit the tokens to the FILEs, or predicted tokens to the given frames")
     time_scale: float = option("time", 1.0, "decoded frames per frame of the training clips: 8 decodes 128 in the time of 16")
     extrapolate: float = option("time", 0.0, "continue for the time of this many training frames beyond the end of the clip")
-    fps: float = option("time", 12.0, "frames per second of what is written")
+    fps: float = option("time", 12.0, "frames per second of the written videos")
     steps: int = option("sampling", 20, "evaluations of the denoiser, 1 to 1000; ddim takes about 100 for the same")
     sampler: str = option("sampling", "dpm", "DPM-Solver++, DDIM, or ancestral", choices=["dpm", "ddim", "ddpm"])
     guidance: float = option("sampling", 2.0, "scale of classifier-free guidance; 1 is none")
-    seed: int = option("sampling", 0, "of the noise")
-    out_dir: str = option("output", "out/samples", "where the videos go")
-    page: str = option("output", "", "write a page that generates in the browser, and end", metavar="FILE.html")
+    seed: int = option("sampling", 0, "seed for the noise")
+    out_dir: str = option("output", "out/samples", "directory for the videos")
+    page: str = option("output", "", "only write a page that generates in the browser", metavar="FILE.html")
 
 
 INTERP_STEPS = 7  # videos from each one to the next, both ends included

@@ -200,8 +200,10 @@ def reconstruct(vae, clips, device, t=None, batch_size=16):
 
 @dataclass
 class Config:
-    dataset: str = option("data", "shapes", "built-in shapes, a folder of videos, or one as distributed", choices=data.DATASETS)
-    data_dir: str = option("data", "", "where it is, if not in its usual place; classes of a folder are its sub-folders")
+    dataset: str = option(
+        "data", "shapes", "built-in, a folder of videos, or public ones as distributed", choices=data.DATASETS
+    )
+    data_dir: str = option("data", "", "its directory, if not the default; sub-folders of a folder are classes")
     stride: int = option("data", 1, "frames of the video per frame of the clip")
     flip: bool = option("data", False, "mirror half of the training clips, left to right")
     preset: str = option("model", "", "sizes to start from; nano for synthetic data, S for videos", choices=list(nerv.CONFIGS))
@@ -210,7 +212,7 @@ class Config:
     num_tokens: int = option("model", 128, "N, weight tokens of a video")
     token_dim: int = option("model", 128, "d, width of a token")
     width: int = option("model", 128, "D, channels of the decoder; its last block has 2D (nano: D)")
-    extras: list = option("model", [], "not the paper's: see extras/; without a name, all are off", nargs="*", metavar="NAME")
+    extras: list = option("model", [], "not in the paper: see extras/; without a name, all are off", nargs="*", metavar="NAME")
     steps: int = option("training", 2_000_000, "optimizer steps")
     batch_size: int = option("training", 32, "clips per step, of all processes together")
     accumulate: int = option("training", 1, "parts of the batch, to save memory; batch norm sees one at a time")
@@ -219,7 +221,7 @@ class Config:
     )
     lr: float = option("training", 1e-4, "peak learning rate, reached after the warm-up, then cosine decay")
     warmup: int = option("training", 10_000, "steps of linear warm-up")
-    seed: int = option("training", 0, "of weights, data order and noise")
+    seed: int = option("training", 0, "seed for weights, data order and noise")
     kl_weight: float = option("losses", 1e-5, "of the KL: a sum over tokens and widths, mean over clips (L2: mean over pixels)")
     lpips: str = option("losses", "vgg", "backbone of the perceptual loss", choices=["vgg", "alex", "none"])
     lpips_weight: float = option("losses", 1.0, "weight of the perceptual loss")
@@ -228,7 +230,7 @@ class Config:
     compile: str = option("machine", "auto", "torch.compile; auto: with CUDA", choices=["auto", "on", "off"])
     recompute: bool = option("machine", False, "activation checkpointing of the encoder, to save memory")
     out: str = option("output", "vae.pt", "the checkpoint; losses and sample grids go to runs/vae beside it")
-    resume: bool = option("output", False, "continue from the checkpoint --out where it exists")
+    resume: bool = option("output", False, "continue from the checkpoint --out, if it exists")
     save_every: int = option("output", 500, "steps between checkpoints and previews")
 
 
