@@ -21,10 +21,10 @@ BELOW = {
     "bench": {"common", "extras", "root", "siblings", "studies", "bench"},
     "studies": {"common", "extras", "root", "siblings", "studies"},
 }
-MOST_LINES = {  # the aim is 360 for dit.py, 1,100 for common, 1,400 for studies and 5,000 for tests: lower these as they shrink
+MOST_LINES = {  # the aim is 1,100 for common and 5,000 for tests: lower these as they shrink
     "nerv.py": 220, "vae.py": 360, "dit.py": 360, "losses.py": 130, "data.py": 300, "fvd.py": 320, "sample.py": 220,
     "evaluate.py": 330, "demo.py": 110, "common": 1435, "extras": 450, "siblings": 2800, "studies": 1500, "bench": 500,
-    "tests": 6200,
+    "tests": 6140,
 }  # fmt: skip
 ROOT_LINES, MAIN_LINES = 2400, 100
 
