@@ -197,11 +197,8 @@ def endless(dataset, stream, device=None):
     All cores of this process prefetch. For a CUDA device the memory is pinned, so that `to(device, non_blocking=True)` returns
     at once; torch reuses the memory only after the copy.
     """
-    workers, ahead, shape = (
-        max(1, utils.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
-        collections.deque(),
-        dataset[0][0].shape,
-    )
+    workers = max(1, utils.cores() // utils.local_processes())
+    ahead, shape = collections.deque(), dataset[0][0].shape
 
     def fill(rows, indices):
         labels = []

@@ -139,7 +139,7 @@ class Sampler:
 
 
 def predict(sampler, config):
-    """Go on from the first frames of real videos; the real clip is above."""
+    """Continue the first frames of real videos; the sheet shows each real clip above its predictions."""
     cond_frames = sampler.dit.config.cond_frames if sampler.dit else 1
     real, lengths = sampler.read(config.predict, needed=max(1, cond_frames))
     labels = [k for k in sampler.labels_of_files() for _ in range(config.count)]

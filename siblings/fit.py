@@ -229,7 +229,7 @@ class Fit:
     def state_dict(self):
         own = {"own": torch.from_numpy(self.own)} if self.method.flow else {}
         counts = {"steps": self.steps, "seconds": self.seconds, "curve": self.curve, "recent": self.recent}
-        return {"network": self.network.state_dict(), "update": self.update.state_dict(), **counts, **own}
+        return {"network": self.network, "update": self.update, **counts, **own}  # made plain when it is saved
 
     def load_state_dict(self, state):
         self.network.load_state_dict(state["network"])
@@ -270,7 +270,7 @@ def fit(source, config):
         print(f"{one.name}: {size:,} parameters, strides {one.plan.strides}, channels {one.plan.channels}{going}")
 
     def save():
-        checkpoints.save(run / "state.pt", stage="fit", about=about, fits={one.name: one.state_dict() for one in fits})
+        checkpoints.save(run / "state.pt", stage="fit", about=about, fits={one.name: one for one in fits})
 
     saved = time.monotonic()
     with utils.Interrupt() as interrupt, utils.bar(desc="fitting", total=100, unit="%") as bar:

@@ -199,7 +199,7 @@ def train(method, lr, seed, config, out):
         if method == "frames":
             network, steps = train_frames(network, train_set, config, lrs[0], seed, config.first * seconds)
         about = {"stage": "vae", "step": steps, "config": dataclasses.asdict(clips), "classes": list(train_set.classes)}
-        checkpoints.save(out / "vae.pt", **about, rival=sizes, ema=network.state_dict())
+        checkpoints.save(out / "vae.pt", **about, rival=sizes, ema=network)
     options = config.dit_options if method == "ours" else f"{config.rival_options} --compile off"
     argv = ["--ckpt", out / "vae.pt", *common, *shlex.split(options), "--lr", lrs[1]]
     main = functools.partial(dit.main, denoiser=denoiser_of(method, config.num_frames), load_vae=load_vae)
