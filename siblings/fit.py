@@ -40,7 +40,7 @@ from siblings import codec, container, methods, rd, xinc
 from siblings.components import Flow
 from siblings.fitted import MOST, FittedVideo, decoded, packed, unpack
 from siblings.frames import check_target, frame_range, join, read_video
-from siblings.methods import METHODS, Network
+from siblings.methods import ALL, METHODS, Network
 from siblings.results import families, table
 from siblings.videofile import VideoFile
 
@@ -128,7 +128,7 @@ class Fit:
     """One method's network in training: its steps, the seconds they took, and points of its curve."""
 
     def __init__(self, name, video, config, device):
-        self.name, self.video, self.config, self.device, self.method = name, video, config, device, METHODS[name]
+        self.name, self.video, self.config, self.device, self.method = name, video, config, device, ALL[name]
         try:
             self.plan = methods.plan(self.method, parameters(config.size), len(video), video.height, video.width)
         except ValueError as error:
@@ -246,8 +246,8 @@ MARKS = [2.0**-k for k in range(7, 0, -1)] + [0.75]  # fractions of the training
 def fit(source, config):
     """Fit one network per method to the video `source`, in turns, and write one file each."""
     names = config.method.split(",")
-    if wrong := [name for name in names if name not in METHODS or names.count(name) > 1]:
-        raise UserError(f"--method {wrong[0]}: choose from {', '.join(METHODS)}, each at most once")
+    if wrong := [name for name in names if name not in ALL or names.count(name) > 1]:
+        raise UserError(f"--method {wrong[0]}: choose from {', '.join(ALL)}, each at most once")
     if not 4 <= config.bits <= 8:
         raise UserError(f"--bits {config.bits}: must be from 4 to 8")
     utils.check_positive(config, "minutes")

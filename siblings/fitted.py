@@ -13,7 +13,7 @@ from common.video import to_frames
 from siblings import container, entropy, methods
 from siblings.components import Plan
 from siblings.frames import LARGEST
-from siblings.methods import METHODS, Network
+from siblings.methods import ALL, Network
 
 MOST = 10**8  # parameters of a network
 
@@ -79,19 +79,19 @@ class FittedVideo:
             (self.width, self.height), self.frames, self.rate = header["size"], header["frames"], header["rate"]
             self.method, self.bits, steps, channels = header["method"], header["bits"], header["strides"], header["channels"]
             whole = [self.width, self.height, self.frames, self.bits, *steps, *channels]
-            good = header["kind"] == "fit" and all(type(n) is int and n > 0 for n in whole) and self.method in METHODS
+            good = header["kind"] == "fit" and all(type(n) is int and n > 0 for n in whole) and self.method in ALL
             good = good and 4 <= self.bits <= 8 and 0 < self.rate < 1e6 and max(steps) <= 8 and max(channels) <= 2**16
             good = good and 1 <= len(steps) <= 16 and len(channels) == len(steps) + 1 and self.frames <= 10**7
             plan = Plan(self.frames, self.height, self.width, steps, channels)
             good = good and self.width * self.height <= LARGEST and math.prod(plan.padded) <= 16 * LARGEST
             # Checked before allocating anything of that size; a parameter takes at least this much of a file.
-            self.parameters = methods.count(METHODS[self.method], plan, codes=True) if good else 0
+            self.parameters = methods.count(ALL[self.method], plan, codes=True) if good else 0
         except (KeyError, TypeError, ValueError, RuntimeError):
             good = False
         if not good or self.parameters > min(MOST, 2**14 * reader.length):
             raise container.BadFile(path, "its header is not that of a video written by this program")
         self.path, self.length = path, reader.length
-        self.network = Network(METHODS[self.method], plan).to(device).eval().requires_grad_(False)
+        self.network = Network(ALL[self.method], plan).to(device).eval().requires_grad_(False)
         try:
             unpack(self.network, [reader[i] for i in range(len(reader))], self.bits)
         except ValueError:

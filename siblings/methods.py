@@ -77,6 +77,21 @@ METHODS = {
 METHODS["rnerv+"] = replace(METHODS["rnerv"], skip=partial(parts.TimeSkip, bright=True))
 METHODS["ffnerv-flowless"] = replace(METHODS["ffnerv"], flow=False)
 METHODS["rnerv-steep"] = replace(METHODS["rnerv-text"], reduction=2.0)
+# One column at a time changed from rnerv (HTD §4.2, Figs. 5 to 7); HiNeRV's blocks rely on the upsampling of its skips.
+COMPONENTS = {
+    "rnerv-mlp": {"encoding": None, "stem": parts.mlp_stem},
+    "rnerv-transformer": {"encoding": None, "stem": parts.TransformerStem},
+    "rnerv-hierarchical": {"encoding": parts.HierarchicalGrid, "stem": partial(parts.conv_stem, kernel=3)},
+    "rnerv-content": {"encoding": parts.Content, "stem": partial(CODES, act=nn.GELU)},
+    "rnerv-nerv-block": {"block": parts.nerv_block},
+    "rnerv-grouped-block": {"block": parts.grouped_block, "multiple": 8},
+    "rnerv-hinerv-block": {"block": parts.convnext_block, "skip": parts.LocalGridSkip},
+    "rnerv-skipless": {"skip": None},
+    "rnerv-flow": {"flow": True},
+    "rnerv-kernels": {"kernels": (1, 5)},
+    "rnerv-flat": {"reduction": 1.2},
+}
+ALL = METHODS | {name: replace(METHODS["rnerv"], **changed) for name, changed in COMPONENTS.items()}
 
 
 class Network(nn.Module):

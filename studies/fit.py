@@ -2,6 +2,7 @@
 
 python -m studies.fit --video bunny.mp4 --resize 160x320 --frames 0:132          ten minutes per method, three seeds
 python -m studies.fit --video bunny.mp4 --resize 160x320 --minutes 3 --seeds 1 --methods ffnerv rnerv
+python -m studies.fit --video bunny.mp4 --methods rnerv rnerv-mlp …               single components changed: methods.COMPONENTS
 python -m studies.fit parity --peers DIR                                         our methods against the published code
 
 Each seed is one run of siblings.fit, which is resumed if interrupted and not repeated.
@@ -17,7 +18,7 @@ import numpy as np
 
 from common import utils
 from common.utils import UserError, option
-from siblings.methods import METHODS
+from siblings.methods import ALL, METHODS
 from siblings.results import table
 from studies import fit_parity
 
@@ -29,7 +30,7 @@ class Config:
     video: str = option("what", "", "the video to fit")
     resize: str = option("what", "", "fit it at this height and width, as in 160x320, cropped to that shape")
     frames: str = option("what", "", "range of its frames, end excluded, as in 0:132; default: all")
-    methods: list = option("what", list(METHODS), "rows of siblings/methods.py", nargs="+", choices=list(METHODS))
+    methods: list = option("what", list(METHODS), "rows of siblings/methods.py", nargs="+", choices=list(ALL), metavar="NAME")
     size: str = option("what", "1.5M", "parameters of each")
     minutes: float = option("training", 10.0, "per method and seed")
     seeds: int = option("training", 3, "runs of each method")

@@ -14,7 +14,7 @@ from siblings import components as parts
 from siblings import container, fit, fitted, methods, xinc
 from siblings.components import Plan
 from siblings.frames import read_video
-from siblings.methods import METHODS, Network
+from siblings.methods import ALL, METHODS, Network
 
 CURVES = fit.families
 TINY = "--steps 6 --size 20k --lr 5e-3"
@@ -145,7 +145,7 @@ def test_every_method_overfits(name, tmp_path):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 90)])
 def test_videos_of_odd_shapes(shape, tmp_path):
-    for name in METHODS:
+    for name in ALL:
         one = fit.Fit(name, Frames(moving_frames(*shape)), fit.Config(size="40k", steps=2), CPU)
         one.step()
         one.write(tmp_path / "a.nerv")
