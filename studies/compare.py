@@ -8,7 +8,6 @@ pixels    no autoencoder: a DiT on space-time patches of pixels, which predicts 
 
 pip install -r studies/requirements.txt                                   diffusers, for the autoencoder's parts
 python -m studies.compare --dataset sprites                               three learning rates, three seeds: 27 hours
-python -m studies.compare --dataset sprites --minutes 10 --seeds 1 --lrs 1
 
 All denoisers have one size, train in dit.py's loop and are measured by evaluate.py, whose reports are beside the
 checkpoints. Each finished run is a row of runs.csv, and is not repeated. Learning rates are multiples of each method's own;
@@ -46,7 +45,9 @@ from studies import runs
 from studies.variants import Latte
 
 METHODS = {"ours": (1.5e-3, 4e-3), "frames": (1e-3, 1e-3), "pixels": (0, 1e-3)}  # learning rates of both stages
-VAE = "--num-tokens 64 --token-dim 64 --extras mixing=8 muon edges basis=512 --lpips alex --kl-weight 2e-8 --warmup 100"
+VAE = (
+    "--num-tokens 64 --token-dim 64 --extras mixing=8 renorm=0 muon edges basis=512 --lpips alex --kl-weight 2e-8 --warmup 100"
+)
 DIT = "--width 192 --heads 6 --num-latents 4500"
 RIVAL = f"{DIT} --extras muon --batch-size 32 --scheduled-sampling 0"
 SHOWN = ["seconds", "steps", "numbers", "rFVD", "PSNR", "LPIPS", "gFVD", "agreement", "diversity", "nearest", "seconds a clip"]

@@ -1,7 +1,6 @@
 """The NeRV family on one video in equal time over several seeds: the reports of siblings.fit, combined.
 
 python -m studies.fit --video bunny.mp4 --resize 160x320 --frames 0:132          ten minutes per method, three seeds
-python -m studies.fit --video bunny.mp4 --resize 160x320 --minutes 3 --seeds 1 --methods ffnerv rnerv
 python -m studies.fit --video bunny.mp4 --methods rnerv rnerv-mlp …               single components changed: methods.COMPONENTS
 python -m studies.fit parity --peers DIR                                         our methods against the published code
 
