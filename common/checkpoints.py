@@ -12,21 +12,17 @@ A checkpoint is a dictionary of tensors, numbers and strings. It is loaded with 
     training  state that only resuming needs: the parameters themselves, optimizers
 
 Each stage adds entries of its own, such as the sizes of its networks; dit and vin include all of stage 1.
-
-    python -m common.checkpoints dit.pt small.pt     an export for others: half precision, no training state, no paths
 """
 
 import contextlib
 import dataclasses
 import json
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common.utils import UserError, bar, git_revision, max_over_ranks, run, whole
+from common.utils import UserError, bar, git_revision, max_over_ranks, whole
 
 FORMAT = "nerv-diffusion 6"
 
@@ -60,8 +56,6 @@ def resume(config, stage, **fixed):
     if not (config.resume and Path(config.out).is_file()):
         return None
     ckpt = load(config.out, stage, "the command that you gave")
-    if "training" not in ckpt:
-        raise UserError(f"{config.out} is an export without the training state: --resume needs the original")
     for name, value in dataclasses.asdict(config).items():
         if name not in FREE and value != ckpt["config"].get(name, value):
             raise UserError(
@@ -142,36 +136,3 @@ def fitting(found="", wanted=""):
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the checkpoint does not fit this code, train it again: {reason}") from None
-
-
-PRIVATE = {"data_dir", "ckpt", "out"}  # settings that name places on a machine
-
-
-def exported(ckpt):
-    """A checkpoint to publish: no `training`, no PRIVATE setting, ema in float16.
-
-    Tensors that float16 cannot represent stay in float32, as do batch norm's statistics: their means reach 30 deviations.
-    """
-
-    def short(name, x):
-        half = x.half()
-        return half if "running_" not in name and (half - x).norm() <= 2**-11 * x.norm() else x
-
-    ckpt = {name: value for name, value in ckpt.items() if name != "training"}
-    ckpt["config"] = {name: value for name, value in ckpt["config"].items() if name not in PRIVATE}
-    ckpt["ema"] = {name: short(name, x) for name, x in ckpt["ema"].items()}
-    return ckpt | ({"vae": exported(ckpt["vae"])} if "vae" in ckpt else {})
-
-
-def main():
-    if len(sys.argv) != 3:
-        raise UserError("give two file names: python -m common.checkpoints dit.pt small.pt")
-    source, out = sys.argv[1:]
-    if os.path.exists(out):  # the original, perhaps
-        raise UserError(f"{out} already exists: give another file name")
-    save(out, **exported(load(source, ("dit", "vae", "vin"), "python dit.py")))
-    print(f"wrote {out}, {os.path.getsize(out) / 1e6:.2f} MB, from {source}, {os.path.getsize(source) / 1e6:.2f} MB")
-
-
-if __name__ == "__main__":
-    run(main)

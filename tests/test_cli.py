@@ -40,7 +40,7 @@ def check_error(stderr, *words):
         assert word in line
 
 
-@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "common.checkpoints"])  # which has no options
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_help_shows_every_option_with_its_default(name, call, capsys):
     assert call(name, "--help") == 0
     options = re.split(r"\n  --", capsys.readouterr().out)[1:]
