@@ -24,8 +24,6 @@ import torch.nn as nn
 from torch.distributed._functional_collectives import all_reduce  # torch.compile supports its gradient
 from tqdm import tqdm
 
-from common import plot
-
 
 class UserError(Exception):
     """Something the user can fix: shown as one line, exit status 2, no traceback."""
@@ -417,7 +415,7 @@ def log_directory(out):
 
 
 class RunLog:
-    """Progress bar, and losses.csv and losses.png in log_directory(out), written by rank 0.
+    """Progress bar, and losses.csv in log_directory(out), written by rank 0.
 
     `add(loss=…, …)` takes 0-d tensors; `step` reads them only every EVERY steps, to avoid synchronizing with the GPU. A row of
     the CSV is the mean over the steps since the last row and over processes.
@@ -456,7 +454,7 @@ class RunLog:
         return True
 
     def write(self):
-        """Write losses.csv and losses.png."""
+        """Write losses.csv."""
         if self.rank or not self.rows:
             return
         names = list(dict.fromkeys(k for row in self.rows for k in row))  # the adversarial losses start later
@@ -464,8 +462,6 @@ class RunLog:
             writer = csv.DictWriter(f, names, lineterminator="\n")
             writer.writeheader()
             writer.writerows({k: f"{v:.9g}" for k, v in row.items()} for row in self.rows)  # float32, exactly
-        with whole(self.directory / "losses.png") as part:
-            plot.curves(part, [("step", k, [(r["step"], r[k]) for r in self.rows if k in r]) for k in names[2:]])
 
     def close(self, device):
         self.print(f"wrote {self.out}; losses and sheets are in {self.directory}; {peak_memory(device):.2f} GiB at most")

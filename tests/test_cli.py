@@ -73,9 +73,8 @@ def test_training_leaves_checkpoints_losses_and_sheets(trained):
             rows = list(csv.DictReader(f))
         assert set(rows[-1]) == {"step", "seconds"} | curves and rows[-1]["step"] == "2"
         assert all(0 < float(rows[-1][k]) < 1e4 for k in curves)
-        for name in ("losses.png", "step0000002.png"):
-            with Image.open(run / name) as image:
-                assert min(image.size) > 60
+        with Image.open(run / "step0000002.png") as image:
+            assert min(image.size) > 60
     assert not list(trained.rglob("*.part"))
     config = checkpoints.load(trained / "vae.pt", "vae", "")["config"]
     for name, value in vae.preset_defaults(argparse.Namespace(dataset="shapes", preset="")).items():

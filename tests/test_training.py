@@ -305,6 +305,20 @@ def test_a_step_that_is_not_finite_changes_nothing_and_many_in_a_row_end_the_tra
         again.check(19)
 
 
+def test_a_log_has_means_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(utils.RunLog, "EVERY", 5)
+    for start in (0, 10):
+        log = utils.RunLog(tmp_path / "vae.pt", 20, start)
+        for step in range(start, start + 10):
+            late = {"late": torch.tensor(2.0)} if step >= 10 else {}
+            log.add(loss=torch.tensor(1.0 + step), **late)
+            log.step(step)
+        log.write(), log.print("a message")
+    rows = [list(row.values()) for row in losses_of(tmp_path / "runs/vae")]
+    assert rows == [[5, 3], [10, 8], [15, 13, 2], [20, 18, 2]]
+    assert capsys.readouterr().out.count("s: a message\n") == 2
+
+
 def test_gradients_are_clipped_averages_move_rates_decay_and_each_step_has_its_noise():
     layer = torch.nn.Linear(2, 1, bias=False)
     layer.weight.grad, before = torch.tensor([[30.0, 40.0]]), layer.weight.detach().clone()
