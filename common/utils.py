@@ -284,14 +284,11 @@ class FiniteStep:
     No value leaves the device, so a GPU never waits for the host: an optimizer changes nothing if its found_inf is 1.
     """
 
-    LIMIT = 20  # consecutive skipped steps that end a training
-
     def __init__(self, network, optimizer):
         self.parameters, self.optimizer = list(network.parameters()), optimizer
-        self.in_a_row = torch.zeros((), device=self.parameters[0].device)
 
     def __call__(self, loss, lr):
-        """One step at learning rate lr with the parameters' .grad, which it then clears; loss is 0-d, of this process."""
+        """One step with the parameters' .grad, which it clears; loss: 0-d, of this process -> 1.0 if it was skipped, or 0.0."""
         loss, parameters = loss.detach(), [p for p in self.parameters if p.grad is not None]
         if dist.is_initialized():
             flat = average_over_ranks(torch.cat([loss.float().view(1), *(p.grad.flatten() for p in parameters)]))
@@ -300,25 +297,18 @@ class FiniteStep:
             torch._foreach_copy_([p.grad for p in parameters], [part.view_as(p) for p, part in zip(parameters, parts)])
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         bad = (~torch.isfinite(norm + loss.sum())).float()
-        self.in_a_row.copy_((self.in_a_row + bad) * bad)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-    def check(self, step):
-        """UserError after LIMIT skipped steps in a row; synchronizes with the GPU."""
-        if self.in_a_row >= self.LIMIT:
-            what = f"{int(self.in_a_row)} steps in a row, last in step {step + 1}"
-            raise UserError(f"no finite loss or gradient in {what}: check the data, or --resume with a smaller --lr")
+        return bad
 
     def state_dict(self):
-        return {"optimizer": self.optimizer.state_dict(), "in_a_row": self.in_a_row}
+        return {"optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state):
         self.optimizer.load_state_dict(state["optimizer"])
-        self.in_a_row.copy_(state["in_a_row"])
 
 
 @torch.no_grad()
@@ -443,15 +433,16 @@ class RunLog:
             self.pending.setdefault(k, []).append(v.detach())
 
     def step(self, step):
-        """Count a step; returns True if the values were read in it."""
+        """Count a step. UserError if FiniteStep skipped all of them since the last row."""
         self.bar.update()
         if (step + 1) % self.EVERY and step + 1 != self.steps:
-            return False
+            return
         means = average_over_ranks(torch.stack([torch.stack(v).float().mean() for v in self.pending.values()]))
         means, self.pending = dict(zip(self.pending, means.tolist())), {}
+        if means.get("skipped") == 1:
+            raise UserError(f"no finite loss or gradient to step {step + 1}: check the data, or --resume with a smaller --lr")
         self.rows.append({"step": step + 1, "seconds": round(time.time() - self.start, 1), **means})
         self.bar.set_postfix_str(" ".join(f"{k} {v:.4g}" for k, v in means.items()))
-        return True
 
     def write(self):
         """Write losses.csv."""

@@ -71,7 +71,7 @@ def test_training_leaves_checkpoints_losses_and_sheets(trained):
         assert "model" in ckpt["training"] and "training" not in ckpt.get("vae", {})
         with open(run / "losses.csv") as f:
             rows = list(csv.DictReader(f))
-        assert set(rows[-1]) == {"step", "seconds"} | curves and rows[-1]["step"] == "2"
+        assert set(rows[-1]) == {"step", "seconds", "skipped"} | curves and rows[-1]["step"] == "2"
         assert all(0 < float(rows[-1][k]) < 1e4 for k in curves)
         with Image.open(run / "step0000002.png") as image:
             assert min(image.size) > 60

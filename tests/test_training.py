@@ -177,8 +177,8 @@ stage = importlib.import_module(sys.argv.pop(1))
 from common import utils
 finite_step = utils.FiniteStep.__call__
 def slow(self, loss, lr):
-    finite_step(self, loss, lr)
     time.sleep(0.1 + 0.4 * utils.rank())  # the second process comes late to each step
+    return finite_step(self, loss, lr)
 utils.FiniteStep.__call__ = slow
 utils.run(stage.main)
 """
@@ -274,7 +274,7 @@ def test_batch_norm_is_that_of_torch(compiled, tmp_path):
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=0.02, atol=0.02)
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_many_in_a_row_end_the_training():
+def test_a_step_that_is_not_finite_changes_nothing():
     torch.manual_seed(0)
     layer, norm = torch.nn.Linear(3, 2), utils.BatchNorm(2)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1, fused=True)
@@ -283,7 +283,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_many_in_a_row_end_the_tra
     def train(x):
         loss = norm(layer(x)).pow(3).mean()
         loss.backward()
-        step(loss, 0.1)
+        return step(loss, 0.1)
 
     def state():
         moments = [v.clone() for s in optimizer.state.values() for v in s.values()]
@@ -292,31 +292,30 @@ def test_a_step_that_is_not_finite_changes_nothing_and_many_in_a_row_end_the_tra
     train(torch.randn(4, 3))
     for broken in (float("nan"), float("inf")):
         before = state()
-        train(torch.tensor([[broken, 0, 0], [1, 2, 3]]))
-        assert step.in_a_row == 1 and all(map(torch.equal, before, state()))
-        train(torch.randn(4, 3))
-        assert step.in_a_row == 0 and not any(map(torch.equal, before, state()))
-    for i in range(step.LIMIT):
-        step.check(i)
-        train(torch.full((2, 3), float("nan")))
-    again = utils.FiniteStep(layer, torch.optim.AdamW(layer.parameters(), fused=True))
-    again.load_state_dict(step.state_dict())  # counted over a resume
-    with pytest.raises(UserError, match="20 steps in a row, last in step 20.*smaller --lr"):
-        again.check(19)
+        assert train(torch.tensor([[broken, 0, 0], [1, 2, 3]])) == 1 and all(map(torch.equal, before, state()))
+        assert train(torch.randn(4, 3)) == 0 and not any(map(torch.equal, before, state()))
 
 
-def test_a_log_has_means_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_log_has_means_goes_on_and_ends_a_training_that_skips_every_step(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(utils.RunLog, "EVERY", 5)
     for start in (0, 10):
         log = utils.RunLog(tmp_path / "vae.pt", 20, start)
         for step in range(start, start + 10):
             late = {"late": torch.tensor(2.0)} if step >= 10 else {}
-            log.add(loss=torch.tensor(1.0 + step), **late)
+            log.add(loss=torch.tensor(1.0 + step), skipped=torch.tensor(float(step % 5 > 2)), **late)
             log.step(step)
         log.write(), log.print("a message")
     rows = [list(row.values()) for row in losses_of(tmp_path / "runs/vae")]
-    assert rows == [[5, 3], [10, 8], [15, 13, 2], [20, 18, 2]]
+    assert rows == [
+        [5, 3, pytest.approx(0.4)],
+        [10, 8, pytest.approx(0.4)],
+        [15, 13, pytest.approx(0.4), 2],
+        [20, 18, pytest.approx(0.4), 2],
+    ]
     assert capsys.readouterr().out.count("s: a message\n") == 2
+    log.add(loss=torch.tensor(float("nan")), skipped=torch.tensor(1.0))
+    with pytest.raises(UserError, match="no finite loss or gradient to step 25: .*smaller --lr"):
+        log.step(24)
 
 
 def test_gradients_are_clipped_averages_move_rates_decay_and_each_step_has_its_noise():
