@@ -352,7 +352,7 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
         log.add(skipped=optimizer_step(loss, lr))
         utils.update_ema(ema, model, 0.99 if nano else 0.9999, step)
         log.step(step)
-    log.close(device)
+    log.close()
 
 
 if __name__ == "__main__":

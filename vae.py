@@ -348,7 +348,7 @@ def main(argv=None, decoder=nerv.NeRV):
         if update:
             disc_step(disc_loss, lr * GAN_LR)  # of the loss, only whether it is finite matters
         log.step(step)
-    log.close(device)
+    log.close()
 
 
 if __name__ == "__main__":

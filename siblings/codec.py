@@ -405,7 +405,7 @@ def train(config):
         log.add(skipped=optimizer_step(loss, lr))
         utils.update_ema(ema, codec, 0.99 if "ema" in codec.chosen else 0.0, step)  # without "ema", this copies the codec
         log.step(step)
-    log.close(device)
+    log.close()
 
 
 # ---------------------------------------------------------------------------------------------------------- other commands

@@ -292,7 +292,7 @@ def train(argv=None, denoiser=VIN):
         log.add(skipped=optimizer_step(loss, lr))
         utils.update_ema(ema, model, 0.99 if nano else 0.9999, step)
         log.step(step)
-    log.close(device)
+    log.close()
 
 
 # --------------------------------------------------------------------------------------------------------------- sampling
