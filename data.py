@@ -197,7 +197,7 @@ def endless(dataset, stream, device=None):
     All cores of this process prefetch. For a CUDA device the memory is pinned, so that `to(device, non_blocking=True)` returns
     at once; torch reuses the memory only after the copy.
     """
-    workers = max(1, utils.cores() // utils.local_processes())
+    workers = max(1, utils.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     ahead, shape = collections.deque(), dataset[0][0].shape
 
     def fill(rows, indices):
@@ -267,7 +267,7 @@ def describe(dataset):
             dataset.skip(path, error.reason)
 
     with ThreadPoolExecutor(utils.cores()) as pool:
-        list(utils.bar(pool.map(look, paths), "looking", len(paths), "video"))
+        list(utils.bar(pool.map(look, paths), "looking", len(paths), unit="video"))
     counts = collections.Counter(dataset.classes[label] for path, label in dataset.items if path in infos)
     yield f"{len(infos)} videos of {len(counts)} classes"
     yield from (f"    {name:32}{count:6}" for name, count in sorted(counts.items()))

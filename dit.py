@@ -349,11 +349,10 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
         loss.backward()
         log.add(loss=loss / 2 if scheduled else loss)  # the mean of both passes
 
-        optimizer_step(loss, lr)
+        log.add(skipped=optimizer_step(loss, lr))
         utils.update_ema(ema, model, 0.99 if nano else 0.9999, step)
-        if log.step(step):
-            optimizer_step.check(step)
-    log.close(device)
+        log.step(step)
+    log.close()
 
 
 if __name__ == "__main__":

@@ -343,15 +343,12 @@ def main(argv=None, decoder=nerv.NeRV):
                 (disc_loss / config.accumulate).backward()
                 log.add(disc_loss=disc_loss, disc_margin=margin)
 
-        optimizer_step(loss, lr)
+        log.add(skipped=optimizer_step(loss, lr))
         utils.update_ema(ema, vae, 0.99 if config.preset == "nano" else 0.9995, step)
         if update:
             disc_step(disc_loss, lr * GAN_LR)  # of the loss, only whether it is finite matters
-        if log.step(step):
-            optimizer_step.check(step)
-            if discriminator:
-                disc_step.check(step)
-    log.close(device)
+        log.step(step)
+    log.close()
 
 
 if __name__ == "__main__":

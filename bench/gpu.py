@@ -26,7 +26,7 @@ from common import utils
 from common.utils import option
 
 ROOT, PARTS = Path(__file__).parent.parent, ("tests", "steps", "tables", "train")
-TRAINING = r"held-out PSNR [\d.]+ dB|[\d.]+ GiB at most"  # parts of a training's output for the table
+TRAINING = r"held-out PSNR [\d.]+ dB|wrote \w+\.pt"  # parts of a training's output for the table
 AGAINST = "-m bench.gpu whole.pt "  # command that compares two checkpoints
 
 

@@ -35,7 +35,7 @@ def decode_once(directory, paths, size):
         try:
             for old in {*directory.glob("*.u8")} - {*files.values()}:
                 old.unlink()
-            list(utils.bar(pool.map(decode, todo), "decoding", len(todo), "video", disable=not todo))
+            list(utils.bar(pool.map(decode, todo), "decoding", len(todo), unit="video", disable=not todo))
         except (utils.UserError, OSError) as error:
             tqdm.write(f"{error}: decoding clips on demand instead")
             broken = True

@@ -12,21 +12,17 @@ A checkpoint is a dictionary of tensors, numbers and strings. It is loaded with 
     training  state that only resuming needs: the parameters themselves, optimizers
 
 Each stage adds entries of its own, such as the sizes of its networks; dit and vin include all of stage 1.
-
-    python -m common.checkpoints dit.pt small.pt     an export for others: half precision, no training state, no paths
 """
 
 import contextlib
 import dataclasses
 import json
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common.utils import UserError, bar, git_revision, max_over_ranks, run, whole
+from common.utils import UserError, bar, git_revision, max_over_ranks, whole
 
 FORMAT = "nerv-diffusion 6"
 
@@ -44,8 +40,7 @@ def save(path, **content):
         with whole(path) as part, open(part, "wb") as f:
             torch.save({"format": FORMAT, "revision": git_revision()} | plain(content), f)
     except RuntimeError as error:  # torch's writer raises its own error in place of the disk's
-        reason = getattr(error.__context__, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"cannot write {path}: {reason}") from None
+        raise UserError(f"cannot write {path}: {error.__context__ or error}") from None
 
 
 # Settings that may differ on --resume, as they do not change what has been learned so far: length, machine, places.
@@ -60,17 +55,15 @@ def resume(config, stage, **fixed):
     if not (config.resume and Path(config.out).is_file()):
         return None
     ckpt = load(config.out, stage, "the command that you gave")
-    if "training" not in ckpt:
-        raise UserError(f"{config.out} is an export without the training state: --resume needs the original")
-    for name, value in dataclasses.asdict(config).items():
-        if name not in FREE and value != ckpt["config"].get(name, value):
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
+    for name, value in (settings | fixed).items():
+        before = (ckpt | ckpt["config"]).get(name, value)
+        if value != before:
+            what = name if name in fixed else f"--{name.replace('_', '-')}"
             raise UserError(
-                f"{config.out} was trained with --{name.replace('_', '-')} {ckpt['config'][name]}, not {value}: use the same "
-                "options with --resume, or start over with another --out"
+                f"{config.out} was trained with {what} {before}, not {value}: use the same options with --resume, or start "
+                "over with another --out"
             )
-    for name, value in fixed.items():
-        if ckpt[name] != value:
-            raise UserError(f"{config.out} was trained with another {name}: start over with another --out")
     return ckpt
 
 
@@ -98,17 +91,14 @@ def cached(directory, key, count, shape, make, rank=0, world=1, batch_size=64):
                 np.save(f, content)  # allocates it all: a disk that fills up later kills the process (SIGBUS)
         key_file.write_text(key)
     max_over_ranks()  # all wait for the first
-    values, labels = (np.load(file, mmap_mode="r+") for file in files)
+    values, labels = (torch.from_numpy(np.load(file, mmap_mode="r+")) for file in files)
     todo = [i for i in range(rank * count // world, (rank + 1) * count // world) if labels[i] < 0]
-    with bar(total=len(todo), desc="encoding", unit="clip", disable=rank > 0 or not todo) as progress:
-        for i in range(0, len(todo), batch_size):
-            part = todo[i : i + batch_size]
-            made, label = make(part)
-            values[part], labels[part] = made.half().cpu().numpy(), label
-            progress.update(len(part))
-    values.flush(), labels.flush()
+    parts = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
+    for part in bar(parts, "encoding", unit="batch", disable=rank > 0 or not todo):
+        made, labels_of_part = make(part)
+        values[part], labels[part] = made.half().cpu(), labels_of_part
     max_over_ranks()
-    return tuple(torch.from_numpy(np.load(file, mmap_mode="c")) for file in files)
+    return values, labels
 
 
 def load(path, stage, made_by):
@@ -118,12 +108,13 @@ def load(path, stage, made_by):
     with open(path, "rb") as f:
         try:
             ckpt = torch.load(f, map_location="cpu", weights_only=True)
-            of_this_version = ckpt["format"] == FORMAT
+            readable = ckpt["format"] == FORMAT
         except Exception:  # the unpickler may raise anything, depending on the file's first bytes
-            raise UserError(f"{path} is not a checkpoint, or is damaged: train it again with `{made_by}`") from None
-    if not of_this_version:
-        raise UserError(f"{path} is not in the format of this version, {FORMAT!r}: train it again with `{made_by}`")
-    if ckpt["stage"] not in (stages := stage if isinstance(stage, tuple) else (stage,)):
+            readable = False
+    if not readable:
+        raise UserError(f"{path} is damaged, or not a checkpoint of this version, {FORMAT!r}: train it again with `{made_by}`")
+    stages = (stage,) if isinstance(stage, str) else stage
+    if ckpt["stage"] not in stages:
         wanted = " or ".join(stages)
         raise UserError(f"{path} is a {ckpt['stage']} checkpoint, but a {wanted} one is needed: train it with `{made_by}`")
     return ckpt
@@ -142,36 +133,3 @@ def fitting(found="", wanted=""):
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the checkpoint does not fit this code, train it again: {reason}") from None
-
-
-PRIVATE = {"data_dir", "ckpt", "out"}  # settings that name places on a machine
-
-
-def exported(ckpt):
-    """A checkpoint to publish: no `training`, no PRIVATE setting, ema in float16.
-
-    Tensors that float16 cannot represent stay in float32, as do batch norm's statistics: their means reach 30 deviations.
-    """
-
-    def short(name, x):
-        half = x.half()
-        return half if "running_" not in name and (half - x).norm() <= 2**-11 * x.norm() else x
-
-    ckpt = {name: value for name, value in ckpt.items() if name != "training"}
-    ckpt["config"] = {name: value for name, value in ckpt["config"].items() if name not in PRIVATE}
-    ckpt["ema"] = {name: short(name, x) for name, x in ckpt["ema"].items()}
-    return ckpt | ({"vae": exported(ckpt["vae"])} if "vae" in ckpt else {})
-
-
-def main():
-    if len(sys.argv) != 3:
-        raise UserError("give two file names: python -m common.checkpoints dit.pt small.pt")
-    source, out = sys.argv[1:]
-    if os.path.exists(out):  # the original, perhaps
-        raise UserError(f"{out} already exists: give another file name")
-    save(out, **exported(load(source, ("dit", "vae", "vin"), "python dit.py")))
-    print(f"wrote {out}, {os.path.getsize(out) / 1e6:.2f} MB, from {source}, {os.path.getsize(source) / 1e6:.2f} MB")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -9,13 +9,12 @@ import functools
 import hashlib
 import math
 import os
-import resource
+import re
 import signal
 import subprocess
 import sys
-import tempfile
-import threading
 import time
+import uuid
 from pathlib import Path
 
 import torch
@@ -24,8 +23,6 @@ import torch.nn as nn
 from torch.distributed._functional_collectives import all_reduce  # torch.compile supports its gradient
 from tqdm import tqdm
 
-from common import plot
-
 
 class UserError(Exception):
     """Something the user can fix: shown as one line, exit status 2, no traceback."""
@@ -33,18 +30,12 @@ class UserError(Exception):
 
 def run(main):
     """Call a script's main(); report a UserError in one line on stderr, with exit status 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # file names may hold any bytes
     try:
         main()
         if dist.is_initialized():  # not after an error: it would wait for the other processes
             dist.destroy_process_group()
     except (UserError, OSError, torch.OutOfMemoryError) as error:  # OSError: no permission, no space
-        reason = str(error).splitlines()[0]
-        if isinstance(error, torch.OutOfMemoryError):
-            reason += " Use --recompute, --accumulate 2, a smaller --batch-size or fewer --decode-frames, if available."
-        tqdm.write(f"error: {printable(reason)}", file=sys.stderr)  # on its own line, below a progress bar
+        tqdm.write(f"error: {printable(str(error).splitlines()[0])}", file=sys.stderr)  # on its own line, below a progress bar
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -71,9 +62,6 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-# ---------------------------------------------------------------------------------------------------------------- options
-
-
 def option(group, default, help, **kwargs):
     """A dataclass field that is also a command-line option; kwargs go to argparse (choices, nargs, metavar)."""
     own = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
@@ -85,8 +73,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter): ...
 
 
 def parse_options(cls, description, presets=None, argv=None, topics=None):
@@ -124,9 +111,6 @@ def check_positive(config, *names):
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be positive")
 
 
-# -------------------------------------------------------------------------------------------------------------- processes
-
-
 def pick_device(name="auto"):
     """ "auto" -> this process's CUDA device, configured for speed, or the CPU if there is none. UserError."""
     if name in ("auto", "cuda"):
@@ -150,7 +134,8 @@ def start_processes(name="auto"):
     device = pick_device(name)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device, 0, 1
-    alone = device.type == "cuda" and local_processes() <= torch.cuda.device_count()  # one process per GPU, as NCCL requires
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
+    alone = device.type == "cuda" and here <= torch.cuda.device_count()  # one process per GPU, as NCCL requires
     cuda = {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if alone else {"backend": "gloo"}
     # The others wait while rank 0 decodes or encodes a data set, which takes hours; the default timeout is 10 minutes.
     dist.init_process_group(**cuda, timeout=datetime.timedelta(days=7))
@@ -228,11 +213,6 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def local_processes():
-    """Number of processes of a training on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
 def step_generator(device, seed, step):
     """The generator of one training step. It depends on seed and step alone, so a resumed run needs no generator state. All
     processes draw numbers for the whole batch and keep their own rows: the result does not depend on how many there are."""
@@ -250,9 +230,6 @@ def wants_compile(device, choice):
     return choice == "on" or (choice == "auto" and device.type == "cuda")
 
 
-# --------------------------------------------------------------------------------------------------------------- the step
-
-
 def training_steps(start, config, save):
     """Yield the steps of a training, from `start` to config.steps - 1, or until Ctrl-C.
 
@@ -263,12 +240,7 @@ def training_steps(start, config, save):
             yield step
             last = interrupt.stop() or step + 1 == config.steps
             if rank() == 0 and (last or (step + 1) % config.save_every == 0):
-                try:
-                    save(step + 1)
-                except UserError as error:  # a full disk must not stop a training, unless this is the last step
-                    if last:
-                        raise
-                    tqdm.write(f"warning: {error}; training continues", file=sys.stderr)
+                save(step + 1)
             if last:
                 return
 
@@ -286,14 +258,11 @@ class FiniteStep:
     No value leaves the device, so a GPU never waits for the host: an optimizer changes nothing if its found_inf is 1.
     """
 
-    LIMIT = 20  # consecutive skipped steps that end a training
-
     def __init__(self, network, optimizer):
         self.parameters, self.optimizer = list(network.parameters()), optimizer
-        self.in_a_row = torch.zeros((), device=self.parameters[0].device)
 
     def __call__(self, loss, lr):
-        """One step at learning rate lr with the parameters' .grad, which it then clears; loss is 0-d, of this process."""
+        """One step with the parameters' .grad, which it clears; loss: 0-d, of this process -> 1.0 if it was skipped, or 0.0."""
         loss, parameters = loss.detach(), [p for p in self.parameters if p.grad is not None]
         if dist.is_initialized():
             flat = average_over_ranks(torch.cat([loss.float().view(1), *(p.grad.flatten() for p in parameters)]))
@@ -302,25 +271,18 @@ class FiniteStep:
             torch._foreach_copy_([p.grad for p in parameters], [part.view_as(p) for p, part in zip(parameters, parts)])
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         bad = (~torch.isfinite(norm + loss.sum())).float()
-        self.in_a_row.copy_((self.in_a_row + bad) * bad)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-    def check(self, step):
-        """UserError after LIMIT skipped steps in a row; synchronizes with the GPU."""
-        if self.in_a_row >= self.LIMIT:
-            what = f"{int(self.in_a_row)} steps in a row, last in step {step + 1}"
-            raise UserError(f"no finite loss or gradient in {what}: check the data, or --resume with a smaller --lr")
+        return bad
 
     def state_dict(self):
-        return {"optimizer": self.optimizer.state_dict(), "in_a_row": self.in_a_row}
+        return {"optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state):
         self.optimizer.load_state_dict(state["optimizer"])
-        self.in_a_row.copy_(state["in_a_row"])
 
 
 @torch.no_grad()
@@ -335,28 +297,6 @@ def millions(network):
     return sum(p.numel() for p in network.parameters()) / 1e6
 
 
-def peak_memory(device):
-    """Peak memory of this process in GiB, on the GPU or, without one, in RAM."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-# ------------------------------------------------------------------------------------------------------------------ files
-
-
-def make_parent(path):
-    """Create the directory of a file to be written later; UserError, before hours of work, if the file cannot be written."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()  # only writing reveals a read-only disk
-        if path.exists() and not path.is_file():  # os.replace would make /dev/null a file
-            raise UserError(f"cannot write {path}: it is a directory, or not a regular file")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-
-
 def printable(text):
     """A path or name, made of any bytes, as one line of printable text."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in os.fsdecode(text))
@@ -364,22 +304,33 @@ def printable(text):
 
 def file_name(text, limit=200):
     """text as part of a file name: letters, digits and "-" stay, all else becomes _; 1 to `limit` bytes."""
-    name = "".join(c if c.isalnum() or c == "-" else "_" for c in str(text))
-    return name.encode()[:limit].decode(errors="ignore") or "_"
+    return re.sub(r"[^\w-]", "_", str(text)).encode()[:limit].decode(errors="ignore") or "_"
 
 
 @contextlib.contextmanager
 def whole(path):
     """Context: a temporary path to write to, renamed to `path` once complete. UserError if it cannot be written."""
-    make_parent(path)
-    part = Path(path).parent / f".{os.getpid()}-{threading.get_ident()}.part"
+    path = Path(path)
+    part = path.parent / f".{uuid.uuid4().hex}.part"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # os.replace would make /dev/null a file
+            raise UserError(f"cannot write {path}: it is a directory, or not a regular file")
         yield part
-        os.replace(part, path)
+        if part.exists():
+            os.replace(part, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def make_parent(path):
+    """Create the directory of a file to be written later; UserError, before hours of work, if the file cannot be written."""
+    with whole(path) as part:
+        part.touch()  # only writing reveals a read-only disk
+        part.unlink()
 
 
 def fingerprint(state):
@@ -393,31 +344,21 @@ def fingerprint(state):
 @functools.cache
 def git_revision():
     """The commit of this code, with + if files have changed since; "" outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+"]
-    try:
-        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+    command = "git describe --always --abbrev=12 --dirty=+"  # through a shell, git may be missing
+    return subprocess.run(command, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
 
 
-# ---------------------------------------------------------------------------------------------------------- log of a run
-
-
-def bar(iterable=None, desc="", total=None, unit="it", disable=False, **kwargs):
-    """A tqdm bar that updates every second on a terminal and every 30 seconds in a log file."""
-    every = 1 if sys.stderr.isatty() else 30
-    return tqdm(iterable, desc, total, unit=unit, disable=disable, mininterval=every, dynamic_ncols=True, **kwargs)
+# A progress bar that updates every second on a terminal and every 30 seconds in a log file.
+bar = functools.partial(tqdm, mininterval=1 if sys.stderr.isatty() else 30, dynamic_ncols=True)
 
 
 def log_directory(out):
-    """Directory for the log of the training that writes `out`: runs/NAME beside NAME.pt. UserError for another suffix."""
-    if Path(out).suffix != ".pt":
-        raise UserError(f"--out {out}: give a file name that ends in .pt")
+    """Directory for the log of the training that writes `out`: runs/NAME beside NAME.pt."""
     return Path(out).parent / "runs" / Path(out).stem
 
 
 class RunLog:
-    """Progress bar, and losses.csv and losses.png in log_directory(out), written by rank 0.
+    """Progress bar, and losses.csv in log_directory(out), written by rank 0.
 
     `add(loss=…, …)` takes 0-d tensors; `step` reads them only every EVERY steps, to avoid synchronizing with the GPU. A row of
     the CSV is the mean over the steps since the last row and over processes.
@@ -430,10 +371,9 @@ class RunLog:
         self.rows, self.pending, self.file = [], {}, self.directory / "losses.csv"
         if start and self.file.is_file():
             rows = csv.DictReader(self.file.read_text().splitlines())
-            rows = ({k: float(v) for k, v in row.items() if v} for row in rows)
-            self.rows = [row for row in rows if row["step"] <= start]
+            self.rows = [row for row in rows if int(row["step"]) <= start]
         self.bar = bar(desc=self.directory.name, total=steps, unit="step", disable=rank > 0, initial=start)
-        self.start = time.time() - (self.rows[-1]["seconds"] if self.rows else 0)
+        self.start = time.time() - (float(self.rows[-1]["seconds"]) if self.rows else 0)
 
     def print(self, line):
         """Print a line above the bar, with the elapsed seconds, from rank 0."""
@@ -445,29 +385,26 @@ class RunLog:
             self.pending.setdefault(k, []).append(v.detach())
 
     def step(self, step):
-        """Count a step; returns True if the values were read in it."""
+        """Count a step. UserError if FiniteStep skipped all of them since the last row."""
         self.bar.update()
         if (step + 1) % self.EVERY and step + 1 != self.steps:
-            return False
+            return
         means = average_over_ranks(torch.stack([torch.stack(v).float().mean() for v in self.pending.values()]))
         means, self.pending = dict(zip(self.pending, means.tolist())), {}
-        self.rows.append({"step": step + 1, "seconds": round(time.time() - self.start, 1), **means})
+        if means.get("skipped") == 1:
+            raise UserError(f"no finite loss or gradient to step {step + 1}: check the data, or --resume with a smaller --lr")
+        row = {"step": step + 1, "seconds": f"{time.time() - self.start:.1f}"}
+        self.rows.append(row | {k: f"{v:.9g}" for k, v in means.items()})  # float32, exactly
         self.bar.set_postfix_str(" ".join(f"{k} {v:.4g}" for k, v in means.items()))
-        return True
 
     def write(self):
-        """Write losses.csv and losses.png."""
-        if self.rank or not self.rows:
-            return
+        """Write losses.csv."""
         names = list(dict.fromkeys(k for row in self.rows for k in row))  # the adversarial losses start later
         with whole(self.file) as part, open(part, "w") as f:
             writer = csv.DictWriter(f, names, lineterminator="\n")
             writer.writeheader()
-            writer.writerows({k: f"{v:.9g}" for k, v in row.items()} for row in self.rows)  # float32, exactly
-        with whole(self.directory / "losses.png") as part:
-            plot.curves(part, [("step", k, [(r["step"], r[k]) for r in self.rows if k in r]) for k in names[2:]])
+            writer.writerows(self.rows)
 
-    def close(self, device):
-        self.print(f"wrote {self.out}; losses and sheets are in {self.directory}; {peak_memory(device):.2f} GiB at most")
-        self.write()
+    def close(self):
+        self.print(f"wrote {self.out}; losses and sheets are in {self.directory}")
         self.bar.close()

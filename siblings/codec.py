@@ -402,11 +402,10 @@ def train(config):
             loss = l2 + (config.rate or 1e-3) * bpp
         loss.backward()
         log.add(loss=loss, l2=l2, bpp=bpp)
-        optimizer_step(loss, lr)
+        log.add(skipped=optimizer_step(loss, lr))
         utils.update_ema(ema, codec, 0.99 if "ema" in codec.chosen else 0.0, step)  # without "ema", this copies the codec
-        if log.step(step):
-            optimizer_step.check(step)
-    log.close(device)
+        log.step(step)
+    log.close()
 
 
 # ---------------------------------------------------------------------------------------------------------- other commands

@@ -3,7 +3,6 @@
 import csv
 from pathlib import Path
 
-from common.plot import BLUE, FAINT, GREEN, INK, PAPER, RED, figure
 from common.utils import UserError
 
 
@@ -37,19 +36,20 @@ def add_row(path, columns, row):
 
 def families(path, panels):
     """Plot panels [(name of x, name of y, {name of a line: [(x, y), …]})] as a PNG, with a legend; x is logarithmic."""
+    from matplotlib.figure import Figure  # pyplot would keep figures in memory
     from matplotlib.ticker import LogLocator, NullLocator
 
-    fig, axes = figure(len(panels), width=4.6, height=3.6)
+    fig = Figure((4.6 * len(panels), 3.6), dpi=110, layout="constrained")
+    axes = fig.subplots(1, len(panels), squeeze=False)[0]
     names = list(dict.fromkeys(name for _, _, lines in panels for name in lines))  # each line has one style in all panels
     for ax, (x_name, y_name, lines) in zip(axes, panels):
-        ax.set(xlabel=x_name, ylabel=y_name)
+        ax.set(xlabel=x_name, ylabel=y_name, xscale="log")
+        ax.grid(alpha=0.5)
         for name, points in lines.items():
             k = names.index(name)
-            look = {"color": (BLUE, RED, GREEN, INK)[k % 4], "marker": "os^Dv"[k % 5], "linestyle": "-" if k < 4 else "--"}
-            ax.plot(*zip(*points), label=name, linewidth=1.2, markersize=3, **look)
-        ax.set_xscale("log")
+            ax.plot(*zip(*points), color=f"C{k}", marker="os^Dv"[k % 5], markersize=3, label=name)
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_locator(NullLocator())
-    axes[0].legend(fontsize=7, labelcolor=INK, facecolor=PAPER, edgecolor=FAINT)
+    axes[0].legend(fontsize=7)
     fig.savefig(path)

@@ -289,11 +289,10 @@ def train(argv=None, denoiser=VIN):
         loss.backward()
         log.add(loss=loss / 2 if scheduled else loss)
 
-        optimizer_step(loss, lr)
+        log.add(skipped=optimizer_step(loss, lr))
         utils.update_ema(ema, model, 0.99 if nano else 0.9999, step)
-        if log.step(step):
-            optimizer_step.check(step)
-    log.close(device)
+        log.step(step)
+    log.close()
 
 
 # --------------------------------------------------------------------------------------------------------------- sampling
@@ -353,7 +352,7 @@ class LongSampler(Sampler):
     def write(self, name, titles, videos):
         """Write each of `videos`, iterators of clips [n, 3, H, W], as an MP4, and about 16 frames of each as one sheet."""
         folder, every, rows = Path(self.config.out_dir) / name, len(self.t) // 16 + 1, []
-        for i, (clips, title) in enumerate(zip(utils.bar(videos, "writing", len(titles), "video"), titles)):
+        for i, (clips, title) in enumerate(zip(utils.bar(videos, "writing", len(titles), unit="video"), titles)):
             few = []
             passing = (few.append(clip[::every].clone()) or clip for clip in clips)
             video.write_mp4(folder / f"{i:02d}_{utils.file_name(title)}", passing, self.config.fps)

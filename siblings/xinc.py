@@ -10,8 +10,6 @@ import math
 import numpy as np
 import torch.nn.functional as F
 
-from common import plot
-
 DEAD = 0.01  # of the mean kernel's total contribution: less is near-dead. The papers state no threshold
 
 
@@ -129,12 +127,17 @@ def draw_neurons(path, title, shown, totals):
 
 def draw(path, title, pictures, width, below=""):
     """Draw pictures [(name, array [H, W] or [H, W, 3], options of imshow)], four per row, as a PNG."""
+    from matplotlib.figure import Figure  # here, as it takes a second; pyplot would keep figures in memory
+
     H, W = pictures[0][1].shape[:2]
-    fig, axes = plot.figure(len(pictures), 4, width, height=min(6, width * H / W + 0.4))
-    fig.suptitle(title, color=plot.INK, size=11)
-    fig.supxlabel(below, color=plot.INK, size=9)
-    for ax, (name, picture, look) in zip(axes, pictures):
-        ax.imshow(picture, interpolation="nearest", **look)
+    rows = math.ceil(len(pictures) / 4)
+    fig = Figure((4 * width, rows * min(6, width * H / W + 0.4)), dpi=110, layout="constrained")
+    fig.suptitle(title, size=11)
+    fig.supxlabel(below, size=9)
+    axes = fig.subplots(rows, 4, squeeze=False)
+    for ax in axes.flat:
         ax.axis("off")
-        ax.set_title(name, size=8, color=plot.INK)
+    for ax, (name, picture, look) in zip(axes.flat, pictures):
+        ax.imshow(picture, interpolation="nearest", **look)
+        ax.set_title(name, size=8)
     fig.savefig(path)

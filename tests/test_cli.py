@@ -2,15 +2,13 @@
 
 import argparse
 import csv
-import importlib
-import os
 import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import ROOT
 from PIL import Image
 
 import data
@@ -40,7 +38,7 @@ def check_error(stderr, *words):
         assert word in line
 
 
-@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "common.checkpoints"])  # which has no options
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_help_shows_every_option_with_its_default(name, call, capsys):
     assert call(name, "--help") == 0
     options = re.split(r"\n  --", capsys.readouterr().out)[1:]
@@ -57,13 +55,6 @@ def test_help_shows_the_defaults_of_the_preset(call, capsys):
         assert f"optimizer steps (default: {number})" in text
 
 
-def test_options_are_few():
-    for name, most in {"vae": 28, "dit": 22, "sample": 16, "evaluate": 14, "siblings.codec": 40}.items():
-        module = importlib.import_module(name)
-        commands = getattr(module, "COMMANDS", {"": (None, module.Config)})
-        assert len({field for command in commands.values() for field in command[1].__dataclass_fields__}) <= most, name
-
-
 def test_training_leaves_checkpoints_losses_and_sheets(trained):
     for stage, curves in (("vae", {"loss", "l2", "kl"}), ("dit", {"loss"})):
         ckpt, run = checkpoints.load(trained / f"{stage}.pt", stage, ""), trained / "runs" / stage
@@ -71,11 +62,10 @@ def test_training_leaves_checkpoints_losses_and_sheets(trained):
         assert "model" in ckpt["training"] and "training" not in ckpt.get("vae", {})
         with open(run / "losses.csv") as f:
             rows = list(csv.DictReader(f))
-        assert set(rows[-1]) == {"step", "seconds"} | curves and rows[-1]["step"] == "2"
+        assert set(rows[-1]) == {"step", "seconds", "skipped"} | curves and rows[-1]["step"] == "2"
         assert all(0 < float(rows[-1][k]) < 1e4 for k in curves)
-        for name in ("losses.png", "step0000002.png"):
-            with Image.open(run / name) as image:
-                assert min(image.size) > 60
+        with Image.open(run / "step0000002.png") as image:
+            assert min(image.size) > 60
     assert not list(trained.rglob("*.part"))
     config = checkpoints.load(trained / "vae.pt", "vae", "")["config"]
     for name, value in vae.preset_defaults(argparse.Namespace(dataset="shapes", preset="")).items():
@@ -132,22 +122,18 @@ def test_wrong_use_of_dit(options, words, call, capsys, trained, tmp_path):
 
 @pytest.mark.parametrize("program", ["dit.py", "sample.py", "evaluate.py"])
 def test_what_is_not_a_checkpoint_or_of_another_version(program, call, capsys, trained, tmp_path):
+    class Code:
+        def __reduce__(self):
+            return (exec, ("open('ran', 'w')",))
+
     (tmp_path / "text.pt").write_text("this is not a checkpoint\n" * 40)
     (tmp_path / "empty.pt").touch()
-    for name, content in {"other": {"model": torch.zeros(3)}, "code": utils.UserError("code")}.items():
-        torch.save(content, tmp_path / f"{name}.pt")
+    torch.save({"model": torch.zeros(3)}, tmp_path / "other.pt")
+    torch.save({"format": checkpoints.FORMAT, "stage": "vae", "ema": Code()}, tmp_path / "code.pt")
     torch.save({"format": "nerv-diffusion 5", "stage": "vae"}, tmp_path / "old.pt")
     whole = (trained / "dit.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
     for name in ("none", "text", "empty", "other", "code", "old", "cut"):
         assert call(program, f"--ckpt {name}.pt") == 2
         check_error(capsys.readouterr().err, f"{name}.pt", "python dit.py" if program == "sample.py" else "python vae.py")
-
-
-@pytest.mark.parametrize("name", [os.fsdecode(b"\xff :.pt"), "模型" * 39 + ".pt"], ids=["not UTF-8", "long"])
-def test_names_of_any_bytes(name, call, few_held_out):
-    """Text that is not UTF-8, or long, goes through both stages, and its checkpoint loads."""
-    out, tiny = name[:-3] + "2.pt", ["--steps", 1, "--batch-size", 1]  # batch norm over one clip has no deviation
-    assert call("vae.py", [*SMALL.split(), *tiny, "--out", name]) == 0
-    assert call("dit.py", ["--ckpt", name, *tiny, "--num-latents", 4, "--extras", "--depth", 1, "--out", out]) == 0
-    assert call("sample.py", ["--ckpt", out, "--classes", 0, "--steps", 1, "--out-dir", name[:-3]]) == 0
+    assert not (tmp_path / "ran").exists()

@@ -40,5 +40,5 @@ def test_a_training_with_a_discriminator_goes_through(call, tmp_path, mode):
     assert call("dit.py", f"--steps 4 --num-latents 300 {options}") == 0
     assert call("sample.py", "--classes 0 --steps 4") == 0
     ckpt = checkpoints.load(tmp_path / "vae.pt", "vae", "")
-    assert ckpt["step"] == 8 and ckpt["training"]["optimizer_step"]["in_a_row"] == 0
+    assert ckpt["step"] == 8
     assert all(x.isfinite().all() for x in vae.load_vae(ckpt).state_dict().values())

@@ -94,7 +94,7 @@ def wrong_commands(text, folder):
         name, rest = words[script].removesuffix(".py"), words[script + 1 :]
         if ROOT / f"{name.replace('.', '/')}.py" not in SCRIPTS:
             wrong.append(f"no such script: {' '.join(words)}")
-        elif name != "common.checkpoints" and (error := problem(name, rest)):
+        elif error := problem(name, rest):
             wrong.append(error)
     return wrong
 
