@@ -35,7 +35,9 @@ def run(main):
         if dist.is_initialized():  # not after an error: it would wait for the other processes
             dist.destroy_process_group()
     except (UserError, OSError, torch.OutOfMemoryError) as error:  # OSError: no permission, no space
-        tqdm.write(f"error: {printable(str(error).splitlines()[0])}", file=sys.stderr)  # on its own line, below a progress bar
+        advice = " Use --recompute, --accumulate 2, a smaller --batch-size or fewer --decode-frames, if available."
+        reason = printable(str(error).splitlines()[0]) + advice * isinstance(error, torch.OutOfMemoryError)
+        tqdm.write(f"error: {reason}", file=sys.stderr)  # on its own line, below a progress bar
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

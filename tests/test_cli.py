@@ -72,6 +72,15 @@ def test_training_leaves_checkpoints_losses_and_sheets(trained):
         assert name in ("steps", "batch_size") or config[name] == value  # nano's, which were not named
 
 
+def test_running_out_of_memory_names_the_options_that_help(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    with pytest.raises(SystemExit, match="2"):
+        utils.run(main)
+    check_error(capsys.readouterr().err, "CUDA out of memory. Use --recompute, --accumulate 2")
+
+
 def test_an_error_of_a_real_process_is_one_line(tmp_path):
     # What Python and its libraries print on their own, warnings for instance, shows only here.
     command = [sys.executable, ROOT / "vae.py", "--dataset", "ucf"]
