@@ -112,7 +112,7 @@ def test_a_shared_basis_is_a_sum_with_a_cosine_series_for_each_frame():
             torch.testing.assert_close(frames[b, i], 2 * wanted.view(3, 4, 4), rtol=0, atol=1e-5)  # positions are float32
 
 
-def test_a_shared_basis_becomes_principal_components_and_projects_what_it_shows():
+def test_a_shared_basis_becomes_principal_components():
     torch.manual_seed(0)
     spread = torch.tensor([5.0, 3.0, 2.0, 1.0, 0.05, 0.05])
     frames = (torch.randn(400, 6) * spread @ torch.linalg.qr(torch.randn(48, 6))[0].T + 0.3).unflatten(1, (3, 4, 4))
@@ -125,27 +125,17 @@ def test_a_shared_basis_becomes_principal_components_and_projects_what_it_shows(
     left = (centred - centred @ rows.T @ rows / size).square().sum()
     best = torch.linalg.svdvals(centred)[4:].square().sum()  # what no four frames can hold (Eckart and Young 1936)
     assert best <= left * 1.001 and left <= 1.02 * best
-    codes, other = torch.randn(2, 12), torch.randn(2, 8, 48)
-    shown = basis(codes, torch.arange(8), 8)
-    other = (other - other @ rows.T @ rows / size).unflatten(2, (3, 4, 4))  # what the basis cannot show is not projected
-    torch.testing.assert_close(basis.project(shown + other), codes, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("tokens", [16, 7])  # 7 do not divide the 3 x 4 numbers of the codes
 def test_the_basis_is_added_and_its_encoder_starts_from_the_projection(tokens):
     config = replace(TINY, num_tokens=tokens, token_dim=6)
     model = build("basis=3", config=config).eval()
-    a, b = torch.randn(2, 2, tokens, 6)
     t, shapes = torch.tensor([0.0, 1.5]), torch.rand(3, 3, 32, 32) - 0.5
-    plain = model.nerv.nerv
-    torch.testing.assert_close(model.decode(a, t), 0.05 * plain(a, t))  # black, until it is fitted
+    some = torch.randn(2, tokens, 6)
+    torch.testing.assert_close(model.decode(some, t), 0.05 * model.nerv.nerv(some, t))  # black, until it is fitted
     video = torch.einsum("btk,kchw->btchw", torch.randn(20, 4, 3), shapes)  # rank 3, and four waves hold four frames
     model.nerv.basis.fit(video.flatten(0, 1), 4)
-
-    def added(x):
-        return model.decode(x, t) - 0.05 * plain(x, t)
-
-    torch.testing.assert_close(added((a + b) / 2), (added(a) + added(b)) / 2, rtol=0, atol=1e-4)  # linear in the tokens
     mean, logvar = model.encode(video)
     assert mean.shape == (20, tokens, 6) and torch.all(logvar == -12)
     model.nerv.amplitude.data.zero_()
