@@ -15,11 +15,10 @@ import extras
 import nerv
 import vae
 from common import utils
-from extras.basis import BasisDecoder, SharedBasis
+from extras.basis import BasisDecoder
 from extras.components import Components, LatentScale
 from extras.edges import blur
 from extras.muon import Muon, make_optimizer
-from extras.refine import refine
 
 TINY = nerv.NeRVConfig(resolution=32, num_frames=4, num_tokens=6, token_dim=5, width=16, block=8)
 ENCODER = vae.EncoderConfig(width=24, depth=2, heads=2, patch=(2, 8, 8))
@@ -93,38 +92,6 @@ def test_repeated_edges_leave_no_rim_and_the_filter_no_mesh_on_a_constant_map(na
     assert mesh < 1e-4 if "filter" in names else mesh > 0.1
     impulse = F.pad(torch.full((1, 1, 1, 1), 16.0), (2, 2, 2, 2))
     torch.testing.assert_close(blur(impulse)[0, 0, 1:4, 1:4], torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]))
-
-
-def test_a_shared_basis_is_a_sum_with_a_cosine_series_for_each_frame():
-    torch.manual_seed(0)
-    basis = SharedBasis(5, 4, 3, gain=2.0).double()
-    for parameter in basis.parameters():
-        parameter.data = torch.randn_like(parameter)
-    codes, t = torch.randn(2, 15, dtype=torch.float64), torch.tensor([0.0, 2.5, 7.0])
-    frames = basis(codes, t, 8)
-    for b in range(2):
-        for i, place in enumerate(t.tolist()):
-            wanted = basis.mean.clone()
-            for k in range(5):
-                for w in range(3):
-                    wave = basis.strength[w] * math.cos(w * math.pi * (place + 0.5) / 8)
-                    wanted = wanted + codes[b, 3 * k + w] * wave * basis.components[k]
-            torch.testing.assert_close(frames[b, i], 2 * wanted.view(3, 4, 4), rtol=0, atol=1e-5)  # positions are float32
-
-
-def test_a_shared_basis_becomes_principal_components():
-    torch.manual_seed(0)
-    spread = torch.tensor([5.0, 3.0, 2.0, 1.0, 0.05, 0.05])
-    frames = (torch.randn(400, 6) * spread @ torch.linalg.qr(torch.randn(48, 6))[0].T + 0.3).unflatten(1, (3, 4, 4))
-    basis = SharedBasis(4, 4, 3, gain=2.0)
-    basis.fit(frames, length=8)
-    rows = basis.gain * basis.components.detach()
-    size = rows[0].square().sum()
-    torch.testing.assert_close(rows @ rows.T, size * torch.eye(4), rtol=0, atol=1e-3 * size.item())
-    centred = frames.flatten(1) - frames.flatten(1).mean(0)
-    left = (centred - centred @ rows.T @ rows / size).square().sum()
-    best = torch.linalg.svdvals(centred)[4:].square().sum()  # what no four frames can hold (Eckart and Young 1936)
-    assert best <= left * 1.001 and left <= 1.02 * best
 
 
 @pytest.mark.parametrize("tokens", [16, 7])  # 7 do not divide the 3 x 4 numbers of the codes
@@ -205,12 +172,3 @@ def test_muon_is_torchs_and_skips_what_is_not_finite():
             reference.step()
     for a, b, before in zip(ours, theirs, start):
         assert (a - b).norm() < 0.02 * (a - before).norm()  # theirs is in bfloat16
-
-
-def test_refinement_lowers_the_error_of_every_clip_by_itself():
-    model, clips = build().eval().requires_grad_(False), torch.rand(3, 4, 3, 32, 32) - 0.5
-    tokens, t = model.encode(clips)[0], torch.arange(4)
-    refined, alone = refine(model.decode, tokens, clips, 20), refine(model.decode, tokens[1:2], clips[1:2], 20)
-    before, after = ((model.decode(x, t) - clips).square().mean((1, 2, 3, 4)) for x in (tokens, refined))
-    assert (after < 0.95 * before).all()
-    torch.testing.assert_close(refined[1:2], alone, rtol=1e-2, atol=1e-3)
