@@ -24,12 +24,6 @@ def trained_like(**changes):
     return model.eval()
 
 
-def beta_and_alpha_bar():
-    """Ho et al. 2020 in double precision, index 0 is their t = 1."""
-    beta = torch.tensor([1e-4 + (2e-2 - 1e-4) * t / 999 for t in range(1000)], dtype=torch.float64)
-    return beta, torch.cumprod(1 - beta, 0)
-
-
 def test_blocks_start_as_the_identity_and_the_output_at_zero():
     torch.manual_seed(0)
     model = DiT(TINY)
@@ -56,17 +50,13 @@ def test_given_latents_go_in_beside_the_noised_ones_and_guidance_drops_both_cond
     assert labels.tolist() == [0, 2, 3, 3] and torch.equal(both[:2], given) and not both[2:].any()
 
 
-def test_noise_schedule_is_that_of_ho_et_al():
-    _, alpha_bar = beta_and_alpha_bar()
-    assert ALPHA.shape == SIGMA.shape == (NUM_STEPS + 1,) and (ALPHA[0], SIGMA[0]) == (1, 0)  # index 0 is clean
-    torch.testing.assert_close(ALPHA.square() + SIGMA.square(), torch.ones(NUM_STEPS + 1))
-    torch.testing.assert_close(ALPHA[1:].double(), alpha_bar.sqrt(), rtol=1e-5, atol=1e-7)
-
-
 @pytest.mark.parametrize("t", [2, 10, 500, 1000])
-def test_a_ddpm_step_has_the_posterior_of_ho_et_al(t, monkeypatch):
-    beta, alpha_bar = beta_and_alpha_bar()
-    beta, now, before = beta[t - 1], alpha_bar[t - 1], alpha_bar[t - 2]
+def test_the_schedule_and_the_posterior_of_a_ddpm_step_are_those_of_ho_et_al(t, monkeypatch):
+    betas = torch.tensor([1e-4 + (2e-2 - 1e-4) * i / 999 for i in range(1000)], dtype=torch.float64)
+    alpha_bar = torch.cat([torch.ones(1), torch.cumprod(1 - betas, 0)])  # index 0 is clean
+    torch.testing.assert_close(ALPHA.double(), alpha_bar.sqrt(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(SIGMA.double(), (1 - alpha_bar).sqrt(), rtol=1e-5, atol=1e-7)
+    beta, now, before = betas[t - 1], alpha_bar[t], alpha_bar[t - 1]
     x0, noise = torch.randn(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = now.sqrt() * x0 + (1 - now).sqrt() * noise
     # Their Eq. 7, q(x_{t-1} | x_t, x_0).
