@@ -47,6 +47,13 @@ def test_an_extra_that_is_not_there_or_does_not_fit(stage, name):
         build(name) if stage == "vae" else extras.latent_map([name], (6, 5))
 
 
+def test_edges_take_a_decoder_that_convolves_as_the_papers():
+    own = type("Own", (nerv.NeRV,), {"Conv": type("Conv", (nerv.ModulatedConv,), {"convolve": None})})
+    for decoder in (own, torch.nn.Identity):
+        with pytest.raises(ValueError, match=f"edges: the layers of {decoder.__name__}"):
+            extras.build_vae(vae.VAE, TINY, ENCODER, decoder, ["edges"])
+
+
 @torch.no_grad()
 def test_mixing_adds_a_fixed_sum_of_patches_to_each_query():
     ours, plain = build("mixing=3").double().eval().encoder, build().double().eval().encoder
