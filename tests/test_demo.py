@@ -17,12 +17,6 @@ from common import video
 from common.utils import UserError
 
 
-def test_a_script_that_fails_ends_the_demo(monkeypatch):
-    monkeypatch.setattr(sys, "executable", "false")
-    with pytest.raises(UserError, match="sample.py failed"):
-        demo.call("sample.py")
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_between_the_start_of_a_training_and_all_else_ends_it_too(monkeypatch, number):
     started, original = [], subprocess.Popen

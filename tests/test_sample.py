@@ -46,10 +46,10 @@ def test_every_class_then_some_by_name_and_number_and_a_seed_names_videos(traine
     assert (tmp_path / "o1" / "samples.png").read_bytes() != (tmp_path / "o2" / "samples.png").read_bytes()
 
 
-def test_more_frames_and_some_beyond_the_end(trained, call, tmp_path):
-    options = "--steps 2 --classes 0 --time-scale 2 --extrapolate 2 --sampler ddpm --guidance 1"
-    assert call("sample.py", f"--ckpt {trained}/dit.pt {options}") == 0
-    written(tmp_path / "out" / "samples" / "samples", 2 * 16 + 2 * 2, 1)
+def test_more_frames_and_some_beyond_the_end(trained, call, tmp_path, videos):
+    options = f"--reconstruct {videos}/a.mp4 --time-scale 2 --extrapolate 2"
+    assert call("sample.py", f"--ckpt {trained}/vae.pt {options}") == 0
+    written(tmp_path / "out" / "samples" / "reconstruct", 2 * 16 + 2 * 2, 2)
     config = sample.Config(ckpt=str(trained / "vae.pt"), time_scale=3, extrapolate=2)
     t = sample.Sampler(config, dit.load_dit, vae.load_vae).t
     assert t[0] == 0 and len(t) == 48 + 6 and torch.allclose(t, torch.arange(54) * 15 / 47)

@@ -79,7 +79,7 @@ def test_no_reuse_gives_each_layer_its_own_numbers(side):
     assert used.max() == 1
 
 
-def test_a_variant_is_trained_sampled_and_measured(tmp_path, monkeypatch, capsys):
+def test_a_variant_is_trained_sampled_and_measured(tmp_path, monkeypatch):
     """Neither side connections nor position codes have parameters here: only the name tells the decoders apart."""
 
     def detector(frames):
@@ -106,7 +106,6 @@ def test_a_variant_is_trained_sampled_and_measured(tmp_path, monkeypatch, capsys
     assert (tmp_path / "out/samples/samples.png").is_file()
     for file in ("vae.pt", "dit.pt"):
         variants.main(f"evaluate --ckpt {file} --lpips none --videos 4 --classifier-clips 4 --bootstrap 0 --steps 2".split())
-    assert "classifier accuracy" in capsys.readouterr().out
 
 
 def one_by_one(x, kernels):
