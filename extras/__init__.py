@@ -11,13 +11,13 @@ import itertools
 import torch
 
 from common import utils
-from common.utils import UserError
 from common.video import to_clip
 from extras.basis import BasisDecoder, BasisEncoder
 from extras.components import Components, LatentScale
 from extras.edges import repeated
 from extras.mixing import Mixing
 from extras.renorm import BatchRenorm
+from nerv import ModulatedConv
 
 VAE = {"mixing": int, "renorm": float, "edges": None, "filter": None, "basis": int, "muon": None}
 DIT = {"components": lambda text: tuple(int(n) for n in text.split("x")), "muon": None}
@@ -29,11 +29,11 @@ def parse(names, known):
     for text in names:
         name, _, value = text.partition("=")
         if name not in known:
-            raise UserError(f"--extras {name}: choose from {', '.join(known)}")
+            raise utils.UserError(f"--extras {name}: choose from {', '.join(known)}")
         try:
             found[name] = known[name](value) if known[name] else None
         except ValueError:
-            raise UserError(f"--extras {text}: {name}= takes a number") from None
+            raise utils.UserError(f"--extras {text}: {name}= takes a number") from None
     return found
 
 
@@ -41,18 +41,19 @@ def build_vae(VAE_class, nerv_config, encoder_config, decoder, names, steps=0):
     """The paper's VAE with the extras `names`. steps: length of the training, for renorm. ValueError if sizes do not fit."""
     chosen = parse(names, VAE)
     if "edges" in chosen:
+        if getattr(getattr(decoder, "Conv", None), "convolve", None) is not ModulatedConv.convolve:
+            raise ValueError(f"edges: the layers of {decoder.__name__} must convolve as nerv.ModulatedConv does")
         decoder = repeated(decoder, smooth="filter" in chosen)
     vae = VAE_class(nerv_config, encoder_config, decoder)
-    encoder = vae.encoder
     if (heads := chosen.get("mixing")) is not None:
         if heads < 1 or encoder_config.width % heads:
             raise ValueError(f"mixing={heads}: heads must divide the encoder's width of {encoder_config.width}")
-        encoder.blocks[-1] = Mixing(encoder.blocks[-1], nerv_config.num_tokens, len(encoder.position), heads)
+        vae.encoder.blocks[-1] = Mixing(vae.encoder.blocks[-1], nerv_config.num_tokens, len(vae.encoder.position), heads)
     if "renorm" in chosen:
-        encoder.norm = BatchRenorm(encoder.norm, chosen["renorm"] * steps)
+        vae.encoder.norm = BatchRenorm(vae.encoder.norm, chosen["renorm"] * steps)
     if "basis" in chosen:
         vae.nerv = BasisDecoder(vae.nerv, chosen["basis"])
-        vae.encoder = BasisEncoder(encoder, vae.nerv)
+        vae.encoder = BasisEncoder(vae.encoder, vae.nerv)
     return vae
 
 

@@ -36,8 +36,7 @@ class LatentScale(nn.Module):
 class Components(nn.Module):
     """Tokens [..., N, d] <-> their largest principal components, scaled to unit standard deviation, as tokens [..., M, k].
 
-    It has the methods of LatentScale. The map is affine and keeps distances within the components up to a factor, so
-    interpolating components interpolates tokens.
+    It has the methods of LatentScale, and is affine: interpolating components interpolates tokens.
     """
 
     def __init__(self, shape, token_shape):

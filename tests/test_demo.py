@@ -5,23 +5,16 @@ import re
 import signal
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
+from test_readme import problem
 
 import data
 import demo
-import dit
-import sample
-import vae
-from common import utils, video
+from common import video
 from common.utils import UserError
-
-
-def test_a_script_that_fails_ends_the_demo(monkeypatch):
-    monkeypatch.setattr(sys, "executable", "false")
-    with pytest.raises(UserError, match="sample.py failed"):
-        demo.call("sample.py")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -41,18 +34,12 @@ def test_a_signal_between_the_start_of_a_training_and_all_else_ends_it_too(monke
 
 @pytest.mark.parametrize("weights", [True, False])
 def test_its_commands_are_those_of_the_scripts(monkeypatch, tmp_path, weights):
-    def missing(name):
-        raise UserError("no weights")
-
     commands = []
-    monkeypatch.setattr(demo, "weights", str if weights else missing)
-    monkeypatch.setattr(demo, "call", lambda script, *args: commands.append((script, list(map(str, args)))))
+    monkeypatch.setattr(demo, "weights", Mock(side_effect=None if weights else UserError))
+    monkeypatch.setattr(demo, "call", lambda script, *args: commands.append((script.removesuffix(".py"), list(map(str, args)))))
     demo.train(tmp_path)
-    assert [script for script, _ in commands] == ["vae.py", "dit.py", *["sample.py"] * 4]
-    for script, args in commands:
-        module = {"vae.py": vae, "dit.py": dit, "sample.py": sample}[script]
-        config = utils.parse_options(module.Config, "", getattr(module, "preset_defaults", None), args)
-        assert script != "vae.py" or (config.lpips, config.preset) == ("alex" if weights else "none", "nano")
+    assert len(commands) == 6 and ("alex" in commands[0][1]) == weights
+    assert [problem(*command) for command in commands] == [""] * 6
 
 
 def test_what_is_there_is_judged(trained, monkeypatch, capsys):
@@ -61,12 +48,7 @@ def test_what_is_there_is_judged(trained, monkeypatch, capsys):
     monkeypatch.setattr(data.Shapes, "__len__", lambda self: 36)
     monkeypatch.setattr("sys.argv", ["demo.py", "--skip-training", "--out-dir", str(trained)])
     demo.main()
-    out = capsys.readouterr().out
-    for line in (
-        r"PSNR of held-out reconstructions +\d+\.\d\d dB", r"PSNR between the frames, never trained on +\d+\.\d\d dB",
-        r"classifier accuracy, 36 reconstructions +\d+\.\d %", r"classifier accuracy, 9 generated clips +\d+\.\d %",
-    ):  # fmt: skip
-        assert re.search(line, out), line
+    assert re.search(r"classifier accuracy, 9 generated clips +\d+\.\d %", capsys.readouterr().out)
     assert (trained / "nearest.png").is_file()
 
 

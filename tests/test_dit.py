@@ -8,12 +8,10 @@ import torch.nn.functional as F
 from conftest import SMALL_DIT
 
 import dit
-import vae
-from common import checkpoints, utils
-from dit import NUM_STEPS, DiT, DiTConfig, diffusion_loss, encode_given, generate, min_snr_weight, noise_schedule, reverse_step
+from common import utils
+from dit import NUM_STEPS, DiT, DiTConfig, diffusion_loss, generate, noise_schedule, reverse_step
 
 TINY = DiTConfig(num_tokens=6, token_dim=5, num_classes=3, width=24, depth=2, heads=2)
-SMALLEST = SimpleNamespace(num_tokens=1, token_dim=1, num_classes=3)  # for denoisers that are formulas
 ALPHA, SIGMA = noise_schedule()
 
 
@@ -26,12 +24,6 @@ def trained_like(**changes):
     return model.eval()
 
 
-def beta_and_alpha_bar():
-    """Ho et al. 2020 in double precision, index 0 is their t = 1."""
-    beta = torch.tensor([1e-4 + (2e-2 - 1e-4) * t / 999 for t in range(1000)], dtype=torch.float64)
-    return beta, torch.cumprod(1 - beta, 0)
-
-
 def test_blocks_start_as_the_identity_and_the_output_at_zero():
     torch.manual_seed(0)
     model = DiT(TINY)
@@ -41,21 +33,6 @@ def test_blocks_start_as_the_identity_and_the_output_at_zero():
     with torch.device("meta"):
         assert 450 < utils.millions(DiT(DiTConfig())) < 470  # DiT-L, as in the paper
     assert (dit.Config.width, dit.Config.depth, dit.Config.heads) == (1024, 24, 16)
-
-
-def test_every_input_matters_and_every_parameter_learns():
-    model = trained_like()
-    x, timestep, label = torch.randn(1, 6, 5), torch.tensor([500]), torch.tensor([0])
-    out = model(x, timestep, label)
-    for other in (
-        model(x, timestep - 1, label),
-        model(x, timestep, label + 3),
-        model(x.roll(1, 1), timestep, label).roll(-1, 1),
-    ):
-        assert (other - out).abs().max() > 1e-4
-    model(torch.randn(4, 6, 5), torch.arange(1, 5), torch.arange(4)).square().sum().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
 @torch.no_grad()
@@ -73,40 +50,13 @@ def test_given_latents_go_in_beside_the_noised_ones_and_guidance_drops_both_cond
     assert labels.tolist() == [0, 2, 3, 3] and torch.equal(both[:2], given) and not both[2:].any()
 
 
-@torch.no_grad()
-def test_only_the_given_frames_reach_the_condition(trained):
-    stage1 = vae.load_vae(checkpoints.load(trained / "vae.pt", "vae", ""))
-    clips, other = torch.rand(2, 1, 16, 3, 32, 32)
-    other[:, :5] = clips[:, :5]
-    given = encode_given(stage1, clips, 5)
-    assert torch.equal(encode_given(stage1, other, 5), given) and not torch.equal(encode_given(stage1, other, 6), given)
-    assert torch.equal(stage1.encode(torch.cat([clips[:, :5], torch.zeros(1, 11, 3, 32, 32)], 1))[0], given)
-
-
-def test_noise_schedule_and_min_snr_weight():
-    _, alpha_bar = beta_and_alpha_bar()
-    assert ALPHA.shape == SIGMA.shape == (NUM_STEPS + 1,) and (ALPHA[0], SIGMA[0]) == (1, 0)  # index 0 is clean
-    torch.testing.assert_close(ALPHA.square() + SIGMA.square(), torch.ones(NUM_STEPS + 1))
-    torch.testing.assert_close(ALPHA[1:].double(), alpha_bar.sqrt(), rtol=1e-5, atol=1e-7)
-    for timestep in (1, 11, 301, 1000):
-        snr = (ALPHA[timestep] / SIGMA[timestep]).item() ** 2
-        weight = min_snr_weight(ALPHA[timestep], SIGMA[timestep], 5.0).item()
-        assert weight == pytest.approx(min(snr, 5) / snr, rel=1e-5)
-
-
-def test_a_ddim_step_with_the_true_noise_stays_on_the_line():
-    theta0, noise = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    alpha, sigma = ALPHA.double(), SIGMA.double()
-    for now, then in ((1000, 999), (1000, 500), (501, 500), (20, 1), (20, 0)):
-        x = alpha[now] * theta0 + sigma[now] * noise
-        landed = reverse_step(x, noise, alpha[now], sigma[now], alpha[then], sigma[then])
-        torch.testing.assert_close(landed, alpha[then] * theta0 + sigma[then] * noise, rtol=0, atol=1e-10)
-
-
 @pytest.mark.parametrize("t", [2, 10, 500, 1000])
-def test_a_ddpm_step_has_the_posterior_of_ho_et_al(t, monkeypatch):
-    beta, alpha_bar = beta_and_alpha_bar()
-    beta, now, before = beta[t - 1], alpha_bar[t - 1], alpha_bar[t - 2]
+def test_the_schedule_and_the_posterior_of_a_ddpm_step_are_those_of_ho_et_al(t, monkeypatch):
+    betas = torch.tensor([1e-4 + (2e-2 - 1e-4) * i / 999 for i in range(1000)], dtype=torch.float64)
+    alpha_bar = torch.cat([torch.ones(1), torch.cumprod(1 - betas, 0)])  # index 0 is clean
+    torch.testing.assert_close(ALPHA.double(), alpha_bar.sqrt(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(SIGMA.double(), (1 - alpha_bar).sqrt(), rtol=1e-5, atol=1e-7)
+    beta, now, before = betas[t - 1], alpha_bar[t], alpha_bar[t - 1]
     x0, noise = torch.randn(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = now.sqrt() * x0 + (1 - now).sqrt() * noise
     # Their Eq. 7, q(x_{t-1} | x_t, x_0).
@@ -121,50 +71,39 @@ def test_a_ddpm_step_has_the_posterior_of_ho_et_al(t, monkeypatch):
     torch.testing.assert_close(step_with_noise(1.0) - mean, variance.sqrt().expand(4), rtol=1e-8, atol=1e-10)
 
 
-class Formula:
-    """A denoiser given by a function of (x, alpha, sigma, label), with a record of what it was called for."""
-
-    def __init__(self, function, config=SMALLEST):
-        self.function, self.config, self.timesteps, self.labels = function, config, [], []
-
-    def __call__(self, x, timestep, label, given=None):
-        assert timestep.min() >= 1 and timestep.max() <= NUM_STEPS and len(x) == len(timestep) == len(label)
-        self.timesteps.append(timestep[0].item())
-        self.labels.append(label.clone())
-        return self.function(x, ALPHA[timestep][:, None, None], SIGMA[timestep][:, None, None], label[:, None, None])
-
-
 MU, S = 0.7, 0.5
 
 
-def gaussian(x, a, sd, label):
-    """The best prediction of the noise where θ_0 ~ N(MU, S²)."""
-    return sd * (x - a * MU) / (a * a * S * S + sd * sd)
+class Gaussian:
+    """The best denoiser where θ_0 ~ N(MU, S²), for any class; it keeps the timesteps and labels that it was called for."""
+
+    config = SimpleNamespace(num_tokens=1, token_dim=1, num_classes=3)
+
+    def __init__(self):
+        self.timesteps, self.labels = [], []
+
+    def __call__(self, x, timestep, label, given=None):
+        self.timesteps.append(timestep[0].item())
+        self.labels.append(label)
+        a, sd = ALPHA[timestep][:, None, None], SIGMA[timestep][:, None, None]
+        return sd * (x - a * MU) / (a * a * S * S + sd * sd)
 
 
 @pytest.mark.parametrize("sampler, steps", [("dpm", 20), ("ddim", 100), ("ddpm", 250)])
 def test_samples_of_a_gaussian_have_its_mean_and_deviation(sampler, steps):
-    labels, before = torch.zeros(20_000, dtype=torch.long), torch.random.get_rng_state()
-    x, again, other = (generate(Formula(gaussian), labels, steps, 1, sampler, seed) for seed in (0, 0, 1))
-    assert torch.equal(x, again) and not torch.equal(x, other)
+    labels, before, model = torch.ones(20_000).long(), torch.random.get_rng_state(), Gaussian()
+    x, other = generate(model, labels, steps, 1, sampler, 0), generate(Gaussian(), labels, steps, 1, sampler, 1)
+    assert torch.equal(x, generate(Gaussian(), labels, steps, 1, sampler, 0)) and not torch.equal(x, other)
     assert torch.equal(torch.random.get_rng_state(), before)  # a preview does not move a training's random numbers
     assert x.mean().item() == pytest.approx(MU, abs=0.015) and x.std().item() == pytest.approx(S, rel=0.03)
     assert ((x - x.mean()) / x.std()).pow(4).mean().item() == pytest.approx(3, abs=0.15)
-
-
-@pytest.mark.parametrize("sampler", ["dpm", "ddim", "ddpm"])
-def test_steps_go_from_all_noise_to_clean_and_find_data_of_one_point(sampler):
-    point = torch.tensor([[1.0, -2.0, 3.0]])
-    for steps in (1, 2, 7, 1000):
-        model = Formula(lambda x, a, sd, label: (x - a * point) / sd, SimpleNamespace(num_tokens=1, token_dim=3, num_classes=3))
-        x = generate(model, torch.zeros(2, dtype=torch.long), steps=steps, guidance=1, sampler=sampler, seed=0)
-        torch.testing.assert_close(x, point.expand(2, 1, 3), rtol=0, atol=1e-2)
-        assert (len(model.timesteps) == steps or (sampler == "dpm" and steps == 1000)) and model.timesteps[0] == NUM_STEPS
-        assert all(a > b for a, b in zip(model.timesteps, model.timesteps[1:]))
-    assert model.timesteps[-1] == (5 if sampler == "dpm" else 1)
-    for steps in (0, 1001):
-        with pytest.raises(utils.UserError, match=f"--steps {steps}"):
-            generate(model, torch.zeros(2, dtype=torch.long), steps=steps, sampler=sampler)
+    assert len(model.labels) == steps and all(torch.equal(seen, labels) for seen in model.labels)  # without guidance, one each
+    for count in (1, 2, 1000):
+        generate(model := Gaussian(), labels[:1], count, 1, sampler)
+        visited = model.timesteps
+        assert visited[0] == NUM_STEPS and all(a > b > 0 for a, b in zip(visited, visited[1:]))
+        assert len(visited) == count or (sampler == "dpm" and count == 1000)
+    assert visited[-1] == (5 if sampler == "dpm" else 1)
 
 
 def test_second_order_steps_of_dpm_solver_as_published():
@@ -183,55 +122,32 @@ def test_second_order_steps_of_dpm_solver_as_published():
     torch.testing.assert_close(generate(model, labels, steps=5, seed=4), x.float(), rtol=1e-3, atol=1e-3)
 
 
-def test_guidance_goes_from_no_class_through_the_class():
-    def label_itself(x, a, sd, label):
-        return label.float().expand_as(x)  # predicts the label's number: 3 is no class
-
-    model, start = Formula(label_itself), torch.randn(1, 1, 1, generator=torch.Generator().manual_seed(0))
-    x = generate(model, torch.tensor([1]), steps=1, guidance=2.5, seed=0)
-    torch.testing.assert_close(x, (start - SIGMA[-1] * (3 + 2.5 * (1 - 3))) / ALPHA[-1], rtol=1e-4, atol=1e-2)
-    x = generate(model, torch.tensor([1]), steps=1, guidance=1, seed=0)
-    torch.testing.assert_close(x, (start - SIGMA[-1]) / ALPHA[-1], rtol=1e-4, atol=1e-2)
-    assert [labels.tolist() for labels in model.labels] == [[1, 3], [1]]  # guidance of one takes no second prediction
-
-
-def loss_of(function, gamma=5.0, scheduled=True, B=64):
-    """The loss of a denoiser that is a function of (x, α, σ, θ_0, number of the call), its calls, θ_0 and the noise."""
+def test_the_loss_weights_both_passes_and_the_second_aims_at_the_true_theta0():
+    # A model that is wrong at its first call: the second target must make up for that.
     torch.manual_seed(0)
-    theta0, calls = torch.randn(B, 6, 5), []
+    theta0, noise, calls, weight = torch.randn(64, 6, 5), torch.randn(64, 6, 5), [], torch.ones((), requires_grad=True)
 
     def model(x, timestep, label, given):
-        eps = function(x, ALPHA[timestep][:, None, None], SIGMA[timestep][:, None, None], theta0, len(calls))
+        eps = weight * (torch.cos(x) if calls else torch.sin(3 * x))
         calls.append((x, timestep, eps))
         return eps
 
-    timestep, noise, labels = torch.randint(2, NUM_STEPS + 1, (B,)), torch.randn_like(theta0), torch.zeros(B).long()
-    return diffusion_loss(model, theta0, labels, None, timestep, noise, gamma, scheduled), calls, theta0, noise
-
-
-def test_the_loss_is_none_for_a_perfect_denoiser_and_else_the_mean_squared_error_of_the_noise():
-    for scheduled in (False, True):
-        loss, calls, _, _ = loss_of(lambda x, a, s, theta0, call: (x - a * theta0) / s, scheduled=scheduled)
-        assert len(calls) == 1 + scheduled and 0 <= loss.item() < 1e-6
-    loss, _, _, noise = loss_of(lambda x, *_: torch.zeros_like(x), gamma=0, scheduled=False)
-    assert loss.item() == pytest.approx(noise.square().mean().item(), rel=1e-4)
-
-
-def test_second_pass_starts_where_the_model_got_and_aims_at_the_true_theta0():
-    # A model that is wrong at its first call: the second target must make up for that.
-    weight = torch.ones((), requires_grad=True)
-    loss, ((x1, step1, eps1), (x2, step2, eps2)), theta0, noise = loss_of(
-        lambda x, a, s, theta0, call: weight * (torch.sin(3 * x) if call == 0 else torch.cos(x))
-    )
+    timestep, labels = torch.randint(2, NUM_STEPS + 1, (64,)), torch.zeros(64).long()
+    loss = diffusion_loss(model, theta0, labels, None, timestep, noise, 5.0, True)
     loss.backward()
+    (x1, step1, eps1), (x2, step2, eps2) = calls
     assert weight.grad.isfinite() and not x2.requires_grad and torch.equal(step2, step1 - 1)
     a1, s1, a2, s2 = (x.double()[step][:, None, None] for step in (step1, step2) for x in (ALPHA, SIGMA))
+    torch.testing.assert_close(x1.double(), a1 * theta0 + s1 * noise, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(x2.double(), a2 * (x1 - s1 * eps1) / a1 + s2 * eps1, rtol=1e-3, atol=1e-3)
     target, expected = (x2 - a2 * theta0) / s2, 0  # with which x2 leads to θ_0
     for eps, goal, a, s in ((eps1, noise, a1, s1), (eps2, target, a2, s2)):
         snr = (a / s).square().flatten()
         expected += (snr.clamp(max=5) / snr * (eps - goal).square().mean((1, 2))).mean().item()
     assert loss.item() == pytest.approx(expected, rel=1e-3)
+    calls.clear()
+    loss = diffusion_loss(model, theta0, labels, None, timestep, noise, 0.0, False)
+    assert len(calls) == 1 and loss.item() == pytest.approx((calls[0][2] - noise).square().mean().item(), rel=1e-4)
 
 
 def test_a_training_has_latents_of_unit_deviation_and_drops_the_class_alone_and_both_together(call, trained, monkeypatch):

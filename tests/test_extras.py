@@ -15,11 +15,10 @@ import extras
 import nerv
 import vae
 from common import utils
-from extras.basis import BasisDecoder, SharedBasis
+from extras.basis import BasisDecoder
 from extras.components import Components, LatentScale
 from extras.edges import blur
 from extras.muon import Muon, make_optimizer
-from extras.refine import refine
 
 TINY = nerv.NeRVConfig(resolution=32, num_frames=4, num_tokens=6, token_dim=5, width=16, block=8)
 ENCODER = vae.EncoderConfig(width=24, depth=2, heads=2, patch=(2, 8, 8))
@@ -33,14 +32,10 @@ def build(*names, config=TINY, steps=0):
 def test_without_extras_both_stages_are_the_papers():
     plain, ours = vae.VAE(TINY, ENCODER), build()
     assert {k: type(m) for k, m in plain.named_modules()} == {k: type(m) for k, m in ours.named_modules()}
-    assert type(ours.encoder) is vae.Encoder and type(ours.nerv) is nerv.NeRV and type(ours.encoder.norm) is utils.BatchNorm
-    assert type(extras.latent_map([], (6, 5))) is LatentScale
-    for stage in (vae.Config, dit.Config):
-        assert stage().extras == []
+    assert type(extras.latent_map([], (6, 5))) is LatentScale and type(make_optimizer(plain)) is torch.optim.AdamW
+    assert vae.Config().extras == dit.Config().extras == []
     for preset in set(nerv.CONFIGS) - {"nano"}:
         assert "extras" not in vae.preset_defaults(argparse.Namespace(preset=preset, dataset="shapes"))
-    assert utils.parse_options(vae.Config, "", vae.preset_defaults, ["--extras"]).extras == []
-    assert type(make_optimizer(plain)) is torch.optim.AdamW
 
 
 @pytest.mark.parametrize(
@@ -50,6 +45,13 @@ def test_without_extras_both_stages_are_the_papers():
 def test_an_extra_that_is_not_there_or_does_not_fit(stage, name):
     with pytest.raises((utils.UserError, ValueError), match=name.split("=")[0]):
         build(name) if stage == "vae" else extras.latent_map([name], (6, 5))
+
+
+def test_edges_take_a_decoder_that_convolves_as_the_papers():
+    own = type("Own", (nerv.NeRV,), {"Conv": type("Conv", (nerv.ModulatedConv,), {"convolve": None})})
+    for decoder in (own, torch.nn.Identity):
+        with pytest.raises(ValueError, match=f"edges: the layers of {decoder.__name__}"):
+            extras.build_vae(vae.VAE, TINY, ENCODER, decoder, ["edges"])
 
 
 @torch.no_grad()
@@ -99,57 +101,15 @@ def test_repeated_edges_leave_no_rim_and_the_filter_no_mesh_on_a_constant_map(na
     torch.testing.assert_close(blur(impulse)[0, 0, 1:4, 1:4], torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]))
 
 
-def test_a_shared_basis_is_a_sum_with_a_cosine_series_for_each_frame():
-    torch.manual_seed(0)
-    basis = SharedBasis(5, 4, 3, gain=2.0).double()
-    for parameter in basis.parameters():
-        parameter.data = torch.randn_like(parameter)
-    codes, t = torch.randn(2, 15, dtype=torch.float64), torch.tensor([0.0, 2.5, 7.0])
-    frames = basis(codes, t, 8)
-    for b in range(2):
-        for i, place in enumerate(t.tolist()):
-            wanted = basis.mean.clone()
-            for k in range(5):
-                for w in range(3):
-                    wave = basis.strength[w] * math.cos(w * math.pi * (place + 0.5) / 8)
-                    wanted = wanted + codes[b, 3 * k + w] * wave * basis.components[k]
-            torch.testing.assert_close(frames[b, i], 2 * wanted.view(3, 4, 4), rtol=0, atol=1e-5)  # positions are float32
-
-
-def test_a_shared_basis_becomes_principal_components_and_projects_what_it_shows():
-    torch.manual_seed(0)
-    spread = torch.tensor([5.0, 3.0, 2.0, 1.0, 0.05, 0.05])
-    frames = (torch.randn(400, 6) * spread @ torch.linalg.qr(torch.randn(48, 6))[0].T + 0.3).unflatten(1, (3, 4, 4))
-    basis = SharedBasis(4, 4, 3, gain=2.0)
-    basis.fit(frames, length=8)
-    rows = basis.gain * basis.components.detach()
-    size = rows[0].square().sum()
-    torch.testing.assert_close(rows @ rows.T, size * torch.eye(4), rtol=0, atol=1e-3 * size.item())
-    centred = frames.flatten(1) - frames.flatten(1).mean(0)
-    left = (centred - centred @ rows.T @ rows / size).square().sum()
-    best = torch.linalg.svdvals(centred)[4:].square().sum()  # what no four frames can hold (Eckart and Young 1936)
-    assert best <= left * 1.001 and left <= 1.02 * best
-    codes, other = torch.randn(2, 12), torch.randn(2, 8, 48)
-    shown = basis(codes, torch.arange(8), 8)
-    other = (other - other @ rows.T @ rows / size).unflatten(2, (3, 4, 4))  # what the basis cannot show is not projected
-    torch.testing.assert_close(basis.project(shown + other), codes, rtol=0, atol=1e-3)
-
-
 @pytest.mark.parametrize("tokens", [16, 7])  # 7 do not divide the 3 x 4 numbers of the codes
 def test_the_basis_is_added_and_its_encoder_starts_from_the_projection(tokens):
     config = replace(TINY, num_tokens=tokens, token_dim=6)
     model = build("basis=3", config=config).eval()
-    a, b = torch.randn(2, 2, tokens, 6)
     t, shapes = torch.tensor([0.0, 1.5]), torch.rand(3, 3, 32, 32) - 0.5
-    plain = model.nerv.nerv
-    torch.testing.assert_close(model.decode(a, t), 0.05 * plain(a, t))  # black, until it is fitted
+    some = torch.randn(2, tokens, 6)
+    torch.testing.assert_close(model.decode(some, t), 0.05 * model.nerv.nerv(some, t))  # black, until it is fitted
     video = torch.einsum("btk,kchw->btchw", torch.randn(20, 4, 3), shapes)  # rank 3, and four waves hold four frames
     model.nerv.basis.fit(video.flatten(0, 1), 4)
-
-    def added(x):
-        return model.decode(x, t) - 0.05 * plain(x, t)
-
-    torch.testing.assert_close(added((a + b) / 2), (added(a) + added(b)) / 2, rtol=0, atol=1e-4)  # linear in the tokens
     mean, logvar = model.encode(video)
     assert mean.shape == (20, tokens, 6) and torch.all(logvar == -12)
     model.nerv.amplitude.data.zero_()
@@ -170,29 +130,22 @@ def test_a_training_starts_from_the_principal_components_of_its_clips():
 
 
 @pytest.mark.parametrize("make", [lambda: LatentScale((4, 3)), lambda: Components((2, 4), (4, 3))], ids=["scale", "components"])
-def test_latents_have_unit_deviation_and_lead_back(make):
+def test_latents_have_unit_deviation_and_lead_back_and_components_are_the_largest(make):
     torch.manual_seed(0)
-    latent_map, tokens = make(), 2 + torch.linspace(12, 1, 12).view(4, 3) * torch.randn(20_000, 4, 3)
-    deviation = torch.rand(20_000, 4, 3)
+    turn = torch.linalg.qr(torch.randn(12, 12))[0]
+    tokens = (2 + (torch.linspace(12, 1, 12) * torch.randn(20_000, 12)) @ turn).view(-1, 4, 3)
+    latent_map, deviation = make(), torch.rand(20_000, 4, 3)
     latent_map.fit(tokens, deviation)
-    noisy = tokens + deviation * torch.randn(20_000, 4, 3)
-    latents = latent_map(noisy)
+    latents = latent_map(tokens + deviation * torch.randn(20_000, 4, 3))
     assert latents.shape[1:] == latent_map.shape and latents.std().item() == pytest.approx(1, abs=0.02)
     torch.testing.assert_close(latent_map(latent_map.inverse(latents)), latents, rtol=0, atol=1e-4)
     made = latent_map(deviation[0] * torch.randn(20_000, 4, 3))
     torch.testing.assert_close(latent_map.spread(deviation[:1])[0], made.std(0), rtol=0.03, atol=0)
-
-
-def test_components_are_the_largest_first_and_nearest():
-    torch.manual_seed(0)
-    turn = torch.linalg.qr(torch.randn(12, 12))[0]
-    tokens = (2 + (torch.linspace(12, 1, 12) * torch.randn(20_000, 12)) @ turn).view(-1, 4, 3)
-    principal = Components((2, 4), (4, 3))
-    principal.fit(tokens, torch.zeros_like(tokens))
-    found = principal(tokens) / principal.scale
-    torch.testing.assert_close(found.std(0), torch.tensor([[12.0, 11, 10, 9], [8, 7, 6, 5]]), rtol=0.03, atol=0)
-    error = (principal.inverse(principal(tokens)) - tokens).square().sum() / len(tokens)
-    assert error.item() == pytest.approx(4**2 + 3**2 + 2**2 + 1, rel=0.03)  # the variance of what is left out
+    if isinstance(latent_map, Components):
+        found = latent_map(tokens).std(0) / latent_map.scale
+        torch.testing.assert_close(found, torch.tensor([[12.0, 11, 10, 9], [8, 7, 6, 5]]), rtol=0.03, atol=0)
+        error = (latent_map.inverse(latent_map(tokens)) - tokens).square().sum() / len(tokens)
+        assert error.item() == pytest.approx(4**2 + 3**2 + 2**2 + 1, rel=0.03)  # the variance of what is left out
 
 
 def test_muon_has_the_matrices_of_transformers_and_adamw_the_rest():
@@ -226,19 +179,3 @@ def test_muon_is_torchs_and_skips_what_is_not_finite():
             reference.step()
     for a, b, before in zip(ours, theirs, start):
         assert (a - b).norm() < 0.02 * (a - before).norm()  # theirs is in bfloat16
-
-
-def test_refinement_lowers_the_error_of_every_clip_by_itself():
-    model, clips = build().eval().requires_grad_(False), torch.rand(3, 4, 3, 32, 32) - 0.5
-    tokens, t = model.encode(clips)[0], torch.arange(4)
-
-    def error(tokens):
-        return (model.decode(tokens, t) - clips).square().mean((1, 2, 3, 4))
-
-    assert (error(refine(model.decode, tokens, clips, 20)) < 0.95 * error(tokens)).all()
-    together, alone = refine(model.decode, tokens, clips, 3), refine(model.decode, tokens[1:2], clips[1:2], 3)
-    torch.testing.assert_close(together[1:2], alone, rtol=1e-3, atol=1e-4)
-    given = refine(model.decode, tokens, clips[:, :2], 3)  # of frames that are not given nothing is used
-    assert not torch.equal(given, together)
-    held = refine(model.decode, tokens, clips, 20, price=lambda x: 1e3 * (x - tokens).square().sum((1, 2)))
-    assert ((held - tokens).norm() < 0.5 * (refine(model.decode, tokens, clips, 20) - tokens).norm()).all()

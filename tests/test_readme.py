@@ -16,28 +16,24 @@ SCRIPTS = [path for room in ("", *ROOMS) for path in (ROOT / room).glob("*.py") 
 
 
 def links(text):
-    """Targets of markdown links and pictures, and of HTML's, without the heading they point to."""
-    found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset|href)="([^"]+)"', text)
-    return [target.split("#")[0] for target in found]
+    """Targets of links and pictures, without the heading they point to."""
+    return [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
 
 
 def commands(text):
-    """Command lines in blocks of code and in inline code, as lists of words; variables of the shell are put in."""
-    fenced, indented = r"^```\w*\n(.*?)^```", r"^(?: {4}|\t)(.*)$"
-    unfenced = re.sub(fenced, "", text, flags=re.M | re.S)
-    blocks = "\n".join(re.findall(fenced, text, re.M | re.S) + re.findall(indented, unfenced, re.M))
-    inline = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", re.sub(indented, "", unfenced, flags=re.M))]
+    """Command lines in indented blocks and in inline code, as lists of words; variables of the shell are put in."""
+    block = r"^ {4}(.*)$"
+    inline = re.findall(r"`([^`]+)`", re.sub(block, "", text, flags=re.M))
     variables = {}
-    for line in [*re.sub(r"\\\n", " ", blocks).splitlines(), *inline]:
-        if not re.match(r"(\w+=|export |/usr/bin/time|torchrun |python |make )", line):
+    for line in [*"\n".join(re.findall(block, text, re.M)).replace("\\\n", " ").splitlines(), *inline]:
+        if not re.match(r"(\w+=|torchrun |python |make )", line):
             continue  # tables of figures, file names
         words = shlex.split(re.sub(r"\$(\w+)", lambda match: variables.get(match[1], match[0]), line), comments=True)
         while words and re.match(r"\w+=", words[0]):
             name, value = words.pop(0).split("=", 1)
             variables[name] = value
-        start = [i for i, word in enumerate(words) if word in ("python", "torchrun", "make")]
-        if start:
-            yield words[start[0] :]
+        if words and words[0] in ("python", "torchrun", "make"):
+            yield words
 
 
 class Parsed(Exception):
@@ -53,7 +49,7 @@ def problem(name, words):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, "parse_options", parse_and_stop)
-        patch.setattr("sys.argv", [name, *(re.sub("^[A-Z]{3,}$", "1", word) for word in words)])  # --steps STEPS
+        patch.setattr("sys.argv", [name, *words])
         try:
             module.main()
         except Parsed as stop:
@@ -99,15 +95,7 @@ def wrong_commands(text, folder):
     return wrong
 
 
-def private_places(text, folder):
-    """Absolute paths of somebody's machine, hosts that others cannot reach, options of pip that name a host."""
-    paths = re.findall(r"""(?<![\w.:/>*)\]}"'…-])/(?!usr/bin/)[A-Za-z]\S*""", text)
-    hosts, public = re.findall(r"\w+://([^/\s)>\"]+)", text), r"([\w-]+\.)+[a-z]{2,}"
-    private = [host for host in hosts if not re.fullmatch(public, host) or re.search(r"\.(local|lan|internal)$", host)]
-    return paths + private + re.findall(r"index-url|find-links|trusted-host", text)
-
-
-CHECKS = [lost_links, lost_files, lost_options, wrong_commands, private_places]
+CHECKS = [lost_links, lost_files, lost_options, wrong_commands]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -127,24 +115,23 @@ def test_the_readme_fits_and_leads_everywhere():
 
 
 WRONG = {
-    lost_links: ["[a](docs/nothing.md#here)", '<img src="docs/nothing.png">'],
+    lost_links: ["[a](docs/nothing.md#here)"],
     lost_files: ["see `common/nothing.py`", "see docs/nothing.md"],
     lost_options: ["with `--nothing 3`"],
     wrong_commands: [
         "    make nothing", "    python nothing.py", "    python -m bench.nothing", "    python vae.py --step 2",
         "    A=1 torchrun --standalone --nproc_per_node=8 dit.py --nothing", '    o="--nothing 2"\n    python vae.py $o',
         "    python -m siblings.codec compare a.mp4 --side 64", '    python -m studies.ablate --vae-options "--nothing 2"',
-        "in prose, `python sample.py\n--nothing`", "```bash\npython sample.py --nothing\n```",
+        "in prose, `python sample.py\n--nothing`",
     ],
-    private_places: ["in `/somewhere/else`", "http://packages.lan/simple", "http://10.0.0.1/", "pip install --index-url"],
 }  # fmt: skip
 RIGHT = """
     nano="--steps 2"   # a variable
     X=1 python vae.py $nano \\
         --lr 1 --extras --no-flip
-    python -m studies.variants vae --side skip --steps STEPS
+    python -m studies.variants vae --side skip --steps 2
     python -m siblings.codec encode a.mp4 b.nerv --bits 6
-the source is src/metrics/nothing.py, https://github.com/a/b and 3 / s, `--no-flip` and `--side skip`, `python vae.py --preset L
+the source is src/metrics/nothing.py, `--no-flip` and `--side skip`, `python vae.py --preset L
 --help`
 """
 

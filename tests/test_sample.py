@@ -2,11 +2,9 @@
 
 import re
 
-import numpy as np
 import pytest
 import torch
 from conftest import write_mp4
-from PIL import Image
 from test_cli import check_error, messages
 
 import data
@@ -27,20 +25,11 @@ def videos(tmp_path_factory):
 
 def written(folder, frames, count):
     """Checks that the sheet, the tiled video and `count` videos of so many frames are there; returns their names."""
-    out = sorted(p.stem for p in folder.glob("*.mp4"))
-    assert len(out) == count
+    names = sorted(path.stem for path in folder.glob("*.mp4"))
+    assert len(names) == count and folder.with_suffix(".png").is_file() and folder.with_suffix(".gif").is_file()
     for path in [*folder.glob("*.mp4"), folder.with_suffix(".mp4")]:
         assert video.read_frames(path, 32).shape == (frames, 32, 32, 3)
-        with Image.open(path.with_suffix(".gif")) as image:
-            assert image.format == "GIF" and image.n_frames > 1
-    with Image.open(folder.with_suffix(".png")) as image:
-        assert image.width >= 8 * 64 and image.height == count * 66
-    return out
-
-
-def border(frames):
-    """The outermost pixels of frames [T, H, W, 3] -> [T, 2 * (H + W), 3]."""
-    return np.concatenate([frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1]], 1).astype(int)
+    return names
 
 
 def test_every_class_then_some_by_name_and_number_and_a_seed_names_videos(trained, call, tmp_path, capsys):
@@ -49,55 +38,45 @@ def test_every_class_then_some_by_name_and_number_and_a_seed_names_videos(traine
     assert "out/samples/samples.png" in out and messages(err) == []
     names = written(tmp_path / "out" / "samples" / "samples", 16, 9)
     assert names == [f"{i:02d}_{name}" for i, name in enumerate(data.Shapes.classes)]
-    for i, seed in enumerate((1, 1, 2)):
-        options = f"--steps 2 --classes 3 ring_circle --count 2 --seed {seed} --out-dir o{i}"
+    for seed in (1, 2):
+        options = f"--steps 2 --classes 3 ring_circle --count 2 --seed {seed} --out-dir o{seed}"
         assert call("sample.py", f"--ckpt {trained}/dit.pt {options}") == 0
-    names = written(tmp_path / "o0" / "samples", 16, 4)
+    names = written(tmp_path / "o1" / "samples", 16, 4)
     assert names == ["00_triangle_sideways", "01_triangle_sideways", "02_ring_circle", "03_ring_circle"]
-    first, again, other = ((tmp_path / f"o{i}" / "samples.png").read_bytes() for i in range(3))
-    assert first == again != other
+    assert (tmp_path / "o1" / "samples.png").read_bytes() != (tmp_path / "o2" / "samples.png").read_bytes()
 
 
-def test_more_frames_and_some_beyond_the_end(trained, call, tmp_path):
-    options = "--steps 2 --classes 0 --time-scale 2 --extrapolate 2 --sampler ddpm --guidance 1"
-    assert call("sample.py", f"--ckpt {trained}/dit.pt {options}") == 0
-    written(tmp_path / "out" / "samples" / "samples", 2 * 16 + 2 * 2, 1)
+def test_more_frames_and_some_beyond_the_end(trained, call, tmp_path, videos):
+    options = f"--reconstruct {videos}/a.mp4 --time-scale 2 --extrapolate 2"
+    assert call("sample.py", f"--ckpt {trained}/vae.pt {options}") == 0
+    written(tmp_path / "out" / "samples" / "reconstruct", 2 * 16 + 2 * 2, 2)
     config = sample.Config(ckpt=str(trained / "vae.pt"), time_scale=3, extrapolate=2)
     t = sample.Sampler(config, dit.load_dit, vae.load_vae).t
     assert t[0] == 0 and len(t) == 48 + 6 and torch.allclose(t, torch.arange(54) * 15 / 47)
 
 
 def test_interpolation_walks_from_video_to_video(trained, call, tmp_path, videos):
+    assert call("sample.py", f"--ckpt {trained}/vae.pt --interp {videos}/a.mp4 {videos}/b.mp4") == 0  # takes stage 1 alone
     assert call("sample.py", f"--ckpt {trained}/dit.pt --steps 2 --interp") == 0
     names = written(tmp_path / "out" / "samples" / "interp", 16, 7)
     assert (names[0], names[3], names[6]) == ("00_0_00", "03_0_50", "06_1_00")
-    files, vae_pt = f"{videos}/a.mp4 {videos}/b.mp4", f"--ckpt {trained}/vae.pt"  # stage 1 is enough for those
-    assert call("sample.py", f"{vae_pt} --interp {files}") == 0 and call("sample.py", f"{vae_pt} --reconstruct {files}") == 0
-    ends, reconstructions = (
-        torch.stack([video.to_clip(video.read_frames(tmp_path / "out" / "samples" / f"{name}.mp4", 32)) for name in names])
-        for names in (
-            ("interp/00_0_00", "interp/06_1_00"),
-            ("reconstruct/01_reconstructed", "reconstruct/03_reconstructed"),
-        )
-    )
-    assert vae.psnr(ends, reconstructions) > 35  # the walk starts and ends at the videos
     a, b = torch.randn(2, 4, 3)
     walk, titles = sample.interpolate([a, b])
     torch.testing.assert_close(walk[2], a + 2 / 6 * (b - a))
-    assert titles[2] == "0.33" and torch.equal(walk[6], b) and len(sample.interpolate([a, b, a])[0]) == 13
+    assert titles[2] == "0.33" and torch.equal(walk[0], a) and torch.equal(walk[6], b)
+    assert len(sample.interpolate([a, b, a])[0]) == 13
 
 
 def test_reconstruction(trained, call, tmp_path, videos, capsys):
-    assert call("sample.py", f"--ckpt {trained}/vae.pt --reconstruct {videos}/a.mp4") == 0
-    before = float(re.search(r"PSNR (\d+\.\d+) dB", capsys.readouterr().out)[1])
+    psnr = []
+    for options in ("", "--refine 10"):
+        assert call("sample.py", f"--ckpt {trained}/vae.pt --reconstruct {videos}/a.mp4 {options}") == 0
+        psnr.append(float(re.search(r"PSNR (\d+\.\d+) dB", capsys.readouterr().out)[1]))
+    assert psnr[1] > psnr[0]
     assert written(tmp_path / "out" / "samples" / "reconstruct", 16, 2) == ["00_real", "01_reconstructed"]
     original = video.to_clip(video.read_frames(videos / "a.mp4", 32))[:16]
     real = video.to_clip(video.read_frames(tmp_path / "out" / "samples" / "reconstruct" / "00_real.mp4", 32))
     assert vae.psnr(original[None], real[None]) > 25
-    assert call("sample.py", f"--ckpt {trained}/vae.pt --reconstruct {videos}/a.mp4 --refine 10") == 0
-    assert float(re.search(r"PSNR (\d+\.\d+) dB", capsys.readouterr().out)[1]) > before
-    assert call("sample.py", f"--ckpt {trained}/vae.pt --reconstruct {videos}/a.mp4 --time-scale 2 --out-dir o") == 0
-    written(tmp_path / "o" / "reconstruct", 32, 2)
 
 
 def test_prediction(predictor, call, tmp_path, videos, capsys):
@@ -108,14 +87,8 @@ def test_prediction(predictor, call, tmp_path, videos, capsys):
     assert names == [f"{i:02d}_{n}" for i, n in enumerate(["real", *["predicted"] * 4])]
     out = capsys.readouterr().out
     assert re.search(r"PSNR of the predicted frames \d+\.\d+ dB, of copies of the last given frame \d+\.\d+ dB", out)
-    real, predicted = (video.read_frames(tmp_path / f"out/samples/predict/{name}.mp4", 32) for name in names[:2])
-    edges = abs(border(predicted) - [255, 153, 0]).mean((1, 2))
-    assert edges.min() > 40  # videos can be compared with real ones
-    sheet = np.asarray(Image.open(tmp_path / "out/samples/predict.png").convert("RGB"))[:, -8 * 64 :]
-    cells = np.stack([sheet[66 : 66 + 64, 64 * i : 64 * i + 64] for i in range(8)])  # frames 0, 2, 4, 6, 9, … of the first one
-    orange = abs(border(cells) - [255, 153, 0]).mean((1, 2)) < 1
-    assert orange.tolist() == [True] * 3 + [False] * 5
-    apart = abs(predicted.astype(int) - real).mean((1, 2, 3))
+    real, predicted = (video.read_frames(tmp_path / f"out/samples/predict/{name}.mp4", 32).astype(int) for name in names[:2])
+    apart = abs(predicted - real).mean((1, 2, 3))
     assert (apart[:5] < 3).all() and (apart[5:] > 3).all()
 
 
@@ -133,25 +106,22 @@ def test_predicted_videos_are_refined_on_the_given_frames_only(predictor, monkey
 @pytest.mark.parametrize(
     "options, words",
     [
-        ("vae.pt", "vae.pt stage 2 python dit.py"),
-        ("dit.pt --classes nonsense", "nonsense ring_circle"),
-        ("dit.pt --classes ²", "² ring_circle"),
-        ("dit.pt --interp --classes 1", "--interp two"),
-        ("dit.pt --interp {videos}/a.mp4 {videos}/none.mp4", "none.mp4"),
-        ("dit.pt --reconstruct {videos}/short.mp4", "short.mp4 10 16"),
-        ("dit.pt --predict {videos}/a.mp4", "--cond-frames 5"),
+        ("{trained}/vae.pt", "vae.pt stage 2 python dit.py"),
+        ("{trained}/dit.pt --classes nonsense", "nonsense ring_circle"),
+        ("{trained}/dit.pt --classes ²", "² ring_circle"),
+        ("{trained}/dit.pt --interp --classes 1", "--interp two"),
+        ("{trained}/dit.pt --interp {videos}/a.mp4 {videos}/none.mp4", "none.mp4"),
+        ("{trained}/dit.pt --reconstruct {videos}/short.mp4", "short.mp4 10 16"),
+        ("{trained}/dit.pt --predict {videos}/a.mp4", "--cond-frames 5"),
         ("{predictor} --predict {videos}/four.mp4", "four.mp4 4 5"),
         ("{predictor} --predict {videos}/a.mp4 --time-scale 0.05", "--time-scale 0.05 5"),
         ("{predictor} --predict {videos}/a.mp4 --classes 0 1", "--classes 1"),
-        ("dit.pt --steps 1001 --classes 0", "--steps"),
-        ("dit.pt --out-dir file", "file"),
-        ("dit.pt --fps 0", "--fps"),
+        ("{trained}/dit.pt --fps 0", "--fps"),
     ],
 )
 def test_wrong_use(options, words, call, capsys, trained, predictor, videos, tmp_path):
-    (tmp_path / "file").touch()
-    options = options.format(videos=videos, predictor=predictor)
-    assert call("sample.py", f"--ckpt {'' if options.startswith('/') else f'{trained}/'}{options}") == 2
+    options = options.format(trained=trained, videos=videos, predictor=predictor)
+    assert call("sample.py", f"--ckpt {options}") == 2
     check_error(capsys.readouterr().err, *words.split())
     assert not list(tmp_path.rglob("*.mp4")) + list(tmp_path.rglob("*.png"))
 

@@ -1,6 +1,5 @@
 """Stage 1: the encoder's parts, the presets of the paper, the losses of a real step."""
 
-import dataclasses
 import math
 
 import pytest
@@ -13,51 +12,34 @@ from common import checkpoints, utils
 from nerv import CONFIGS, NeRVConfig
 from vae import VAE, EncoderConfig, encoder_config, load_vae, psnr
 
-TINY = NeRVConfig(resolution=32, num_frames=4, num_tokens=6, token_dim=5, width=16, block=8)
-
-
-def tiny(patch=(2, 8, 4)):
-    torch.manual_seed(0)
-    return VAE(TINY, EncoderConfig(width=24, depth=2, heads=2, patch=patch)).eval()
-
 
 @torch.no_grad()
 def test_patches_are_cut_out_in_order_of_time_height_and_width():
+    torch.manual_seed(0)
     pt, ph, pw = patch = (2, 8, 4)
-    model, video, seen = tiny(patch), torch.rand(2, 4, 3, 32, 32), []
+    nerv_config = NeRVConfig(resolution=32, num_frames=4, num_tokens=6, token_dim=5, width=16, block=8)
+    model = VAE(nerv_config, EncoderConfig(width=24, depth=2, heads=2, patch=patch)).eval()
+    video, seen, patches = torch.rand(2, 4, 3, 32, 32), [], []
     model.encoder.embed.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
     mean, logvar = model.encode(video)
     assert mean.shape == logvar.shape == (2, 6, 5)
-    patches = []
     for t in range(0, 4, pt):
         for h in range(0, 32, ph):
             for w in range(0, 32, pw):
                 patches.append(video[:, t : t + pt, :, h : h + ph, w : w + pw].flatten(1))
     assert torch.equal(seen[0], torch.stack(patches, 1))
-    for axis in (1, 3, 4):  # what is elsewhere, or at another time, has other tokens
-        assert (model.encode(video.roll(16 if axis > 1 else 2, axis))[0] - mean).abs().max() > 1e-4
-    code = vae.grid_position((4, 8, 8), 128)
-    assert code.shape == (256, 128) and torch.pdist(code).min() > 1e-2
+    assert (model.encode(video.roll((2, 16, 16), (1, 3, 4)))[0] - mean).abs().max() > 1e-4  # places matter
+    assert torch.pdist(vae.grid_position((4, 8, 8), 128)).min() > 1e-2  # and no two are the same
 
 
-def test_the_last_block_computes_the_queries_only():
-    torch.manual_seed(0)
-    block, x = vae.EncoderBlock(24, 2).double(), torch.randn(2, 9, 24, dtype=torch.float64)
-    torch.testing.assert_close(block(x, last=4), block(x)[:, -4:], rtol=0, atol=1e-12)
-    model, lengths = tiny(), []
-    for layer in model.encoder.blocks:
-        layer.mlp.register_forward_pre_hook(lambda layer, args: lengths.append(args[0].shape[1]))
-    model.encode(torch.rand(2, 4, 3, 32, 32))
-    assert lengths == [2 * 4 * 8 + 6, 6]
-
-
-def test_attention_is_that_of_torch():
+def test_attention_is_that_of_torch_and_the_last_tokens_alone_have_what_they_have_together():
     torch.manual_seed(0)
     ours, theirs = vae.Attention(24, 4), torch.nn.MultiheadAttention(24, 4, batch_first=True)
     theirs.in_proj_weight.data, theirs.in_proj_bias.data = ours.qkv.weight.data, ours.qkv.bias.data
     theirs.out_proj.weight.data, theirs.out_proj.bias.data = ours.out.weight.data, ours.out.bias.data
-    x = torch.randn(2, 7, 24)
+    block, x = vae.EncoderBlock(24, 2), torch.randn(2, 7, 24)
     torch.testing.assert_close(ours(x), theirs(x, x, x)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(block(x, last=3), block(x)[:, -3:], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -85,22 +67,18 @@ def test_psnr_closed_form():
 
 
 @torch.no_grad()
-def test_a_checkpoint_gives_the_same_videos_in_any_batches(tmp_path):
-    model, video = tiny(), torch.rand(5, 4, 3, 32, 32)
-    model.train().encode(video)  # moves the running statistics of the batch norm, which belong to the model
-    configs = {f"{name}_config": dataclasses.asdict(getattr(model, f"{name}_config")) for name in ("nerv", "encoder")}
-    content = dict(stage="vae", decoder="NeRV", ema=model.eval().state_dict(), config={"extras": []}, **configs)
-    checkpoints.save(tmp_path / "vae.pt", **content)
-    again = load_vae(checkpoints.load(tmp_path / "vae.pt", "vae", ""))
-    assert not again.training and not any(p.requires_grad for p in again.parameters())
-    whole = vae.reconstruct(model, video, "cpu")
-    assert torch.equal(vae.reconstruct(again, video, "cpu"), whole)
-    torch.testing.assert_close(vae.reconstruct(again, video, "cpu", batch_size=2), whole, rtol=1e-4, atol=1e-5)
-    alone = torch.cat([model.nerv(tokens[None], torch.arange(4)) for tokens in model.encode(video)[0]])
-    torch.testing.assert_close(alone, whole, rtol=1e-4, atol=1e-5)  # however many VAE.decode takes in a call
-    for changed in ({"decoder": "Other"}, {"nerv_config": configs["nerv_config"] | {"width": 32}}, {"ema": {}}, {"config": {}}):
+def test_a_checkpoint_gives_the_same_videos_in_any_batches(trained):
+    ckpt, video = checkpoints.load(trained / "vae.pt", "vae", ""), torch.rand(5, 16, 3, 32, 32)
+    model = load_vae(ckpt)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    t = torch.arange(4)  # of four frames VAE.decode takes four videos in a call
+    whole = vae.reconstruct(model, video, "cpu", t)
+    torch.testing.assert_close(vae.reconstruct(model, video, "cpu", t, batch_size=2), whole, rtol=1e-4, atol=1e-5)
+    alone = torch.cat([model.nerv(tokens[None], t) for tokens in model.encode(video)[0]])
+    torch.testing.assert_close(alone, whole, rtol=1e-4, atol=1e-5)
+    for changed in ({"decoder": "Other"}, {"nerv_config": ckpt["nerv_config"] | {"width": 16}}, {"ema": {}}, {"config": {}}):
         with pytest.raises(utils.UserError, match="does not fit this code, train it again"):
-            load_vae(content | changed)
+            load_vae(ckpt | changed)
 
 
 def test_training_minimizes_the_squared_error_and_the_kl_to_a_standard_normal(call, few_held_out, monkeypatch):
