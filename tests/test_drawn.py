@@ -84,6 +84,7 @@ def test_characters_and_classes(layers, train):
     assert len(set(train.classes)) == 9 and train.classes[3] == "walk_left"
     for k in range(0, len(train), 9):
         assert {train.label(i) for i in range(k, k + 9)} == set(range(9))
+    assert {train.label(i) for i in range(0, 81, 9)} == set(range(9))  # an evenly spaced sample, too
 
 
 def cell(root, layer, k, number):
