@@ -10,7 +10,6 @@ import collections
 import hashlib
 import itertools
 import os
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,9 +62,8 @@ class Videos:
         return len(self.items)
 
     def identity(self):
-        """A hash of labels and frames (without a cache: of names, sizes and times), whatever the directory is called."""
-        states = [f"{label} {zlib.crc32(self.frames[path]) if self.frames else stamp(path)}" for path, label in self.items]
-        return hashlib.sha256("\n".join(states).encode()).hexdigest()
+        """A hash of labels, and of names, sizes, times and inodes: it changes when a video or its class does."""
+        return hashlib.sha256(repr([(label, stamp(path)) for path, label in self.items]).encode()).hexdigest()
 
     def __getitem__(self, i):
         for k in range(i, i + len(self)):
@@ -84,19 +82,14 @@ class Videos:
         if (spare := self.lengths[path] - self.span) < 0:
             raise video.BadVideo(path, self.too_short(path))
         start = scramble(i) % (spare + 1) if self.train else spare // 2
-        if self.frames is None:
-            frames = video.read_frames(path, self.size, start, self.span)[:: self.stride]
-        else:
-            frames = np.asarray(self.frames[path][start : start + self.span : self.stride])
+        frames = self.frames[path][start:] if self.frames else video.read_frames(path, self.size, start, self.span)
+        frames = np.asarray(frames[: self.span : self.stride])
         return np.ascontiguousarray(frames[:, :, ::-1]) if self.flip and self.train and scramble(i) >> 63 else frames
 
     def skip(self, path, reason):
         if path not in self.skipped:
             self.skipped[path] = reason
-            if len(self.skipped) <= 20:
-                report(f"skipping {printable(path)}: {reason}")
-            elif len(self.skipped) == 21:
-                report("skipping more: `python data.py` lists all")
+            report(f"skipping {printable(path)}: {reason}")
 
     def too_short(self, path):
         return f"it has {self.lengths[path]} frames, but a clip needs {self.span} (--num-frames, --stride)"
@@ -139,18 +132,14 @@ def open_dataset(config, role, classes=None):
     if len(names) == 1 and classes and len(classes) == 1:
         names, items = list(classes), [(path, classes[0]) for path, _ in items]  # a folder without classes, renamed
     if unknown := [name for name in names if name not in (classes or names)]:
-        raise UserError(
-            f"{printable(root)} has the class {unknown[0]!r}, which the checkpoint was not trained on: {list(classes)}"
-        )
+        raise UserError(f"{printable(root)} has the class {unknown[0]!r}, but the checkpoint has {list(classes)}")
     number = {name: k for k, name in enumerate(classes or names)}
     items, paths = [(path, number[name]) for path, name in items], [path for path, _ in items]
-    many = len(paths) > 50_000  # Linux maps 65,530 files at most
-    if getattr(c, "cache", "") == "off" or many or estimated_bytes(paths, c.resolution) > CACHE_LIMIT:
+    # Linux maps 65,530 files at most.
+    if getattr(c, "cache", "") == "off" or len(paths) > 50_000 or estimated_bytes(paths, c.resolution) > CACHE_LIMIT:
         return Videos(items, number, role, c)
-    place = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:8]
-    directory = (
-        Path(getattr(c, "cache_dir", CACHE)) / f"{utils.file_name(root.resolve().name, 40)}-{role}-{c.resolution}-{place}"
-    )
+    place = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
+    directory = Path(getattr(c, "cache_dir", CACHE)) / f"{utils.file_name(root.name, 40)}-{role}-{c.resolution}-{place}"
     return Videos(items, number, role, c, decode_once(directory, paths, c.resolution))
 
 
@@ -197,28 +186,20 @@ def endless(dataset, stream, device=None):
     All cores of this process prefetch. For a CUDA device the memory is pinned, so that `to(device, non_blocking=True)` returns
     at once; torch reuses the memory only after the copy.
     """
-    workers = max(1, utils.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    ahead, shape = collections.deque(), dataset[0][0].shape
+    ahead, shape, cuda = collections.deque(), dataset[0][0].shape, device is not None and device.type == "cuda"
 
-    def fill(rows, indices):
-        labels = []
-        for row, i in zip(rows, indices):
-            row[...], label = dataset[i]
-            labels.append(label)
-        return labels
+    def fill(row, i):
+        row[...], label = dataset[i]
+        return label
 
-    pool = ThreadPoolExecutor(workers)
+    pool = ThreadPoolExecutor(max(1, utils.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     try:
         for indices in stream:
-            batch = torch.empty(
-                (len(indices), *shape), dtype=torch.uint8, pin_memory=device is not None and device.type == "cuda"
-            )
-            rows, share = batch.numpy(), -(-len(indices) // workers)
-            places = range(0, len(indices), share)
-            ahead.append((batch, [pool.submit(fill, rows[k : k + share], indices[k : k + share]) for k in places]))
+            batch = torch.empty((len(indices), *shape), dtype=torch.uint8, pin_memory=cuda)
+            ahead.append((batch, [pool.submit(fill, row, i) for row, i in zip(batch.numpy(), indices)]))
             if len(ahead) > 2:
-                batch, parts = ahead.popleft()
-                yield batch, torch.tensor([label for part in parts for label in part.result()])
+                batch, labels = ahead.popleft()
+                yield batch, torch.tensor([label.result() for label in labels])
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -257,36 +238,28 @@ class Config:
 
 
 def describe(dataset):
-    """Yield lines that describe a data set of videos: counts of classes, lengths, sizes as stored, skipped videos and why."""
-    paths, infos = [path for path, _ in dataset.items], {}
-
-    def look(path):
+    """Print classes, lengths and sizes, as stored, of a data set of videos; skip those that cannot be opened."""
+    found = []
+    for path, label in utils.bar(dataset.items, "looking", unit="video"):
         try:
-            infos[path] = video.probe(path)
+            info = video.probe(path)
+            found.append((dataset.classes[label], dataset.lengths.get(path, info.frames), f"{info.width} x {info.height}"))
         except video.BadVideo as error:
             dataset.skip(path, error.reason)
-
-    with ThreadPoolExecutor(utils.cores()) as pool:
-        list(utils.bar(pool.map(look, paths), "looking", len(paths), unit="video"))
-    counts = collections.Counter(dataset.classes[label] for path, label in dataset.items if path in infos)
-    yield f"{len(infos)} videos of {len(counts)} classes"
-    yield from (f"    {name:32}{count:6}" for name, count in sorted(counts.items()))
-    frames = sorted(dataset.lengths.get(path, info.frames) for path, info in infos.items())
-    yield f"frames    {frames[0]} to {frames[-1]}, median {frames[len(frames) // 2]}"
-    sizes = collections.Counter(f"{info.width} x {info.height}" for info in infos.values()).most_common(5)
-    yield "sizes     " + ", ".join(f"{size} ({count})" for size, count in sizes)
-    yield from (f"skipped   {printable(path)}: {reason}" for path, reason in sorted(dataset.skipped.items()))
+    classes, frames, sizes = zip(*found)
+    for name, count in sorted(collections.Counter(classes).items()):
+        print(f"    {name:32}{count:6}")
+    print(f"frames    {min(frames)} to {max(frames)}, median {np.median(frames):g}")
+    print("sizes     " + ", ".join(f"{size} ({count})" for size, count in collections.Counter(sizes).most_common(5)))
 
 
 def main():
     config = utils.parse_options(Config, __doc__, lambda args: DEFAULTS.get(args.dataset, {}))
     utils.check_positive(config, "resolution", "num_frames", "stride")
-    if config.preview:
-        utils.make_parent(config.preview)
     dataset = open_dataset(config, "train")
     print(f"{len(dataset)} clips or videos in {len(dataset.classes)} classes: {', '.join(dataset.classes)}")
-    for line in describe(dataset) if config.dataset not in DRAWN else ():
-        print(line)
+    if config.dataset not in DRAWN:
+        describe(dataset)
     if config.preview:
         shown, labels = fixed_clips(dataset, 8)
         video.write_sheet(config.preview, shown, [dataset.classes[k] for k in labels])

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import av
 import numpy as np
-from tqdm import tqdm
 
 from common import utils, video
 
@@ -15,35 +14,27 @@ from common import utils, video
 def decode_once(directory, paths, size):
     """All frames of videos: ({path: uint8 [T, size, size, 3], memory-mapped}, {path: why it has none}).
 
-    The name of a cache file is a hash of the video's stamp and of the decoder's version, so a changed video is decoded again.
-    So is one that failed, since the machine may have been at fault. Returns None if the directory cannot be written.
+    The name of a cache file has the decoder's version and the video's stamp, so a changed video is decoded again.
+    So is one that failed, since the machine may have been at fault. UserError if the directory cannot be written.
     """
-    states = {path: f"{av.__version__} {stamp(path, here=True)}".encode() for path in paths}
-    files = {path: directory / f"{hashlib.sha256(state).hexdigest()[:32]}.u8" for path, state in states.items()}
-    failed, broken = {}, False
+    files, failed = {path: directory / f"{av.__version__}-{stamp(path)}.u8" for path in paths}, {}
 
     def decode(path):
         try:
-            frames = video.read_frames(path, size)
             with utils.whole(files[path]) as part:
-                frames.tofile(part)
+                video.read_frames(path, size).tofile(part)
         except video.BadVideo as error:
             failed[path] = error.reason
 
     if utils.rank() == 0:
-        todo, pool = [path for path in paths if not files[path].is_file()], ThreadPoolExecutor(utils.cores())
-        try:
-            for old in {*directory.glob("*.u8")} - {*files.values()}:
-                old.unlink()
+        for old in {*directory.glob("*.u8")} - {*files.values()}:
+            old.unlink()
+        todo = [path for path in paths if not files[path].is_file()]
+        with ThreadPoolExecutor(utils.cores()) as pool:
             list(utils.bar(pool.map(decode, todo), "decoding", len(todo), unit="video", disable=not todo))
-        except (utils.UserError, OSError) as error:
-            tqdm.write(f"{error}: decoding clips on demand instead")
-            broken = True
-        pool.shutdown(cancel_futures=True)
-    if utils.max_over_ranks(broken):
-        return None
-    there = {path: np.memmap(file, np.uint8, "c") for path, file in files.items() if file.is_file()}
-    return {path: frames.reshape(-1, size, size, 3) for path, frames in there.items()}, failed
+    utils.max_over_ranks()  # all wait for the first
+    there = {path: file for path, file in files.items() if file.is_file()}
+    return {path: np.memmap(file, np.uint8, "c").reshape(-1, size, size, 3) for path, file in there.items()}, failed
 
 
 def estimated_bytes(paths, size):
@@ -51,15 +42,16 @@ def estimated_bytes(paths, size):
     few, frames = paths[:: len(paths) // 16 + 1], 0
     for path in few:
         with contextlib.suppress(video.BadVideo):
-            frames += video.probe(path).frames or video.count_frames(path)  # a raw stream has no header
+            frames += video.probe(path).frames
     return frames / len(few) * len(paths) * size**2 * 3
 
 
-def stamp(path, here=False):
-    """A string that changes when a video changes: name, size and time of its file, or of all files of a directory.
+def stamp(path):
+    """A hash of name, size, times and inode of a video's file, or of all files of a directory: it changes when a video does.
 
-    here: add inode and change time, which on the same disk also reveal a file replaced by one of equal size and time.
+    Inode and change time reveal a file replaced by one of equal size and modification time.
     """
     files = video.frame_files(path) if path.is_dir() else [path]
-    states = [(os.fsencode(file.name).hex(), os.stat(file)) for file in files if os.path.exists(file)]
-    return " ".join(f"{name} {s.st_size} {s.st_mtime_ns}" + f" {s.st_ino} {s.st_ctime_ns}" * here for name, s in states)
+    states = [(os.fsencode(file.name), os.stat(file)) for file in files if os.path.exists(file)]
+    states = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in states]
+    return hashlib.sha256(repr(states).encode()).hexdigest()[:32]

@@ -10,29 +10,29 @@ import numpy as np
 import torch.nn.functional as F
 from PIL import Image
 
-from common.utils import UserError
 from common.video import to_clip, to_frames
 
 LIMIT = 2**30  # bytes of frames that a data set caches: enough for all of Shapes at nano's size, and of Sprites at its own
 
 
 class Drawn:
-    """A data set defined by `len`, draw(i) -> uint8 frames [T, H, W, 3] and label(i); caches the first clips up to LIMIT."""
+    """A data set defined by `length`, draw(i) -> uint8 frames [T, H, W, 3] and label(i); caches the first clips up to LIMIT."""
 
-    def __init__(self):
-        self.cache = {}
+    def __init__(self, length):
+        self.length, self.cache = length, {}
+
+    def __len__(self):
+        return self.length
 
     def __getitem__(self, i):
         i %= len(self)
-        if (frames := self.cache.get(i)) is None:
-            frames = self.draw(i)
-            # The first clips, not the latest: each pass has a new order, in which the latest would rarely be hit.
-            if (len(self.cache) + 1) * frames.nbytes <= LIMIT:
-                self.cache[i] = frames
+        frames = self.cache[i] if i in self.cache else self.draw(i)
+        # The first clips, not the latest: each pass has a new order, in which the latest would rarely be hit.
+        if (len(self.cache) + 1) * frames.nbytes <= LIMIT:
+            self.cache[i] = frames
         return frames, self.label(i)
 
 
-SHAPES = ("square", "triangle", "ring")
 MOTIONS = ("sideways", "updown", "circle")
 
 
@@ -44,16 +44,11 @@ class Shapes(Drawn):
     prefix of any longer clip i. stride: frames of the video per frame of the clip.
     """
 
-    classes = tuple(f"{shape}_{motion}" for shape in SHAPES for motion in MOTIONS)
+    classes = tuple(f"{shape}_{motion}" for shape in ("square", "triangle", "ring") for motion in MOTIONS)
 
     def __init__(self, role="train", resolution=32, num_frames=16, length=None, period=0, stride=1):
-        super().__init__()
-        self.role, self.resolution, self.num_frames, self.stride = role, resolution, num_frames, stride
-        self.period = period
-        self.length = length or {"train": 8192, "test": 512}[role]
-
-    def __len__(self):
-        return self.length
+        super().__init__(length or {"train": 8192, "test": 512}[role])
+        self.role, self.resolution, self.num_frames, self.period, self.stride = role, resolution, num_frames, period, stride
 
     def label(self, i):
         return i % len(self.classes)
@@ -98,7 +93,7 @@ class Shapes(Drawn):
 
 CLONE = "git clone https://github.com/YingzhenLi/Sprites"
 LAYERS = {"body": range(6), "shoes": [1], "bottomwear": range(6), "topwear": range(6), "hair": range(6)}  # from below to above
-CELL, ROWS, COLUMNS = 64, 21, 13  # of a sheet
+CELL, COLUMNS = 64, 13  # of a sheet
 # Cell numbers, row by row, of each action facing left; front is one row further down, right two.
 LOOPS = {"spellcard": [*range(13, 19), 17, 13], "walk": [*range(118, 126)], "slash": [*range(169, 175), 173, 169]}
 
@@ -110,23 +105,21 @@ class Sprites(Drawn):
     x direction; clips 9k to 9k + 8 are the classes of one character. A clip is the loop of 8 frames, repeated or truncated.
     Multiples of 64 repeat pixels, which keeps edges sharp; other sizes are antialiased.
 
-    UserError if a layer is missing or is not a sheet of 21 x 13 cells.
+    OSError if a layer is missing or damaged.
     """
 
     classes = tuple(f"{action}_{direction}" for action in LOOPS for direction in ("left", "front", "right"))
 
     def __init__(self, root, role="train", resolution=CELL, num_frames=8, stride=1):
-        super().__init__()
         self.resolution = resolution
         # As in the authors' frame_to_npy.py, so that the same characters are held out. numpy keeps RandomState stable (NEP 19).
         order = np.random.RandomState(423).permutation(6**4)
         self.characters = order[:1000] if role == "train" else order[1000:]
+        super().__init__(len(self.characters) * len(self.classes))
         steps = [t * stride % 8 for t in range(num_frames)]
         self.cells = [[loop[t] + COLUMNS * row for t in steps] for loop in LOOPS.values() for row in range(3)]
-        self.sheets = {(layer, k): read_sheet(Path(root) / layer / f"{k}.png") for layer in LAYERS for k in LAYERS[layer]}
-
-    def __len__(self):
-        return len(self.characters) * len(self.classes)
+        files = {(layer, k): Path(root) / layer / f"{k}.png" for layer in LAYERS for k in LAYERS[layer]}
+        self.sheets = {sheet: Image.open(file).convert("RGBA") for sheet, file in files.items()}
 
     def identity(self):
         return f"sprites {self.resolution} {self.cells}"
@@ -149,15 +142,3 @@ class Sprites(Drawn):
             return frames.repeat(self.resolution // CELL, 1).repeat(self.resolution // CELL, 2)
         size = (self.resolution, self.resolution)
         return to_frames(F.interpolate(to_clip(frames), size, mode="bilinear", antialias=True))
-
-
-def read_sheet(path):
-    """A sheet as a PIL image, RGBA. UserError for any other file."""
-    try:
-        image = Image.open(path).convert("RGBA")
-        if image.size != (COLUMNS * CELL, ROWS * CELL):
-            raise ValueError(f"{image.width} x {image.height} pixels")
-        return image
-    except Exception as error:  # PIL may raise anything, depending on where an image is damaged
-        about = f"{path} is not a sheet of {COLUMNS * CELL} x {ROWS * CELL} ({error})"
-        raise UserError(f"{about}; get the layers again: {CLONE}") from None
