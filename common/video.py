@@ -34,7 +34,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 SAFE = {
     "protocol_whitelist": "file",
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,yuv4mpegpipe,ogg,mpegts,mpeg,mpegvideo,asf,flv,mxf,dv,ivf,"
-    "h264,hevc,m4v,mjpeg,gif,apng,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe",
+    "h264,hevc,m4v,mjpeg,gif,apng,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe,image2",  # image2: JPEGs of 2 KB or more
+    "pattern_type": "none",  # %03d.png is the name of one image
 }
 DAMAGED, NOTHING = (av.error.InvalidDataError, av.error.ArgumentError), "damaged, or not a video"
 MAX_PIXELS = 2**27  # of one frame; larger ones are meant to exhaust memory
