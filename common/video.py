@@ -160,14 +160,6 @@ def tile(clips):
     return torch.cat([torch.cat(clips[i : i + columns], 3) for i in range(0, len(clips), columns)], 2)
 
 
-def mark(clip):
-    """The clip [T, 3, H, W] with an orange border, which marks given frames."""
-    edge = max(1, clip.shape[-1] // 32)
-    marked = torch.tensor([1.0, 0.2, -1.0])[:, None, None].expand_as(clip).clone()
-    marked[..., edge:-edge, edge:-edge] = clip[..., edge:-edge, edge:-edge]
-    return marked
-
-
 def write_mp4(path, clips, fps=12):
     """Write clips [T, 3, H, W], concatenated, as path.mp4 (H.264), small ones enlarged; a generator's as they arrive."""
     write_frames(f"{path}.mp4", (to_frames(clip, 128) for clip in clips), fps, crf=10)
