@@ -1,4 +1,4 @@
-"""Generate, reconstruct and interpolate videos; each is written as MP4 and GIF, and all together as a PNG contact sheet.
+"""Generate, reconstruct and interpolate videos; each is written as MP4, and all together as one, and as a contact sheet.
 
 python sample.py                                  one video of every class, from dit.pt
 python sample.py --classes 3 ring_circle --count 4
@@ -131,10 +131,10 @@ class Sampler:
         """Each clip as a video of its own, all of them as one tiled video and as one sheet."""
         folder = Path(self.config.out_dir) / name
         for i, (clip, title) in enumerate(zip(clips, titles)):
-            video.write_video(folder / f"{i:02d}_{utils.file_name(title)}", clip, self.config.fps)
+            video.write_mp4(folder / f"{i:02d}_{utils.file_name(title)}", [clip], self.config.fps)
         video.write_sheet(f"{folder}.png", clips, titles)
-        video.write_video(folder, video.tile(clips), self.config.fps)
-        print(f"wrote {folder}.png, {folder}.mp4, {folder}.gif and each video in {folder}/")
+        video.write_mp4(folder, [video.tile(clips)], self.config.fps)
+        print(f"wrote {folder}.png, {folder}.mp4 and each video in {folder}/")
 
 
 def predict(sampler, config):

@@ -1,4 +1,4 @@
-"""Reading frames from video files, and writing frames to videos, GIFs and contact sheets.
+"""Reading frames from video files, and writing frames to videos and contact sheets.
 
 Frames are uint8 [T, H, W, 3], as in files; a clip is float32 [T, 3, H, W] in [-1, 1], as in networks. Frame k is the k-th from
 PyAV's decoder, whatever frame rate, timestamps and headers say. Rotation and pixel aspect are applied, as players do.
@@ -44,8 +44,8 @@ class BadVideo(UserError):
 def list_videos(root):
     """All videos under a directory: (sorted paths, notes on what was left out, a line each).
 
-    A path is a video file or, where there is none, a directory of frames. A GIF beside an MP4 of the same name is its preview.
-    Links are followed, but not in circles. Hidden files are ignored without a note.
+    A path is a video file or, where there is none, a directory of frames. Links are followed, but not in circles. Hidden files
+    are ignored without a note.
     """
     paths, left_out, seen = [], collections.Counter(), set()
     for directory, folders, files in os.walk(root, followlinks=True):
@@ -53,7 +53,6 @@ def list_videos(root):
         folders[:] = sorted(f for f in folders if f[0] != "." and os.path.realpath(Path(directory, f)) not in seen)
         others = {Path(directory, name) for name in files if name[0] != "."}
         found = {path for path in others if path.suffix.lower() in VIDEO_SUFFIXES}
-        found -= {path for path in found if path.suffix == ".gif" and path.with_suffix(".mp4") in found}
         if not found and len(images := frame_files(directory)) > 1:
             found, others = {Path(directory)}, others.difference(images)
         paths += found
@@ -165,14 +164,6 @@ def write_mp4(path, clips, fps=12):
     write_frames(f"{path}.mp4", (to_frames(clip, 128) for clip in clips), fps, crf=10)
 
 
-def write_video(path, clip, fps=12):
-    """Write a clip [T, 3, H, W] as path.mp4 (H.264) and path.gif, small ones enlarged."""
-    write_mp4(path, [clip], fps)
-    images = [Image.fromarray(frame) for frame in to_frames(clip, 128)]
-    with whole(f"{path}.gif") as part:
-        images[0].save(part, "GIF", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
-
-
 def write_frames(path, parts, fps, crf=12):
     """Write frames, an iterable of uint8 [n, H, W, 3], as one video at their own size; returns the number of frames.
 
@@ -181,11 +172,11 @@ def write_frames(path, parts, fps, crf=12):
     codec = {".mp4": "libx264", ".mkv": "ffv1"}.get(Path(path).suffix.lower())
     if not codec:
         raise UserError(f"{printable(path)}: give a file name that ends in .mp4 or .mkv")
-    container, options = ("mp4", {"crf": str(crf)}) if codec == "libx264" else ("matroska", {})
+    container = "mp4" if codec == "libx264" else "matroska"
     with whole(path) as part, av.open(f"file:{part.absolute()}", "w", format=container) as out:
         for count, frame in enumerate(itertools.chain.from_iterable(parts), 1):
             if count == 1:
-                stream = out.add_stream(codec, Fraction(fps).limit_denominator(10_000), options=options)
+                stream = out.add_stream(codec, Fraction(fps).limit_denominator(10_000), options={"crf": str(crf)})
                 stream.height, stream.width = frame.shape[:2]
                 odd = stream.height % 2 or stream.width % 2
                 stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv444p" if odd else "yuv420p"
@@ -204,9 +195,8 @@ def write_sheet(path, rows, titles, columns=8):
     font = ImageFont.load_default(max(14, height // 6))  # large frames get a large font: viewers scale the sheet down
     margin = math.ceil(max(map(font.getlength, titles)) + font.size)
     image = Image.new("RGB", (margin + max(strip.shape[1] for strip in strips), len(strips) * height), "white")
-    draw = ImageDraw.Draw(image)
     for i, (strip, title) in enumerate(zip(strips, titles)):
         image.paste(Image.fromarray(strip), (margin, i * height))
-        draw.text((margin - font.size // 2, i * height + height // 2), title, "black", font, "rm")
+        ImageDraw.Draw(image).text((margin - font.size // 2, i * height + height // 2), title, "black", font, "rm")
     with whole(path) as part:
         image.save(part, "PNG")

