@@ -113,15 +113,16 @@ def test_white_of_high_dynamic_range_is_white(tmp_path, transfer, white):
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".tif", ".webp"])
 def test_images_come_back_in_8_and_16_bits_and_not_if_they_are_cut_off(tmp_path, suffix):
-    """Of 2 KB and more, the part of a file that tells FFmpeg what it is; also under a name that could be a pattern."""
+    """Of 2 KB and more, the part of a file that tells FFmpeg what it is; also under a name that is a pattern of others'."""
     ramp = np.linspace(0, 255, 200).round().astype(np.uint8)
     noise = np.random.default_rng(0).integers(0, 20, (200, 200), np.uint8)  # which takes the room
     grey8 = np.maximum(ramp, ramp[:, None]) // 2 + noise
     for bits in (8, 16) if suffix in (".png", ".tif") else (8,):
-        whole, cut = (tmp_path / f"{name}{bits}" / f"%0{bits}d{suffix}" for name in ("whole", "cut"))
+        whole, cut = (tmp_path / f"{name}{bits}" / f"%d{suffix}" for name in ("whole", "cut"))
         for path in (whole, cut):
             path.parent.mkdir()
             Image.fromarray(grey8 if bits == 8 else grey8.astype(np.uint16) * 257).save(path)
+        Image.new("L", (200, 200)).save(whole.parent / f"0{suffix}")
         assert whole.stat().st_size > 4096 and abs(read_frames(whole.parent, None)[0, ..., 0] - grey8.astype(int)).mean() < 6
         cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 2 // 3])
         with pytest.raises(video.BadVideo, match="damaged"):
