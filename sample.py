@@ -127,12 +127,15 @@ class Sampler:
         """Tokens [B, N, d] -> clips [B, len(t), 3, H, W] on the CPU, at the positions that were asked for."""
         return stage1.decode_all(self.vae, tokens, self.t)
 
-    def write(self, name, clips, titles):
-        """Each clip as a video of its own, all of them as one tiled video and as one sheet."""
+    def write(self, name, clips, titles, given=0):
+        """Each clip as a video of its own, all of them as one tiled video and one sheet with given frames underlined."""
         folder = Path(self.config.out_dir) / name
         for i, (clip, title) in enumerate(zip(clips, titles)):
             video.write_mp4(folder / f"{i:02d}_{utils.file_name(title)}", [clip], self.config.fps)
-        video.write_sheet(f"{folder}.png", clips, titles)
+        shown = [clip.clone() for clip in clips]
+        for clip in shown:
+            clip[:given, :, -max(1, clip.shape[-2] // 32) :] = torch.tensor([1.0, 0.2, -1.0])[:, None, None]  # orange
+        video.write_sheet(f"{folder}.png", shown, titles)
         video.write_mp4(folder, [video.tile(clips)], self.config.fps)
         print(f"wrote {folder}.png, {folder}.mp4 and each video in {folder}/")
 
@@ -158,7 +161,7 @@ def predict(sampler, config):
                 scores.append([sum(predicted) / len(samples), stage1.psnr(after, still.expand_as(after))])
         rows += [torch.cat([clip[:cond_frames], sample]) for sample in samples]
         titles += ["predicted"] * len(samples)
-    sampler.write("predict", rows, titles)
+    sampler.write("predict", rows, titles, given=cond_frames)
     if scores:
         predicted, copied = torch.tensor(scores).mean(0).tolist()
         print(f"PSNR of the predicted frames {predicted:.2f} dB, of copies of the last given frame {copied:.2f} dB")

@@ -90,6 +90,10 @@ def test_prediction(predictor, call, tmp_path, videos, capsys):
     real, predicted = (video.read_frames(tmp_path / f"out/samples/predict/{name}.mp4", 32).astype(int) for name in names[:2])
     apart = abs(predicted - real).mean((1, 2, 3))
     assert (apart[:5] < 3).all() and (apart[5:] > 3).all()
+    sheet = video.read_frames(tmp_path / "out/samples/predict.png", None)[
+        0, 63, -8 * 64 + 32 :: 64
+    ]  # 8 of 16 frames of the first row
+    assert [bool((abs(pixel - [255, 153, 0]) < 3).all()) for pixel in sheet.astype(int)] == [True] * 3 + [False] * 5  # orange
 
 
 def test_predicted_videos_are_refined_on_the_given_frames_only(predictor, monkeypatch):
