@@ -22,7 +22,7 @@ import nerv
 import vae
 from common import checkpoints, utils, video
 from common.utils import UserError
-from siblings import codec, container, entropy, fit, xinc
+from siblings import codec, container, entropy
 from siblings.codec import CodecConfig, NeRVDec, VideoFile
 from siblings.degrade import degrade
 from siblings.frames import cut, join, read_video
@@ -36,7 +36,6 @@ def run(command):
     """Run codec.py in this process, with a small encoder; returns the exit status."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(codec.ENCODERS, "nano", VIT)
-        patch.setattr(utils.RunLog, "EVERY", 1)
         return conftest.run("siblings.codec", command)
 
 
@@ -82,6 +81,9 @@ def test_counts_of_the_papers():
     assert NeRVDec(fastnerv).num_weights() == 85_552 and sum(fastnerv.codes) == 24_064  # FastNeRV, Table 2: 85.6k, 24.1k
     assert fastnerv.codes == [1024, 18432, 4608, 0] and uniform.codes == [4096, 9216, 9216, 6912]  # Table 4, in thousands
     assert NeRVDec(hypernerv).num_weights() == 129_968 and sum(hypernerv.codes) == 24_064  # HyperNeRV: 130k, 24.1k
+    config = utils.parse_options(codec.Config, "", codec.preset_defaults, ["--dataset", "folder"])
+    assert (config.preset, config.extras, config.mask, config.batch_size, config.steps) == ("fastnerv", [], 0, 32, 46_875)
+    assert codec.new_codec(config).config == fastnerv
 
 
 def test_the_papers_network_by_hand():
@@ -119,9 +121,8 @@ def test_an_mlp_of_pixels_by_hand():
     for i, layer in enumerate(decoder.layers):
         h = layer.kernel(parts[i][None])[0, :, :, 0, 0] @ (nerv.GELU_GAIN * F.gelu(h) if i else h)
     torch.testing.assert_close(frames[1, 1, :, y, x], 2 * h)
-    for preset, most in (("nano", 1536), ("fastnerv", 25_200)):  # codes of a clip: as many as ours; FastNeRV, Table 2: 25k
-        config = utils.parse_options(codec.Config, "", codec.preset_defaults, ["--preset", preset, "--pixelwise"])
-        assert sum(codec.new_codec(config).config.codes) == most
+    config = utils.parse_options(codec.Config, "", codec.preset_defaults, ["--preset", "fastnerv", "--pixelwise"])
+    assert sum(codec.new_codec(config).config.codes) == 25_200  # FastNeRV, Table 2: 25k
 
 
 def test_a_basis_is_added():
@@ -145,11 +146,9 @@ def test_tokens_left_out_are_read_from_those_that_are_kept():
         before = kept
 
 
-@pytest.mark.parametrize("bits", [4, 6, 8])
-def test_numbers_come_back(bits):
-    rng, half = np.random.default_rng(bits), 2 ** (bits - 1)
-    for columns, rows in ((1, 1), (300, 5)):
-        kept = np.arange(columns) % 3 == 0
+def test_numbers_come_back():
+    for bits, (columns, rows) in itertools.product((4, 6, 8), ((1, 1), (300, 5))):
+        rng, half, kept = np.random.default_rng(bits), 2 ** (bits - 1), np.arange(columns) % 3 == 0
         order = entropy.coding_order(rng.uniform(-3, 5, columns), np.full(columns, bits), kept)
         for numbers in (rng.integers(-half, half, (rows, columns)), np.zeros((rows, columns), int)):
             again = entropy.unpack(entropy.pack(numbers, order), order, numbers.shape)
@@ -179,24 +178,16 @@ def test_tiles_join_to_what_they_were_cut_from(n, height, width):
         assert torch.equal(tiles[2, 0, :, :5, 8:], video.to_clip(frames)[0, :, :, -1:].expand(-1, -1, 8))
 
 
-def test_a_video_of_any_size_comes_back_at_its_size_length_and_rate(here, capsys, model):
-    assert run("decode a.nerv b.mkv") == run("decode a.nerv b.mp4") == 0
-    lossless, rate = read_video("b.mkv")
-    assert np.array_equal(lossless, decoded("a.nerv", model)) and lossless.shape == (18, 21, 35, 3) and rate == 10
-    near, rate = read_video("b.mp4")
-    assert near.shape == (18, 21, 35, 3) and rate == 10 and np.abs(near - lossless.astype(float)).mean() < 4
-    assert run("info a.nerv") == 0
-    said = capsys.readouterr().out
-    assert f"5 chunks in {Path('a.nerv').stat().st_size} bytes, damaged: none" in said and "size [35, 21]" in said
-
-
-def test_frames_do_not_depend_on_what_else_is_decoded(trained, model):
-    whole, double = (decoded(trained / "a.nerv", model, time_scale=scale) for scale in (1, 2))
+def test_a_video_of_any_size_comes_back_whatever_else_is_decoded(here, model):
+    whole, double = (decoded("a.nerv", model, time_scale=scale) for scale in (1, 2))
+    assert run("decode a.nerv b.mkv") == 0 and whole.shape == (18, 21, 35, 3)
+    frames, rate = read_video("b.mkv")
+    assert np.array_equal(frames, whole) and rate == 10
     for first, last in ((0, 1), (3, 9), (17, 18)):
-        assert np.array_equal(decoded(trained / "a.nerv", model, first, last), whole[first:last])
+        assert np.array_equal(decoded("a.nerv", model, first, last), whole[first:last])
     assert len(double) == 36 and np.array_equal(double[::2], whole)
-    assert np.array_equal(decoded(trained / "a.nerv", model, 6, 10, time_scale=2), double[12:20])
-    file, t = VideoFile(trained / "a.nerv", model, ""), torch.arange(4)
+    assert np.array_equal(decoded("a.nerv", model, 6, 10, time_scale=2), double[12:20])
+    file, t = VideoFile("a.nerv", model, ""), torch.arange(4)
     codes = torch.cat([file.codes(file.numbers(i)) for i in range(5)])  # 5 chunks of 2 x 3 tiles
     with torch.no_grad():
         together = model.decoder(codes, t)
@@ -217,29 +208,6 @@ def test_refinement_helps_and_quantization_is_in_its_loop(model, trained):
 
     assert error(30, 0.5)[0] < 0.97 * error(0, 0.5)[0]
     assert error(30, 1.0, price=1.0)[1] < error(30, 1.0)[1]  # bits that cost are saved
-
-
-def test_explaining_shows_each_chunk_as_it_decodes(here, monkeypatch, model, capsys):
-    seen, explain_cuts, whole = [], xinc.explain_cuts, decoded("a.nerv", model)
-    monkeypatch.setattr(xinc, "explain_cuts", lambda chunks, *rest: (seen.extend(chunks), explain_cuts(chunks, *rest))[1])
-    monkeypatch.setattr("sys.argv", ["fit", "--explain", "a.nerv", "--out", "x.png"])
-    fit.main()
-    assert "3 cuts" in capsys.readouterr().out and Path("x.png").stat().st_size > 10_000
-    assert [count for count, _ in seen] == [4, 4, 4, 4]
-    for number, (k, place) in {0: (0, 0), 7: (1, 3), 15: (3, 3)}.items():
-        frame, total = seen[k][1](place)
-        assert np.array_equal(frame, whole[number]) and total.shape == (21, 35)
-        # Six tiles of 16 x 16, row by row: that of the last pixel is the sixth.
-        assert total[20, 34] == pytest.approx(alone(model, "a.nerv", k, 5, place)[4, 2].item(), rel=1e-5)
-
-
-def alone(model, path, chunk, tile, place):
-    """xinc.painted of one tile of a chunk, from the layers themselves."""
-    file = VideoFile(path, model, "")
-    code, (first, last) = file.codes(file.numbers(chunk))[tile : tile + 1], model.decoder.layers
-    parts = code.split(model.config.codes, 1)
-    x = first(nerv.sinusoid(torch.tensor([float(place)]), 16, 4)[..., None, None], parts[0])
-    return xinc.painted(nerv.GELU_GAIN * F.gelu(x), last.kernel(parts[1])[0], last.stride)[0]
 
 
 def outcome(path, model, *frames):
@@ -303,30 +271,21 @@ def test_files_made_to_do_harm_end_in_one_line(model, tmp_path):
         assert isinstance(outcome(path, model), (str, np.ndarray))
 
 
-@pytest.mark.parametrize(
-    "command, reason",
-    [
-        ("", "give a command first"),
-        ("encode a.mkv", "usage: python -m siblings.codec encode VIDEO FILE.nerv"),
-        ("encode a.mkv b.nerv --bits 9", "--bits 9"),
-        ("encode a.mkv ./a.mkv", "would overwrite"),
-        ("encode a.mkv codec.pt", "would overwrite"),
-        ("decode a.mkv b.mp4", "not a file written by this program"),
-        ("decode a.nerv b.mp4 --frames 3:19", "0 to 17"),
-        ("decode more.nerv b.mp4", "3 bytes follow"),
-        ("decode cut.nerv b.mp4", "chunk 4, frames 16 to 17, is damaged"),
-        ("compare empty", "no videos"),
-        ("train --tokens 8 32 8", "--tokens 8 32 8"),
-    ],
-)
-def test_what_cannot_be_is_one_line_and_status_2(command, reason, here, capsys):
-    Path("empty").mkdir()
+def test_wrong_use_and_damaged_files_are_one_line_and_status_2(here, capsys):
     whole, source = Path("a.nerv").read_bytes(), Path("a.mkv").read_bytes()
-    Path("more.nerv").write_bytes(whole + b"abc")
-    Path("cut.nerv").write_bytes(whole[:-2])
-    assert run(command) == 2
-    said = capsys.readouterr().err.split("\r")[-1].strip()
-    assert said.splitlines()[-1].startswith("error: ") and reason in said
+    Path("more.nerv").write_bytes(whole + b"abc"), Path("cut.nerv").write_bytes(whole[:-2])
+    for command, reason in {
+        "encode a.mkv": "usage: python -m siblings.codec encode VIDEO FILE.nerv",
+        "encode a.mkv ./a.mkv": "would overwrite",
+        "decode a.mkv b.mp4": "not a file written by this program",
+        "decode a.nerv b.mp4 --frames 3:19": "0 to 17",
+        "decode more.nerv b.mp4": "3 bytes follow",
+        "decode cut.nerv b.mp4": "chunk 4, frames 16 to 17, is damaged",
+        "train --tokens 8 32 8": "--tokens 8 32 8",
+    }.items():
+        assert run(command) == 2
+        said = capsys.readouterr().err.split("\r")[-1].strip()
+        assert said.splitlines()[-1].startswith("error: ") and reason in said
     assert not Path("b.mp4").exists() and Path("a.mkv").read_bytes() == source
 
 
@@ -335,6 +294,7 @@ def test_compare_counts_what_encode_writes(here, capsys, model):
     shutil.copy("a.mkv", "clips/test/a.mkv"), shutil.copy("small.mkv", "clips/b.mkv")  # which is not held out
     assert run("compare clips small.mkv --codecs x264 --crf 20 40 --bits 5 4 --keep 1 0.5 --refine 0 2 --out-dir out") == 0
     assert "BD-rate" in capsys.readouterr().out and Path("out/curves.png").stat().st_size > 5000
+    assert conftest.run("studies.codec", "--data-dir clips --size 16 --out-dir out") == 0 and Path("out/frames.png").is_file()
     with open("out/points.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["codec"] for row in rows] == ["x264"] * 2 + ["ours, refine 0"] * 4 + ["ours, refine 2"] * 4
@@ -352,22 +312,7 @@ def test_compare_counts_what_encode_writes(here, capsys, model):
     assert float(last["psnr"]) == pytest.approx(10 * math.log10(255**2 * 3 * pixels / error), abs=1e-3)
 
 
-def test_a_sheet_of_ours_beside_x264_within_as_many_bytes(here, monkeypatch, capsys):
-    titles, write_sheet = [], video.write_sheet
-    monkeypatch.setattr(
-        video, "write_sheet", lambda path, rows, names, **kw: titles.extend(names) or write_sheet(path, rows, names, **kw)
-    )
-    Path("clips").mkdir()
-    for name in ("a", "b", "c"):
-        shutil.copy("small.mkv", f"clips/{name}.mkv")
-    assert conftest.run("studies.codec", "--data-dir clips --size 16 --out-dir sheets") == 0
-    assert Path("sheets/frames.png").is_file() and "wrote sheets/frames.png" in capsys.readouterr().out
-    assert run("encode small.mkv one.nerv --refine 100") == 0  # 12 x 16, which the sheet cuts to a square and scales
-    assert [title.split(",")[0] for title in titles] == ["real", "ours", "x264"] * 3 and titles[1:3] == titles[4:6]
-    assert conftest.run("studies.codec", "") == 2 and "--data-dir" in capsys.readouterr().err
-
-
-def test_a_training_that_was_stopped_goes_on_exactly(tmp_path, monkeypatch, capsys):
+def test_a_training_that_was_stopped_goes_on_exactly(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options, calls = TINY.replace("--steps 3", "--steps 6 --rate 0.01 --degrade mask"), itertools.count()
     assert run(f"{options} --out whole.pt") == 0
@@ -375,49 +320,31 @@ def test_a_training_that_was_stopped_goes_on_exactly(tmp_path, monkeypatch, caps
         patch.setattr(utils.Interrupt, "stop", lambda self: next(calls) == 2)
         assert run(f"{options} --out parts.pt") == 0
     assert checkpoints.load("parts.pt", "codec", "")["step"] == 3
-    assert run(f"{options.replace('8x6', '8x5')} --out parts.pt --resume") == 2 and "--tokens" in capsys.readouterr().err
     assert run(f"{options} --out parts.pt --resume") == 0
     a, b = (checkpoints.load(f"{name}.pt", "codec", "") for name in ("whole", "parts"))
     assert a["step"] == b["step"] == 6 and same(a["ema"], b["ema"]) and same(a["training"], b["training"])
     assert Path("runs/whole/step0000006.png").is_file()
 
 
-def test_a_step_minimizes_the_error_of_clean_clips_and_the_rate(tmp_path, monkeypatch, capsys):
+def test_a_step_minimizes_the_error_of_clean_clips_and_the_rate_at_the_papers_learning_rate(here, monkeypatch, capsys):
     seen, made, logged, clean = [], [], [], np.stack([data.Shapes("train", 16, 4)[i][0] for i in range(4)])
     encoder, decoder, clips = codec.Hypernetwork.forward, NeRVDec.forward, video.to_clip(clean)
-    monkeypatch.chdir(tmp_path)
+    rates, step = [], utils.FiniteStep.__call__
     monkeypatch.setattr(codec.Hypernetwork, "forward", lambda self, x: (seen.append(x), encoder(self, x))[1])
     monkeypatch.setattr(NeRVDec, "forward", lambda self, *a: (made.append((a[0], decoder(self, *a))), made[-1][1])[1])
     monkeypatch.setattr(utils.RunLog, "add", lambda self, **values: logged.append(values) if "loss" in values else None)
     monkeypatch.setattr(utils.RunLog, "step", lambda self, step: False)
+    monkeypatch.setattr(utils.FiniteStep, "__call__", lambda self, loss, lr: (rates.append(lr), step(self, loss, lr))[1])
     monkeypatch.setattr(data, "endless", lambda *args: itertools.repeat((torch.from_numpy(clean), None)))
-    assert run(f"{TINY} --mask 0 --rate 0.5 --degrade down4") == 0
+    assert run(f"{TINY} --steps 10 --lr 1e-4 --extras --mask 0 --rate 0.5 --degrade down4") == 0
     assert torch.equal(seen[0], degrade(clips, "down4", None)) and not torch.equal(seen[0], clips)
-    for values, (_, frames) in zip(logged, made[:3], strict=True):
+    for values, (_, frames) in zip(logged, made[:10], strict=True):
         l2 = (frames.detach() - clips).square().mean()
         torch.testing.assert_close([values["l2"], values["loss"]], [l2, l2 + 0.5 * values["bpp"]])
     # At the first step the distribution is at its start: mean 0, scale 0.3; a step of 6 bits is 8 / 64.
     upper, lower = (torch.sigmoid((made[0][0].detach() + half) / 0.3) for half in (1 / 16, -1 / 16))
     torch.testing.assert_close(logged[0]["bpp"], -torch.log2(upper - lower).sum(1).mean() / 1024, rtol=1e-3, atol=1e-4)
-    video.write_frames("b.mkv", [clean[0]], 10)
-    assert run("encode b.mkv b.nerv") == 0 and run("encode b.mkv b.nerv --refine 1") == 2
-    assert "would fit the degraded video" in capsys.readouterr().err
-
-
-def test_an_mlp_of_pixels_trains_encodes_and_decodes(here):
-    assert run(f"{TINY.replace('3x8 8x6', '3x8 2x6 2x6 2x6')} --pixelwise --out p.pt") == 0
-    assert run("encode small.mkv p.nerv --ckpt p.pt") == run("decode p.nerv p.mkv --ckpt p.pt") == 0
-    assert read_video("p.mkv")[0].shape == (14, 12, 16, 3)
-
-
-def test_the_preset_is_the_papers_unless_extras_are_asked_for(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    rates, step = [], utils.FiniteStep.__call__
-    monkeypatch.setattr(utils.FiniteStep, "__call__", lambda self, loss, lr: (rates.append(lr), step(self, loss, lr))[1])
-    assert run(TINY.replace("--steps 3", "--steps 10 --lr 1e-4 --extras")) == 0
     assert rates == [1e-4] * 9 + [pytest.approx(1e-5)]  # §4.1
     ckpt = checkpoints.load("codec.pt", "codec", "")
-    assert same(ckpt["ema"], ckpt["training"]["model"]) and not any("begin" in name for name in ckpt["ema"])
-    config = utils.parse_options(codec.Config, "", codec.preset_defaults, ["--dataset", "folder"])
-    assert (config.preset, config.extras, config.mask, config.batch_size, config.steps) == ("fastnerv", [], 0, 32, 46_875)
-    assert codec.new_codec(config).config == CodecConfig()
+    assert same(ckpt["ema"], ckpt["training"]["model"])  # no average, which is an extra
+    assert run("encode a.mkv b.nerv --refine 1") == 2 and "would fit the degraded video" in capsys.readouterr().err
