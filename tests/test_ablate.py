@@ -13,7 +13,6 @@ import vae
 from common import utils
 from common.utils import UserError
 from studies import ablate, variants
-from studies import fvd as study
 
 TRAINING = ["--clips", "9", "--vae-options", f"{SMALL} --steps 2 --batch-size 2 --decode-frames 1 --bf16 off"]
 TRAINING += ["--dit-options", "--steps 2 --batch-size 2 --num-latents 4 --width 12 --depth 2 --bf16 off --extras"]
@@ -85,14 +84,7 @@ def test_a_run_that_is_stopped_is_not_done(tmp_path, monkeypatch, few_held_out):
     assert not (tmp_path / "runs.csv").exists()
 
 
-def test_runs_of_another_version(tmp_path):
-    (tmp_path / "runs.csv").write_text("stage,vae\n1,\n")
-    with pytest.raises(UserError, match="runs.csv is from another version"):
-        ablate.main(["--out-dir", str(tmp_path)])
-
-
-@pytest.mark.parametrize("topic", ["bias", "sensitivity"])
-def test_studies_of_the_distance(monkeypatch, capsys, topic):
+def test_studies_of_the_distance(call, monkeypatch, capsys):
     """Features: colours and changes, which all corruptions but few move."""
 
     def detector(clips):
@@ -101,12 +93,8 @@ def test_studies_of_the_distance(monkeypatch, capsys, topic):
 
     detector.meta = {"features": "random I3D"}
     monkeypatch.setattr("fvd.load_detector", lambda *args, **kw: detector)
-    monkeypatch.setattr("sys.argv", ["x", topic, "--clips", "32"])
-    study.main()
-    printed = capsys.readouterr().out
-    if topic == "bias":
-        distances = [float(line.split("|")[2]) for line in printed.splitlines() if line.startswith(("| 2 ", "| 16"))]
-        assert distances[0] > 2 * distances[1] > 0  # the bias of few clips
-    else:
-        correlations = [float(line.split("|")[3]) for line in printed.splitlines() if line.startswith(("| Gaussian", "| last"))]
-        assert correlations == [1.0] * 3
+    assert call("studies.fvd", "bias --clips 32") == call("studies.fvd", "sensitivity --clips 32") == 0
+    rows = [[cell.strip() for cell in line.split("|")[1:]] for line in capsys.readouterr().out.splitlines() if "|" in line]
+    distances = {row[0]: float(row[1]) for row in rows if row[0].isdecimal()}
+    assert distances["2"] > 2 * distances["16"] > 0  # the bias of few clips
+    assert [float(row[2]) for row in rows if row[0].startswith(("Gaussian", "last"))] == [1.0] * 3

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import sys
 from functools import partial
 
 import pytest
@@ -29,19 +28,15 @@ def test_costs_of_a_layer_and_of_attention():
     assert flops == 2 * (2 * 2 * 3 * 7 * 9 * 8)
 
 
-def test_costs_of_s(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["costs", "costs", "--presets", "S"])
-    costs.main()
+def test_costs_of_s(call, capsys):
+    assert call("bench.costs", "costs --presets S") == 0
     cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split("|")[1:]]
     assert cells[:8] == ["S", "16 × 128²", "3.52 M", "4.18 M", "178.0 M", "457.3 M", "128 × 128", "48 : 1"]
 
 
 def test_costs_of_long_videos_are_those_of_formulas():
-    c, config, C = (
-        dit.DiTConfig(num_tokens=6, token_dim=5, width=24, depth=3, heads=4),
-        vin.VINConfig(global_tokens=7, heads=2),
-        5,
-    )
+    c, C = dit.DiTConfig(num_tokens=6, token_dim=5, width=24, depth=3, heads=4), 5
+    config = vin.VINConfig(global_tokens=7, heads=2)
     w, N, M, inner = c.width, c.num_tokens, config.global_tokens, config.heads * c.width // c.heads
 
     def blocks(tokens, depth):
@@ -57,22 +52,20 @@ def test_costs_of_long_videos_are_those_of_formulas():
 
 
 @pytest.mark.parametrize("topic", ["sample", "growth"])
-def test_speed_prints_its_table(topic, trained, capsys, monkeypatch):
+def test_speed_prints_its_table(topic, trained, call, capsys, monkeypatch):
     monkeypatch.setattr(speed.dit, "generate", lambda model, labels, **kw: torch.zeros(len(labels), 4, model.config.token_dim))
     monkeypatch.setattr(speed, "machine", lambda config: (torch.device("cpu"), 1e9))
-    monkeypatch.setattr(sys, "argv", f"speed {topic} --repeats 1 --ckpt {trained}/dit.pt".split())
-    utils.run(speed.main)
+    assert call("bench.speed", f"{topic} --repeats 1 --ckpt {trained}/dit.pt") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(lines) > 4 and len({line.count("|") for line in lines}) == 1
 
 
-def test_loading_prints_its_table_and_decodes_what_was_encoded(capsys, monkeypatch):
+def test_loading_prints_its_table_and_decodes_what_was_encoded(call, capsys, monkeypatch):
     seen, dequantize, made, encode = [], codec.NeRVDec.dequantize, [], codec.encode_clips
     monkeypatch.setattr(codec, "encode_clips", lambda *args, **kw: made.append(encode(*args, **kw)) or made[-1])
     monkeypatch.setattr(codec.NeRVDec, "dequantize", lambda self, *args: seen.append(args[0]) or dequantize(self, *args))
     monkeypatch.setitem(codec.ENCODERS, "fastnerv", vae.EncoderConfig(width=24, depth=1, heads=2, patch=(8, 64, 64)))
-    monkeypatch.setattr(sys, "argv", "load --videos 1 2 --repeats 1".split())
-    load.main()
+    assert call("bench.load", "--videos 1 2 --repeats 1") == 0
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 4 and {len(line) for line in lines} == {5}
     frames, _ = data.Shapes(resolution=256, num_frames=8)[0]
@@ -81,12 +74,11 @@ def test_loading_prints_its_table_and_decodes_what_was_encoded(capsys, monkeypat
     assert abs(load.h264(rivals.encode("x264", frames, 25, crf=10)).astype(float) - frames).mean() < 4
 
 
-def test_gpu_runs_its_programs_and_what_fails_is_a_row(tmp_path, monkeypatch, capsys):
+def test_gpu_runs_its_programs_and_what_fails_is_a_row(call, tmp_path, monkeypatch, capsys):
     pattern, out = "x=.*", tmp_path / "a b"
     programs = [("steps", name, f'-c "{code}"', pattern) for name, code in (("good", "print('x=1')"), ("bad", "1 / 0"))]
     monkeypatch.setattr(gpu, "programs", lambda *args: [*programs, ("tests", "not wanted", "-c 1", pattern)])
-    monkeypatch.setattr(sys, "argv", ["gpu", "--only", "steps", "train", "--out-dir", str(out)])
-    gpu.main()
+    assert call("bench.gpu", ["--only", "steps", "train", "--out-dir", out]) == 0
     good, bad = (out / "table.md").read_text().splitlines()[4:]
     assert "| good | x=1 |" in good and "**failed**: ZeroDivisionError" in bad and "1 failed" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="not done within"):

@@ -127,20 +127,6 @@ def test_predictions(predictor, tmp_path, detector, monkeypatch):
     assert "predictions" in (tmp_path / "eval" / "report.html").read_text()
 
 
-def test_the_report_escapes_what_it_shows(tmp_path, monkeypatch):
-    monkeypatch.setattr(video, "write_mp4", lambda path, clips, fps: Path(f"{path}.mp4").write_bytes(b"video"))
-    rows, about = [("<i>title", "1 <b>", "", 3)], {"<u>": "<a href='x'>", "<s>": "{it}"}
-    page = evaluate.report(rows, about, {"<p>x": np.zeros((1, 2, 4, 4, 3), np.uint8)})
-    assert not re.search("<i>|<b>|<u>|<a |<s>|<p>x", page) and "&lt;i&gt;title" in page and "{it}" in page
-
-
-def test_psnr_of_known_errors():
-    x = torch.rand(2, 5, 3, 8, 8) * 0.5
-    result = evaluate.frame_psnr(x, x + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1, 1))
-    assert result.shape == (2, 5) and torch.allclose(result, torch.tensor([[20.0], [40.0]]).expand(2, 5), atol=1e-3)
-    assert evaluate.frame_psnr(x, x).tolist() == [[100.0] * 5] * 2
-
-
 def test_the_worst_frame_finds_the_clip_with_a_blurred_frame():
     torch.manual_seed(0)
     clips = torch.rand(6, 8, 3, 32, 32)
@@ -153,12 +139,8 @@ def test_the_worst_frame_finds_the_clip_with_a_blurred_frame():
 
 def test_a_classifier_learns_and_from_few_clips_too():
     train_set = data.Shapes(length=72)
-    for clips in (1, 33):  # fewer than a batch, and a part of one
-        torch.manual_seed(0)
-        before = evaluate.Classifier(9).head.weight.detach()
-        classifier = evaluate.train_classifier(train_set, 9, clips, "cpu")
-        assert not torch.equal(before, classifier.head.weight) and not classifier.training
     clips, labels = data.fixed_clips(train_set, 36)
+    assert not evaluate.train_classifier(train_set, 9, 1, "cpu").training  # fewer than a batch
     assert evaluate.accuracy(evaluate.train_classifier(train_set, 9, 640, "cpu"), clips, labels) > 0.5
 
 
@@ -168,10 +150,11 @@ def test_nothing_is_called_held_out_where_nothing_is(trained, tmp_path, detector
         write_mp4(tmp_path / "clips" / "square_updown" / str(i), torch.rand(16, 3, 32, 32) * 2 - 1)
     ckpt = checkpoints.load(trained / "dit.pt", "dit", "")
     ckpt["vae"]["config"] |= {"dataset": "folder", "data_dir": str(tmp_path / "clips")}
-    torch.save(ckpt, tmp_path / "dit.pt")
-    found = run(settings(tmp_path, "dit.pt", tmp_path))
+    torch.save(ckpt, tmp_path / "<i>dit.pt")
+    found = run(settings(tmp_path, "<i>dit.pt", tmp_path))
     assert "gFVD on random I3D features" in found["results"] and not any(" of recon" in name for name in found["results"])
     assert "4 videos, 0 held out" in found["about"]["data"]
+    assert "&lt;i&gt;dit.pt" in (page := (tmp_path / "eval" / "report.html").read_text()) and "<i>" not in page
 
 
 def test_links_to_training_videos_are_not_held_out(trained, tmp_path, detector, monkeypatch):
@@ -233,13 +216,8 @@ def test_intervals():
 
 def test_what_is_wrong_is_said_before_the_work(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "over_processes", None)
-    monkeypatch.setattr(fvd, "load_detector", lambda *args: Colours())
-    (tmp_path / "taken" / "report.html").mkdir(parents=True)
-    for name, value, words in (
-        ("classifier_clips", 0, "--classifier-clips"),
-        ("steps", 1001, "--steps 1001"),
-        ("videos", 1, "two held-out clips"),
-        ("out_dir", str(tmp_path / "taken"), "cannot write"),
-    ):
-        with pytest.raises(UserError, match=words):
-            evaluate.main(settings(trained, "dit.pt", tmp_path, **{name: value}))
+    (tmp_path / "eval" / "report.html").mkdir(parents=True)
+    with pytest.raises(UserError, match="--steps 1001"):
+        evaluate.main(settings(trained, "dit.pt", tmp_path, steps=1001))
+    with pytest.raises(UserError, match="cannot write"):
+        evaluate.main(settings(trained, "dit.pt", tmp_path))

@@ -12,7 +12,6 @@ import dit
 import fvd
 import vae
 from common.video import to_clip
-from siblings import vin
 from studies import long
 
 
@@ -36,18 +35,6 @@ def test_seam_is_the_jump_over_the_steps_within(overlap, chunks, jump):
     level = torch.cat([torch.zeros(1), steps.cumsum(0)])
     clips = 0.01 * level[None, :, None, None, None].expand(2, -1, 3, 2, 2)
     assert long.seam(clips, 4, overlap) == pytest.approx(jump, rel=1e-4, nan_ok=True)
-
-
-def test_full_attention_mixes_the_chunks_of_a_video_alone():
-    torch.manual_seed(0)
-    sizes = dit.DiTConfig(num_tokens=6, token_dim=5, num_classes=3, width=24, depth=2, heads=2)
-    model = long.FullAttention(sizes, vin.VINConfig())
-    for p in model.parameters():
-        p.data += 0.1 * torch.randn_like(p)
-    x, timestep, label = torch.randn(6, 6, 5), torch.full((6,), 7), torch.zeros(6).long()
-    eps = model(x, timestep, label, chunks=3)
-    x[0] += 1
-    assert ((model(x, timestep, label, chunks=3) - eps).abs().amax((1, 2)) > 1e-6).tolist() == [True] * 3 + [False] * 3
 
 
 def test_rows_train_sample_and_are_not_done_again(tmp_path, monkeypatch, capsys):

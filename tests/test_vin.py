@@ -1,21 +1,21 @@
 """Long videos by chunks: the interface beside the DiT, the seams, training and sampling."""
 
+import functools
 import re
-import sys
 from types import SimpleNamespace
 
+import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import write_mp4
 
 import data
 import dit
 import vae
 from common import checkpoints, utils, video
-from extras.muon import make_optimizer
 from siblings import vin
 from siblings.vin import VIN, VINConfig, play
+from studies.long import FullAttention
 
 SIZES = dit.DiTConfig(num_tokens=6, token_dim=5, num_classes=3, width=24, depth=2, heads=2)
 
@@ -52,36 +52,24 @@ def test_with_the_output_of_the_interface_at_zero_it_is_the_dit(neighbours):
     torch.testing.assert_close(made, dit.generate(model.dit, torch.tensor([0, 2]).repeat_interleave(4), 3, seed=5))
 
 
-@both
+@pytest.mark.parametrize("way", ["interface", "neighbours", "full attention"])
 @torch.no_grad()
-def test_each_chunk_depends_on_all_chunks_of_its_video_alone(neighbours):
-    model, (latents, timestep, label) = trained_like(neighbours=neighbours), noised(C=4)
-    changed = latents + (torch.arange(8) == 0)[:, None, None]
-    eps, other = (model(x, timestep, label, chunks=4) for x in (latents, changed))
-    difference = (eps - other).abs().amax((1, 2))
-    assert (difference[:4] > 1e-5).all() and (difference[4:] == 0).all()
+def test_each_chunk_depends_on_the_chunks_of_its_video_alone(way):
+    model, (latents, timestep, label) = trained_like(neighbours=way == "neighbours"), noised(C=5)
+    if way == "full attention":
+        model = FullAttention(SIZES, VINConfig()).requires_grad_(False)
+        model.dit.load_state_dict(trained_like().dit.state_dict())
+    changed = latents + (torch.arange(10) == 0)[:, None, None]
 
+    def moved():
+        eps, other = (model(x, timestep, label, chunks=5) for x in (latents, changed))
+        return ((eps - other).abs().amax((1, 2)) > 1e-6).tolist()
 
-@both
-@torch.no_grad()
-def test_permuting_chunks_together_with_their_places_permutes_the_output(neighbours):
-    model, (latents, timestep, label) = trained_like(neighbours=neighbours), noised(C=5)
-    order, place = torch.tensor([3, 0, 4, 2, 1]), torch.arange(5).expand(2, 5)
-    shuffled = latents.unflatten(0, (2, 5))[:, order].flatten(0, 1)
-    eps = model(latents, timestep, label, chunks=5).unflatten(0, (2, 5))[:, order].flatten(0, 1)
-    permuted = model(shuffled, timestep, label, chunks=5, place=place[:, order])
-    torch.testing.assert_close(permuted, eps, rtol=1e-4, atol=1e-5)
-    assert (model(shuffled, timestep, label, chunks=5) - eps).abs().max() > 1e-3  # without their places it does not
-
-
-def test_gradients_reach_all_parameters_and_muon_gets_the_matrices_of_attention():
-    model, inputs = trained_like().train(), noised()
-    model(*inputs, chunks=3).square().sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-    matrices = {id(p) for p in make_optimizer(model, muon=True).own["params"]}
-    named = {name for name, p in model.named_parameters() if id(p) in matrices}
-    assert len(named) == 3 * 3 + 4 * 4  # q, kv, out of one reading and two writing; two blocks of the DiT, two of the interface
-    assert "read_attention.kv.weight" in named and not any("adaln" in name for name in named)
+    assert moved() == [True] * 5 + [False] * 5
+    if way != "full attention":  # without global tokens, two blocks lead to the second neighbour
+        for p in model.read_attention.out.parameters():
+            p.zero_()
+        assert moved() == ([True] * 3 + [False] * 7 if way == "neighbours" else [True] + [False] * 9)
 
 
 def test_the_interface_learns_what_chunks_have_in_common():
@@ -100,7 +88,7 @@ def test_the_interface_learns_what_chunks_have_in_common():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss < 0.4
+    assert loss < 0.4 and all(p.grad.any() for p in model.parameters())
 
 
 @torch.no_grad()
@@ -148,16 +136,7 @@ def test_chunks_follow_each_other_and_fade_over_shared_frames(overlap):
     torch.testing.assert_close(played(torch.tensor([7.0, 7.25, 8.0, 23.5]), 0), between)
 
 
-def run(command):
-    """`python -m siblings.vin` with these arguments, in this process; returns the exit status."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["vin.py", *command.split()])
-        patch.setattr(utils.RunLog, "EVERY", 1)
-        try:
-            utils.run(vin.main)
-        except SystemExit as stop:
-            return stop.code
-    return 0
+run = functools.partial(conftest.run, "siblings.vin")
 
 
 OPTIONS = "train --batch-size 4 --num-latents 8 --chunks 3 --overlap 2 --lr 1e-3"
@@ -187,9 +166,9 @@ def test_training_starts_from_the_denoiser(trained):
     torch.testing.assert_close(values[4, 1, 0].float(), mean[0], rtol=1e-2, atol=1e-2)
 
 
-def test_sample_predict_and_interpolate(trained, tmp_path, capsys):
+def test_sample_predict_interpolate_and_wrong_use(trained, tmp_path, capsys):
     frames = data.Shapes(resolution=16, num_frames=21, period=64)[0][0]
-    path = write_mp4(tmp_path / "a", video.to_clip(frames))
+    path = conftest.write_mp4(tmp_path / "a", video.to_clip(frames))
     sample = f"sample --ckpt {trained}/vin.pt --steps 2 --out-dir {tmp_path}"
     assert run(f"{sample} --classes 0 ring_circle --chunks 7") == 0  # more than in training
     names = sorted(path.name for path in (tmp_path / "samples").iterdir())
@@ -202,22 +181,11 @@ def test_sample_predict_and_interpolate(trained, tmp_path, capsys):
     assert abs(made[0][:8, 3:-3, 3:-3] - frames[:8, 3:-3, 3:-3]).mean() < 15  # as given
     from_orange = abs(made[0][:, 0] - [255, 153, 0]).mean((1, 2))
     assert from_orange[:8].max() < from_orange[8:].min()
-    assert run(f"{sample} --chunks 3 --interp {path} {path}") == 0 and len(list((tmp_path / "interp").glob("*.mp4"))) == 7
-    assert run(f"{sample} --chunks 1 --interp --time-scale 2") == 0
-    assert len(video.read_frames(next((tmp_path / "interp").glob("06_*.mp4")), 16)) == 16
-    assert run(f"{sample} --chunks 4 --interp {path} {path}") == 2  # 21 frames are too few
-
-
-def test_bad_input_is_one_line(trained, capsys):
-    for command, words in {
-        "train --ckpt {}/vae.pt": "a vae checkpoint, but a dit one is needed",
-        "train --ckpt {}/dit.pt --overlap 4": "chunks of 8 frames can share 0 to 3",
-        "sample --ckpt {}/dit.pt": "a dit checkpoint, but a vin one is needed",
-        "": "give a command first: train, sample",
-    }.items():
-        assert run(command.format(trained)) == 2
-        line = capsys.readouterr().err.strip().splitlines()[-1]
-        assert line.startswith("error: ") and words in line
+    assert run(f"{sample} --chunks 3 --interp {path} {path} --time-scale 2") == 0
+    (last,) = (tmp_path / "interp").glob("06_*.mp4")
+    assert len(video.read_frames(last, 16)) == 40
+    assert run(f"{sample} --chunks 4 --interp {path} {path}") == 2 and "26 are needed" in capsys.readouterr().err
+    assert run(f"train --ckpt {trained}/dit.pt --overlap 4") == 2 and "can share 0 to 3" in capsys.readouterr().err
 
 
 def test_it_resumes_to_the_bit(trained, tmp_path, monkeypatch):
