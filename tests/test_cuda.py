@@ -6,8 +6,6 @@ import pytest
 import torch
 
 import nerv
-import vae
-from common import checkpoints
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or NERV_TEST_GPU is not set")
 
@@ -30,15 +28,3 @@ def test_the_decoder_is_that_of_the_cpu():
     for a, b in zip(model.parameters(), theirs.parameters()):
         if a.numel():
             torch.testing.assert_close(b.grad.cpu(), a.grad, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("mode", ["--bf16 on --compile on", "--bf16 on --compile off", "--bf16 off --compile on"])
-def test_a_training_with_a_discriminator_goes_through(call, tmp_path, mode):
-    options = f"--batch-size 4 {mode}"
-    assert call("vae.py", f"--steps 6 --gan-weight 0.1 {options}") == 0
-    assert call("vae.py", f"--steps 8 --gan-weight 0.1 {options} --resume") == 0
-    assert call("dit.py", f"--steps 4 --num-latents 300 {options}") == 0
-    assert call("sample.py", "--classes 0 --steps 4") == 0
-    ckpt = checkpoints.load(tmp_path / "vae.pt", "vae", "")
-    assert ckpt["step"] == 8
-    assert all(x.isfinite().all() for x in vae.load_vae(ckpt).state_dict().values())

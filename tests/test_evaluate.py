@@ -157,20 +157,6 @@ def test_nothing_is_called_held_out_where_nothing_is(trained, tmp_path, detector
     assert "&lt;i&gt;dit.pt" in (page := (tmp_path / "eval" / "report.html").read_text()) and "<i>" not in page
 
 
-def test_links_to_training_videos_are_not_held_out(trained, tmp_path, detector, monkeypatch):
-    """Whatever names data sets give to their files: one file is one file."""
-    (tmp_path / "a.mp4").write_bytes(b"")
-    (tmp_path / "b.mp4").symlink_to(tmp_path / "a.mp4")
-
-    def open_dataset(config, role, classes):
-        shapes = data.Shapes(role, 32, 16)
-        shapes.items = [(tmp_path / ("a.mp4" if role == "train" else "b.mp4"), 0)]
-        return shapes
-
-    monkeypatch.setattr(data, "open_dataset", open_dataset)
-    assert not any(" of " in name for name in run(settings(trained, "dit.pt", tmp_path))["results"] if "gFVD" in name)
-
-
 PROCESS = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
