@@ -124,7 +124,6 @@ def test_predictions(predictor, tmp_path, detector, monkeypatch):
         assert results[f"gFVD on random I3D features of {title}"]["value"] == pytest.approx(value, rel=1e-3)
     assert calls == [([9] * 4, 7), ([9] * 4, 11), ([9] * 2, 15)]  # class 9 is none
     assert "rFVD on random I3D features" in results and not any("classifier" in name for name in results)
-    assert "predictions" in (tmp_path / "eval" / "report.html").read_text()
 
 
 def test_the_worst_frame_finds_the_clip_with_a_blurred_frame():
@@ -188,16 +187,12 @@ def test_diversity():
     assert result["value"] == pytest.approx(100 * mean_distance(y, range(12)) / mean_distance(x, range(12)))
     rows = np.random.default_rng(0).integers(12, size=12)  # a clip that is drawn twice has no distance to itself
     assert result["low"] == result["high"] == pytest.approx(100 * mean_distance(y, rows) / mean_distance(x, rows))
-    assert np.isnan(evaluate.diversity_result(np.ones((12, 5)), y, labels, evaluate.Config(bootstrap=0))["value"])
 
 
 def test_intervals():
     values = np.random.default_rng(0).normal(5, 2, 400)
     r = evaluate.mean_result(values, evaluate.Config(bootstrap=500))
     assert r["high"] - r["low"] == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.15)
-    assert "low" not in evaluate.mean_result(values, evaluate.Config(bootstrap=0))
-    hits = evaluate.share_result(np.ones(20, bool))
-    assert hits["value"] == 100 and 80 < hits["low"] < 90 and hits["high"] == 100
 
 
 def test_what_is_wrong_is_said_before_the_work(trained, tmp_path, monkeypatch):

@@ -176,14 +176,11 @@ def test_sample_predict_interpolate_and_wrong_use(trained, tmp_path, capsys):
     assert run(f"{sample} --classes 0 ring_circle --chunks 7") == 0  # more than in training
     names = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert names == ["00_square_sideways.mp4", "01_ring_circle.mp4"] and (tmp_path / "samples.png").is_file()
-    assert "2 videos of 44 frames, 7 chunks" in capsys.readouterr().out
     assert len(video.read_frames(tmp_path / "samples" / names[0], 16)) == 7 * 6 + 2
     assert run(f"{sample} --predict {path} --count 2 --chunks 4") == 0
     made = [video.read_frames(tmp_path / "predict" / f"{i:02d}_predicted.mp4", 16).astype(int) for i in range(2)]
     assert made[0].shape == (26, 16, 16, 3) and abs(made[0] - made[1])[8:].mean() > 0.5
     assert abs(made[0][:8, 3:-3, 3:-3] - frames[:8, 3:-3, 3:-3]).mean() < 15  # as given
-    from_orange = abs(made[0][:, 0] - [255, 153, 0]).mean((1, 2))
-    assert from_orange[:8].max() < from_orange[8:].min()
     assert run(f"{sample} --chunks 3 --interp {path} {path} --time-scale 2") == 0
     (last,) = (tmp_path / "interp").glob("06_*.mp4")
     assert len(video.read_frames(last, 16)) == 40
