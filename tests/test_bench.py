@@ -13,13 +13,10 @@ from bench import costs, gpu, speed
 from siblings import codec, vin
 
 
-def test_costs_of_a_layer():
+def test_costs_of_a_layer_and_of_s(call, capsys):
     layer, x = torch.nn.Linear(6, 4), torch.randn(5, 6)
     flops, kept = costs.forward_costs(lambda: layer(x).relu())
     assert flops == 2 * 5 * 6 * 4 and kept == x.nbytes + 5 * 4 * 4  # the input, and what ReLU gives
-
-
-def test_costs_of_s(call, capsys):
     assert call("bench.costs", "costs --presets S") == 0
     cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split("|")[1:]]
     assert cells[:8] == ["S", "16 × 128²", "3.52 M", "4.18 M", "178.0 M", "457.3 M", "128 × 128", "48 : 1"]

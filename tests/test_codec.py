@@ -129,16 +129,13 @@ def test_tokens_left_out_are_read_from_those_that_are_kept():
         before = kept
 
 
-def test_numbers_come_back():
+def test_numbers_come_back_in_the_bits_that_training_counts(model):
     for bits, (columns, rows) in itertools.product((4, 6, 8), ((1, 1), (300, 5))):
         rng, half, kept = np.random.default_rng(bits), 2 ** (bits - 1), np.arange(columns) % 3 == 0
         order = entropy.coding_order(rng.uniform(-3, 5, columns), np.full(columns, bits), kept)
         for numbers in (rng.integers(-half, half, (rows, columns)), np.zeros((rows, columns), int)):
             again = entropy.unpack(entropy.pack(numbers, order), order, numbers.shape)
             assert np.array_equal(again, np.where(kept, numbers, 0))
-
-
-def test_the_quantizer_and_the_bits_that_training_counts(model):
     torch.manual_seed(0)
     decoder, codes, far = model.decoder, torch.rand(3, 72) * 6 - 3, torch.full((1, 72), 1e6)
     assert ((decoder.dequantize(decoder.quantize(codes, 5), 5) - codes).abs() <= 0.1251).all()

@@ -56,13 +56,17 @@ def test_every_row_is_a_training(monkeypatch):
     assert all(len({name for name, _ in before ^ after}) == 1 for before, after in zip(options, options[1:]))
 
 
-def test_what_is_done_is_not_done_again(quick, monkeypatch, tmp_path, capsys):
+def test_what_is_done_is_not_done_again_but_what_is_stopped_is(quick, monkeypatch, tmp_path, capsys):
     def run(*options):
         quick.clear()
         ablate.main([*TRAINING, "--only", "3a", "--seeds", "1", "--out-dir", str(tmp_path), *options])
         return ["dit" if line.startswith("dit") else "vae" for line in quick]
 
     monkeypatch.setitem(ablate.TABLES, "3a", ("denoiser", {"latte": (342, "--denoiser latte"), "dit": (295, "")}))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="stopped"):
+        patch.setattr(utils.Interrupt, "stop", lambda self: True)
+        run()
+    assert not (tmp_path / "runs.csv").exists()
     assert run() == ["vae", "dit"] * 2 and sum("--denoiser latte" in line for line in quick) == 1
     assert not list(tmp_path.glob("dit*.pt")) and not list(tmp_path.glob("runs/dit*/values.npy"))
     (checkpoint,) = tmp_path.glob("vae*.pt")
@@ -73,13 +77,6 @@ def test_what_is_done_is_not_done_again(quick, monkeypatch, tmp_path, capsys):
     assert checkpoint.stat().st_mtime_ns == trained and len(list(tmp_path.glob("vae*.pt"))) == 1
     run("--features", "i3d", "--only", "2e")  # by the true FVD rows of stage 1 have one too
     assert "| PSNR, dB | rFVD " in capsys.readouterr().out
-
-
-def test_a_run_that_is_stopped_is_not_done(tmp_path, monkeypatch, few_held_out):
-    monkeypatch.setattr(utils.Interrupt, "stop", lambda self: True)
-    with pytest.raises(UserError, match="stopped"):
-        ablate.main([*TRAINING, "--only", "2e", "--out-dir", str(tmp_path)])
-    assert not (tmp_path / "runs.csv").exists()
 
 
 def test_studies_of_the_distance(call, monkeypatch, capsys):

@@ -39,10 +39,7 @@ def noised(B=2, C=3):
     return latents, torch.tensor([700, 3])[:B].repeat_interleave(C), torch.tensor([0, 2])[:B].repeat_interleave(C)
 
 
-both = pytest.mark.parametrize("neighbours", [False, True])
-
-
-@both
+@pytest.mark.parametrize("neighbours", [False, True])
 @torch.no_grad()
 def test_with_the_output_of_the_interface_at_zero_it_is_the_dit(neighbours):
     inputs, model = noised(), trained_like(zero=True, neighbours=neighbours)
