@@ -59,17 +59,19 @@ def test_each_chunk_depends_on_the_chunks_of_its_video_alone(way):
     if way == "full attention":
         model = long.FullAttention(SIZES, VINConfig()).requires_grad_(False)
         model.dit.load_state_dict(trained_like().dit.state_dict())
-    changed = latents + (torch.arange(10) == 0)[:, None, None]
 
-    def moved():
+    def moved(chunk):
+        changed = latents + (torch.arange(10) == chunk)[:, None, None]
         eps, other = (model(x, timestep, label, chunks=5) for x in (latents, changed))
         return ((eps - other).abs().amax((1, 2)) > 1e-6).tolist()
 
-    assert moved() == [True] * 5 + [False] * 5
-    if way != "full attention":  # without global tokens, two blocks lead to the second neighbour
-        for p in model.read_attention.out.parameters():
+    assert moved(4) == [True] * 5 + [False] * 5 and moved(5) == [False] * 5 + [True] * 5
+    if way != "full attention":
+        for p in model.read_attention.out.parameters():  # without global tokens, two blocks lead to the second neighbour
             p.zero_()
-        assert moved() == ([True] * 3 + [False] * 7 if way == "neighbours" else [True] + [False] * 9)
+        reach = 3 if way == "neighbours" else 1
+        assert moved(4) == [False] * (5 - reach) + [True] * reach + [False] * 5
+        assert moved(5) == [False] * 5 + [True] * reach + [False] * (5 - reach)
 
 
 def test_the_interface_learns_what_chunks_have_in_common():
