@@ -189,7 +189,7 @@ def test_diversity_and_intervals():
     assert result["low"] == result["high"] == pytest.approx(100 * mean_distance(y, rows) / mean_distance(x, rows))
     values = np.random.default_rng(0).normal(5, 2, 400)
     r = evaluate.mean_result(values, evaluate.Config(bootstrap=500))
-    assert r["high"] - r["low"] == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.15)
+    assert r["high"] - r["low"] == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
 
 
 def test_a_report_that_cannot_be_written_is_said_before_the_work(trained, tmp_path, monkeypatch):
