@@ -7,7 +7,6 @@ codes, frame positions --shared kernels times codes, convolutions--> frames     
 python -m siblings.codec train --dataset folder --data-dir clips/train      the hypernetwork and the shared kernels: codec.pt
 python -m siblings.codec encode in.mp4 out.nerv --bits 6 --keep 0.5 --refine 20         (encode --help shows its options)
 python -m siblings.codec decode out.nerv out.mp4 --frames 100:140
-python -m siblings.codec info out.nerv
 python -m siblings.codec compare in.mp4 clips/                    rate and distortion against x264, x265 and SVT-AV1
 """
 
@@ -486,14 +485,6 @@ def decode(source, target, config):
     print(f"wrote {target}: {count} frames of {file.width} x {file.height}")
 
 
-def info(source, config):
-    """Print a file's header, and which of its chunks are damaged."""
-    reader = container.Reader(source)
-    print(*(f"{name} {value}" for name, value in reader.header.items()), sep="\n")
-    damaged = [i for i in range(len(reader)) if reader[i] is None]
-    print(f"{len(reader)} chunks in {reader.length} bytes, damaged:", *damaged or ["none"])
-
-
 def compare(*sources, config):
     """Rate and distortion of ours and other codecs, over video files and the held-out videos of directories."""
     codec, ckpt = open_codec(config.ckpt)
@@ -517,7 +508,6 @@ COMMANDS = {
     "train": (train, Config, preset_defaults, ()),
     "encode": (encode, Encode, None, ("VIDEO", "FILE.nerv")),
     "decode": (decode, Decode, None, ("FILE.nerv", "VIDEO")),
-    "info": (info, dataclass(type("Info", (), {})), None, ("FILE.nerv",)),
     "compare": (compare, Compare, None, ("VIDEO", "…")),
 }
 

@@ -91,7 +91,7 @@ class VIN(nn.Module):
         """Noised latents [B * C, N, d], chunk after chunk of each video, timesteps and labels [B * C] -> ε [B * C, N, d].
 
         given [B * C, N, d]: the latents of given chunks, zeros for others. The model gets them clean, at timestep 0, and its
-        ε for them is the one that leads to them. place [B, C]: of each chunk in its video, in any order; by default 0 … C-1.
+        ε for them is the one that leads to them. place [B, C]: of each chunk in its video; by default 0 … C-1.
         """
         C, N, M = chunks, latents.shape[1], len(self.offset)
         seen, seen_timestep = latents, timestep
@@ -112,7 +112,7 @@ class VIN(nn.Module):
             g = block(g, condition.unflatten(0, (-1, C)).mean(1))
         g = self.norm(g)
 
-        near, mask = self.near(place, N) if self.config.neighbours else ([], None)
+        near, mask = self.near(len(memory), C, N, x.device) if self.config.neighbours else ([], None)
         for block, write in zip(self.dit.blocks, self.write_attention):
             h = self.norm(x)
             sides = [write.kv(h + side)[rows] for side, rows in zip(self.side, near)] if near else []
@@ -124,17 +124,16 @@ class VIN(nn.Module):
             eps = torch.where(known[:, None, None], (latents - alpha * given) / sigma, eps)
         return eps
 
-    def near(self, place, N):
-        """For places [B, C]: rows of the chunks before and after, each [B * C]; a mask of which of the M global tokens and the
+    def near(self, B, C, N, device):
+        """Rows of the chunks before and after each of B * C, [B * C] each; a mask of which of the M global tokens and the
         2N tokens of these two each head of each chunk attends to, [B * C, heads, M + 2N].
 
         Half of the heads attend to the chunk before, half to the one after: motion cancels in the mean of the two.
         """
-        B, C = place.shape
-        found = [place[:, None] == place[..., None] + way for way in (-1, 1)]  # [B, C, C]
-        rows = [(match.int().argmax(2) + C * torch.arange(B, device=place.device)[:, None]).flatten() for match in found]
-        there = torch.stack([match.any(2).flatten() for match in found], 1)  # [B * C, 2]
-        half = torch.arange(self.config.heads, device=place.device)[:, None] % 2 == torch.arange(2, device=place.device)
+        own = torch.arange(B * C, device=device)
+        rows = (own - 1).clamp(min=0), (own + 1).clamp(max=B * C - 1)
+        there = torch.stack([own % C > 0, own % C < C - 1], 1)  # [B * C, 2]; of the same video
+        half = torch.arange(self.config.heads, device=device)[:, None] % 2 == torch.arange(2, device=device)
         mask = (there[:, None] & half).repeat_interleave(N, 2)  # [B * C, heads, 2N]
         return rows, F.pad(mask, (self.config.global_tokens, 0), value=True)
 

@@ -124,21 +124,6 @@ def test_predictions(predictor, tmp_path, detector, monkeypatch):
         assert results[f"gFVD on random I3D features of {title}"]["value"] == pytest.approx(value, rel=1e-3)
     assert calls == [([9] * 4, 7), ([9] * 4, 11), ([9] * 2, 15)]  # class 9 is none
     assert "rFVD on random I3D features" in results and not any("classifier" in name for name in results)
-    assert "predictions" in (tmp_path / "eval" / "report.html").read_text()
-
-
-def test_the_report_escapes_what_it_shows(tmp_path, monkeypatch):
-    monkeypatch.setattr(video, "write_mp4", lambda path, clips, fps: Path(f"{path}.mp4").write_bytes(b"video"))
-    rows, about = [("<i>title", "1 <b>", "", 3)], {"<u>": "<a href='x'>", "<s>": "{it}"}
-    page = evaluate.report(rows, about, {"<p>x": np.zeros((1, 2, 4, 4, 3), np.uint8)})
-    assert not re.search("<i>|<b>|<u>|<a |<s>|<p>x", page) and "&lt;i&gt;title" in page and "{it}" in page
-
-
-def test_psnr_of_known_errors():
-    x = torch.rand(2, 5, 3, 8, 8) * 0.5
-    result = evaluate.frame_psnr(x, x + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1, 1))
-    assert result.shape == (2, 5) and torch.allclose(result, torch.tensor([[20.0], [40.0]]).expand(2, 5), atol=1e-3)
-    assert evaluate.frame_psnr(x, x).tolist() == [[100.0] * 5] * 2
 
 
 def test_the_worst_frame_finds_the_clip_with_a_blurred_frame():
@@ -153,12 +138,8 @@ def test_the_worst_frame_finds_the_clip_with_a_blurred_frame():
 
 def test_a_classifier_learns_and_from_few_clips_too():
     train_set = data.Shapes(length=72)
-    for clips in (1, 33):  # fewer than a batch, and a part of one
-        torch.manual_seed(0)
-        before = evaluate.Classifier(9).head.weight.detach()
-        classifier = evaluate.train_classifier(train_set, 9, clips, "cpu")
-        assert not torch.equal(before, classifier.head.weight) and not classifier.training
     clips, labels = data.fixed_clips(train_set, 36)
+    assert not evaluate.train_classifier(train_set, 9, 1, "cpu").training  # fewer than a batch
     assert evaluate.accuracy(evaluate.train_classifier(train_set, 9, 640, "cpu"), clips, labels) > 0.5
 
 
@@ -168,24 +149,11 @@ def test_nothing_is_called_held_out_where_nothing_is(trained, tmp_path, detector
         write_mp4(tmp_path / "clips" / "square_updown" / str(i), torch.rand(16, 3, 32, 32) * 2 - 1)
     ckpt = checkpoints.load(trained / "dit.pt", "dit", "")
     ckpt["vae"]["config"] |= {"dataset": "folder", "data_dir": str(tmp_path / "clips")}
-    torch.save(ckpt, tmp_path / "dit.pt")
-    found = run(settings(tmp_path, "dit.pt", tmp_path))
+    torch.save(ckpt, tmp_path / "<i>dit.pt")
+    found = run(settings(tmp_path, "<i>dit.pt", tmp_path))
     assert "gFVD on random I3D features" in found["results"] and not any(" of recon" in name for name in found["results"])
     assert "4 videos, 0 held out" in found["about"]["data"]
-
-
-def test_links_to_training_videos_are_not_held_out(trained, tmp_path, detector, monkeypatch):
-    """Whatever names data sets give to their files: one file is one file."""
-    (tmp_path / "a.mp4").write_bytes(b"")
-    (tmp_path / "b.mp4").symlink_to(tmp_path / "a.mp4")
-
-    def open_dataset(config, role, classes):
-        shapes = data.Shapes(role, 32, 16)
-        shapes.items = [(tmp_path / ("a.mp4" if role == "train" else "b.mp4"), 0)]
-        return shapes
-
-    monkeypatch.setattr(data, "open_dataset", open_dataset)
-    assert not any(" of " in name for name in run(settings(trained, "dit.pt", tmp_path))["results"] if "gFVD" in name)
+    assert "&lt;i&gt;dit.pt" in (page := (tmp_path / "eval" / "report.html").read_text()) and "<i>" not in page
 
 
 PROCESS = """
@@ -207,7 +175,7 @@ def test_two_processes_share_the_work(trained, tmp_path, detector):
         assert both[name]["value"] == pytest.approx(alone[name]["value"], rel=1e-5), name
 
 
-def test_diversity():
+def test_diversity_and_intervals():
     rng = np.random.default_rng(0)
     x, y, labels = rng.normal(size=(12, 5)), rng.normal(size=(12, 5)), np.repeat([0, 1], 6)
 
@@ -219,27 +187,13 @@ def test_diversity():
     assert result["value"] == pytest.approx(100 * mean_distance(y, range(12)) / mean_distance(x, range(12)))
     rows = np.random.default_rng(0).integers(12, size=12)  # a clip that is drawn twice has no distance to itself
     assert result["low"] == result["high"] == pytest.approx(100 * mean_distance(y, rows) / mean_distance(x, rows))
-    assert np.isnan(evaluate.diversity_result(np.ones((12, 5)), y, labels, evaluate.Config(bootstrap=0))["value"])
-
-
-def test_intervals():
     values = np.random.default_rng(0).normal(5, 2, 400)
     r = evaluate.mean_result(values, evaluate.Config(bootstrap=500))
-    assert r["high"] - r["low"] == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.15)
-    assert "low" not in evaluate.mean_result(values, evaluate.Config(bootstrap=0))
-    hits = evaluate.share_result(np.ones(20, bool))
-    assert hits["value"] == 100 and 80 < hits["low"] < 90 and hits["high"] == 100
+    assert r["high"] - r["low"] == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
 
 
-def test_what_is_wrong_is_said_before_the_work(trained, tmp_path, monkeypatch):
+def test_a_report_that_cannot_be_written_is_said_before_the_work(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "over_processes", None)
-    monkeypatch.setattr(fvd, "load_detector", lambda *args: Colours())
-    (tmp_path / "taken" / "report.html").mkdir(parents=True)
-    for name, value, words in (
-        ("classifier_clips", 0, "--classifier-clips"),
-        ("steps", 1001, "--steps 1001"),
-        ("videos", 1, "two held-out clips"),
-        ("out_dir", str(tmp_path / "taken"), "cannot write"),
-    ):
-        with pytest.raises(UserError, match=words):
-            evaluate.main(settings(trained, "dit.pt", tmp_path, **{name: value}))
+    (tmp_path / "eval" / "report.html").mkdir(parents=True)
+    with pytest.raises(UserError, match="cannot write"):
+        evaluate.main(settings(trained, "dit.pt", tmp_path))

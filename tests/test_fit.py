@@ -1,12 +1,15 @@
-"""One network for one video: frames of the published networks, fits that fit, files that come back, XINC's sums."""
+"""One network for one video: frames of the published networks, fits that fit, files that come back, XINC's sums, the study."""
 
 import functools
 import math
+import re
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run
 
 from common import utils, video
 from common.video import write_frames
@@ -15,6 +18,7 @@ from siblings import container, fit, fitted, methods, xinc
 from siblings.components import Plan
 from siblings.frames import read_video
 from siblings.methods import ALL, METHODS, Network
+from studies import fit as study
 
 CURVES = fit.families
 TINY = "--steps 6 --size 20k --lr 5e-3"
@@ -76,15 +80,10 @@ def test_frames_and_widths_of_the_published_networks(name):
         assert methods.count(METHODS[name], found) == pytest.approx(size, rel=0.01)
 
 
-def test_strides_of_the_papers():
-    for height, width, rows, levels, found in (
-        (1080, 1920, 8.5, 5, [5, 3, 2, 2, 2]),  # NeRV's, FFNeRV's
-        (1080, 1920, 18, 4, [5, 3, 2, 2]),  # HiNeRV's
-        (1080, 1920, 2, 5, [5, 3, 2, 2, 2]),  # HNeRV's
-        (640, 1280, 2, 5, [5, 4, 4, 2, 2]),  # HNeRV's on Bunny
-        (640, 1280, 8.5, 4, [5, 4, 2, 2]),  # … and of NeRV beside it, plain
-    ):
-        assert methods.strides(height, width, rows, levels) == found
+def test_strides_of_the_papers_at_1080p():
+    """Of NeRV and FFNeRV, HiNeRV, HNeRV; those at 640 x 1280 are in the widths above."""
+    found = [methods.strides(1080, 1920, rows, levels) for rows, levels in ((8.5, 5), (18, 4), (2, 5))]
+    assert found == [[5, 3, 2, 2, 2], [5, 3, 2, 2], [5, 3, 2, 2, 2]]
 
 
 def close(a, b, tolerance=1e-9):
@@ -112,8 +111,6 @@ def test_encoders_see_the_frame_and_its_neighbours():
     assert content.shape == (1, 16, 2, 2) and difference.shape == (1, 2, *encoding.differences.shape[2:])
     still = clips[:, 1:2].expand(-1, 3, -1, -1, -1)
     assert torch.equal(encoding(None, still)[0], content) and not torch.equal(encoding(None, still)[1], difference)
-    encoding.codes.copy_(torch.randn(4, 16, 2, 2))
-    close(encoding(torch.tensor([1.5]))[0][0], (encoding.codes[1] + encoding.codes[2]) / 2, 1e-6)
 
 
 class Frames(fit.Video):
@@ -152,7 +149,7 @@ def test_videos_of_odd_shapes(shape, tmp_path):
         assert frames_of(tmp_path / "a.nerv", range(shape[0])).shape == (*shape, 3) and math.isfinite(one.recent)
 
 
-def test_turns_are_taken_by_the_clock(call, monkeypatch):
+def test_turns_are_taken_by_the_clock_and_a_report_has_all(call, tmp_path, monkeypatch):
     seconds, history = {"nerv": 0.7, "rnerv": 1.9, "plain": 0.2}, []
 
     def step(self):
@@ -160,13 +157,17 @@ def test_turns_are_taken_by_the_clock(call, monkeypatch):
         self.seconds += seconds[self.name]
         history.append(self.name)
 
-    monkeypatch.setattr(fit.Fit, "step", step)
-    assert call("a.mkv --method nerv,rnerv,plain --minutes 0.5 --size 20k") == 0
+    monkeypatch.setattr(fit.Fit, "step", step), monkeypatch.setattr(fit, "families", CURVES)
+    assert call("a.mkv --method nerv,rnerv,plain --minutes 0.5 --size 20k --run-dir run --out out/x.nerv") == 0
     spent = dict.fromkeys(seconds, 0.0)
     for name in history:
         assert spent[name] <= min(spent.values()) + 1e-9  # who has had least comes next
         spent[name] += seconds[name]
     assert all(30 <= s < 30 + seconds[name] + 1e-9 for name, s in spent.items())
+    report, csv = (tmp_path / "run/report.csv").read_text(), (tmp_path / "run/curves.csv").read_text().splitlines()
+    size = (tmp_path / "out/x.rnerv.nerv").stat().st_size
+    assert f",{size},{8 * size / (5 * 21 * 35):.4f}," in report and (tmp_path / "run/curves.png").is_file()
+    assert {line.split(",")[0] for line in csv[1:]} == set(seconds)
 
 
 @pytest.mark.parametrize("name", ["ffnerv", "diffnerv"])
@@ -184,10 +185,9 @@ def test_what_was_stopped_and_resumed_makes_the_same_file(name, call, monkeypatc
     assert call(f"{once} --out half.nerv --run-dir one --resume --seed 1") == 2
 
 
-def test_decoding(call, capsys):
+def test_decoding(call):
     assert call(f"a.mkv {TINY} --frames 0:5") == 0
     whole = frames_of("a.nerv")
-    assert "PSNR" in capsys.readouterr().out
     for options, rate, expected in (
         ("", 10, whole),
         ("--frames 2:4", 10, whole[2:4]),
@@ -200,131 +200,80 @@ def test_decoding(call, capsys):
         assert fps == rate and np.array_equal(frames, expected)
 
 
-def test_a_report_and_curves_of_several(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(fit, "families", CURVES)
-    assert call(f"a.mkv --method plain,rnerv {TINY} --run-dir run --out out/x.nerv") == 0
-    report, csv = (tmp_path / "run/report.csv").read_text(), (tmp_path / "run/curves.csv").read_text().splitlines()
-    size = (tmp_path / "out/x.rnerv.nerv").stat().st_size
-    assert f",{size},{8 * size / (5 * 21 * 35):.4f}," in report and (tmp_path / "out/x.plain.nerv").is_file()
-    assert {line.split(",")[0] for line in csv[1:]} == {"plain", "rnerv"} and (tmp_path / "run/curves.png").is_file()
+def test_wrong_use_and_damaged_files_are_one_line(call, capsys, tmp_path):
+    def refused(options, reason):
+        assert call(options) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and reason in error
 
-
-@pytest.mark.parametrize(
-    "options, reason",
-    [
-        ("", "give one video"),
-        ("a.mkv --method nerf", "--method nerf: choose from"),
-        ("a.mkv --size many", "--size many"),
-        ("a.mkv --size 1k --method enerv", "minimum"),
-        ("a.mkv --bits 9", "4 to 8"),
-        ("--decode other.nerv --out b.mkv", "header"),
-        ("--explain a.mkv", "not a file written by this program"),
-        ("a.mkv --out ./a.mkv", "would overwrite"),
-        ("--decode a.mkv --out a.mkv", "would overwrite"),
-    ],
-)
-def test_bad_input_is_one_line(options, reason, call, capsys):
-    container.write("other.nerv", {"kind": "codec"}, [])
-    assert call(options) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and reason in error
-
-
-def test_damaged_files_are_one_line(call, capsys, tmp_path):
+    refused("", "give one video")
+    refused("a.mkv --method nerf", "--method nerf: choose from")
+    refused("a.mkv --size 1k --method enerv", "minimum")
+    refused("--explain a.mkv", "not a file written by this program")
+    refused("a.mkv --out ./a.mkv", "would overwrite")
     fit.Fit("rnerv", Frames(moving_frames()), fit.Config(size="20k"), CPU).store("a.nerv", 8)
-    good, reader = (tmp_path / "a.nerv").read_bytes(), container.Reader("a.nerv")
+    good, reader, path = (tmp_path / "a.nerv").read_bytes(), container.Reader("a.nerv"), tmp_path / "b.nerv"
     bad = [good[:60], good[:-1], good + b"x"]
     for place in np.random.default_rng(0).integers(0, len(good), 6):
-        flipped = bytearray(good)
-        flipped[place] ^= 1
-        bad.append(bytes(flipped))
-    for change in ({"channels": [2**16] * 4}, {"frames": 10**9}, {"strides": [8] * 12}, {"method": "x"}, {"bits": True}):
-        container.write("b.nerv", reader.header | change, [reader[i] for i in range(len(reader))])
-        bad.append((tmp_path / "b.nerv").read_bytes())
+        bad.append(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
     for content in bad:
-        (tmp_path / "b.nerv").write_bytes(content)
-        assert call("--decode b.nerv --out b.mkv") == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: b.nerv: ") and error.count("\n") == 1
+        path.write_bytes(content)
+        refused("--decode b.nerv --out b.mkv", "b.nerv: ")
+    for change in ({"channels": [2**16] * 4}, {"frames": 10**9}, {"strides": [8] * 12}, {"method": "x"}, {"bits": True}):
+        container.write(path, reader.header | change, [reader[i] for i in range(len(reader))])
+        refused("--decode b.nerv --out b.mkv", "b.nerv: ")
 
 
-def test_contributions_sum_to_the_output():
+def test_contributions_and_their_figures(tmp_path):
     torch.manual_seed(0)
-    x, kernel, bias = torch.randn(2, 5, 6, 7).double(), torch.randn(3, 5, 3, 3).double(), torch.randn(3).double()
-    close(xinc.contributions(x, kernel, bias).sum(1), F.conv2d(x, kernel, bias, padding=1), 1e-12)
+    x, kernel = torch.randn(2, 5, 6, 7).double(), torch.randn(3, 5, 3, 3).double()
     close(xinc.contributions(x, kernel)[:, 2, 1], F.conv2d(x[:, 2:3], kernel[1:2, 2:3], padding=1)[:, 0], 1e-12)
-    maps = xinc.contributions(x, kernel, bias, edges="replicate")
-    close(maps.sum(1), F.conv2d(F.pad(x, (1,) * 4, mode="replicate"), kernel, bias), 1e-12)
-
-
-def test_figures_of_contributions(tmp_path):
-    """Two input channels: one is idle, one is bright where the square is; it moves."""
-    kernel = torch.zeros(3, 2, 1, 1)
-    kernel[:, 1] = 1
+    maps = xinc.contributions(x, kernel, edges="replicate")
+    close(maps.sum(1), F.conv2d(F.pad(x, (1,) * 4, mode="replicate"), kernel), 1e-12)
+    kernel = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1).expand(3, -1, -1, -1)  # the first of two input channels is idle
 
     def frame(place):
+        """A square, and maps of which the second is bright where it is."""
         picture = np.zeros((12, 24, 3), np.uint8)
         picture[4:8, place : place + 4] = 200
-        x = torch.ones(1, 2, 12, 24)
-        x[0, 1] = torch.from_numpy(picture[..., 0] / 100.0)
-        return picture, x, kernel
+        return picture, torch.stack([torch.ones(12, 24), torch.from_numpy(picture[..., 0] / 100.0).float()])[None], kernel
 
     figures = xinc.explain([(frame(3), frame(9))], tmp_path / "a.png", "a square")
     assert figures["neurons"] == 6 and figures["near_dead"] == 0.5 and figures["half"] == pytest.approx(2 / 6)
-    assert figures["motion"] > 0.99 and (tmp_path / "a.png").stat().st_size > 10_000
-    assert math.isnan(xinc.explain([(frame(3), frame(3))], tmp_path / "a.png", "a still")["motion"])
-
-
-def test_what_a_layer_with_a_pixel_shuffle_adds():
-    torch.manual_seed(0)
-    x, kernel = torch.randn(2, 5, 6, 7).double(), torch.randn(12, 5, 3, 3).double()
-    total = xinc.painted(x, kernel, stride=2)
-    each = [F.conv2d(x[:, i : i + 1], kernel[:, i : i + 1], padding=1).abs() for i in range(5)]
-    assert total.shape == (2, 12, 14)
-    for row, column in ((0, 0), (5, 8), (11, 13)):  # output 4 * colour + 2 * (row % 2) + column % 2 of each kernel
-        here = [m[:, colour * 4 + row % 2 * 2 + column % 2, row // 2, column // 2] for m in each for colour in range(3)]
-        close(total[:, row, column], sum(here), 1e-12)
-
-
-def test_figures_at_cuts(tmp_path):
-    """Two chunks of three frames of a square that moves on by a place. The other chunk paints ten times as much."""
-
-    def chunk(first, level):
-        def look(number):
-            picture = np.zeros((12, 24, 3), np.uint8)
-            picture[4:8, first + number : first + number + 4] = 200
-            return picture, level * (1 + picture[..., 0] / 100.0)
-
-        return 3, look
-
-    same = xinc.explain_cuts([chunk(2, 1), chunk(5, 1)], tmp_path / "a.png", "a square")
-    assert list(same) == list(xinc.PAIRS) and (tmp_path / "a.png").stat().st_size > 10_000
-    assert all(figures["motion"] > 0.99 and figures["still"] == 0 for figures in same.values())
-    mean = 1 + 2 * 16 / 288
-    columns = dict(zip(xinc.PAIRS, (1, 1, 2, 3)))  # as many are new, and as many are gone, each two levels of four rows
-    assert {name: pytest.approx(2 * 2 * 4 * n / 288 / mean) for name, n in columns.items()} == {
-        name: figures["changed"] for name, figures in same.items()
-    }
-    other = xinc.explain_cuts([chunk(2, 1), chunk(5, 10)], tmp_path / "a.png", "another network")
-    for name in ("across the cut", "first frames of two chunks"):
-        assert other[name]["changed"] > 8 and 0.5 < other[name]["still"] < 1.1
-    for name in ("next frame of a chunk", "first and last of a chunk"):
-        assert other[name] == same[name]
+    assert figures["motion"] > 0.99
 
 
 def test_explaining_files_and_generated_videos(call, capsys, monkeypatch, trained):
     seen, explain = [], xinc.explain
 
-    def checked(pairs, path, title, edges):
-        pairs = list(pairs)
-        seen.extend(pairs[0])
-        return explain(pairs, path, title, edges)
+    def keep(pairs, *rest):
+        seen.extend(pairs)
+        return explain(seen, *rest)
 
-    monkeypatch.setattr(xinc, "explain", checked)
+    monkeypatch.setattr(xinc, "explain", keep)
     assert call(f"a.mkv {TINY} --method nerv") == 0
     assert call("--explain a.nerv") == 0 and "near-dead" in capsys.readouterr().out
-    bias = fitted.FittedVideo("a.nerv").network.head.bias
-    for frame, x, kernel in seen:
-        made = video.to_frames(torch.tanh(xinc.contributions(x, kernel, bias).sum(1)))[0, :21, :35]
+    bias = fitted.FittedVideo("a.nerv").network.head.bias[:, None, None]
+    for frame, x, kernel in seen[0]:
+        made = video.to_frames(torch.tanh(xinc.contributions(x, kernel).sum(1) + bias))[0, :21, :35]
         assert np.abs(made.astype(int) - frame).max() <= 1
     assert call(f"--explain {trained}/dit.pt --out g.png") == 0 and "kernels" in capsys.readouterr().out
+
+
+def test_a_study_of_two_methods_goes_on_where_it_stopped(call, tmp_path, monkeypatch, capsys):
+    assert [study.at([(0.5, 10.0), (1.01, 12.0), (2.0, 15.0)], seconds) for seconds in (0.6, 1.0, 1.5, 2.0)] == [10, 12, 12, 15]
+    options = f"--video {tmp_path}/a.mkv --methods rnerv ffnerv --size 60k --minutes 0.01 --seeds 1 --out-dir {tmp_path}/out"
+
+    def outcome(options=options):
+        status, said = run("studies.fit", options), capsys.readouterr()
+        return status, said.err + said.out
+
+    status, said = outcome()
+    assert status == 0 and [line.split("|")[1].strip() for line in said.splitlines()[-2:]] == ["rnerv", "ffnerv"]
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kw: pytest.fail("trained again"))
+    assert outcome()[0] == 0
+    report = tmp_path / "out/seed0/report.csv"
+    report.write_text(re.sub(r",[\d.]+,(?=[^,]*$)", ",0.1,", report.read_text(), flags=re.M))  # as Ctrl-C leaves it
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kw: None)
+    status, said = outcome()
+    assert status == 2 and "seed 0 was interrupted" in said

@@ -1,21 +1,24 @@
-"""Long videos by chunks: the interface beside the DiT, the seams, training and sampling."""
+"""Long videos by chunks: the interface beside the DiT, the seams, training and sampling; the study of them."""
 
+import csv
+import functools
+import math
 import re
-import sys
 from types import SimpleNamespace
 
+import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import write_mp4
 
 import data
 import dit
+import fvd
 import vae
 from common import checkpoints, utils, video
-from extras.muon import make_optimizer
 from siblings import vin
 from siblings.vin import VIN, VINConfig, play
+from studies import long
 
 SIZES = dit.DiTConfig(num_tokens=6, token_dim=5, num_classes=3, width=24, depth=2, heads=2)
 
@@ -36,10 +39,7 @@ def noised(B=2, C=3):
     return latents, torch.tensor([700, 3])[:B].repeat_interleave(C), torch.tensor([0, 2])[:B].repeat_interleave(C)
 
 
-both = pytest.mark.parametrize("neighbours", [False, True])
-
-
-@both
+@pytest.mark.parametrize("neighbours", [False, True])
 @torch.no_grad()
 def test_with_the_output_of_the_interface_at_zero_it_is_the_dit(neighbours):
     inputs, model = noised(), trained_like(zero=True, neighbours=neighbours)
@@ -52,36 +52,26 @@ def test_with_the_output_of_the_interface_at_zero_it_is_the_dit(neighbours):
     torch.testing.assert_close(made, dit.generate(model.dit, torch.tensor([0, 2]).repeat_interleave(4), 3, seed=5))
 
 
-@both
+@pytest.mark.parametrize("way", ["interface", "neighbours", "full attention"])
 @torch.no_grad()
-def test_each_chunk_depends_on_all_chunks_of_its_video_alone(neighbours):
-    model, (latents, timestep, label) = trained_like(neighbours=neighbours), noised(C=4)
-    changed = latents + (torch.arange(8) == 0)[:, None, None]
-    eps, other = (model(x, timestep, label, chunks=4) for x in (latents, changed))
-    difference = (eps - other).abs().amax((1, 2))
-    assert (difference[:4] > 1e-5).all() and (difference[4:] == 0).all()
+def test_each_chunk_depends_on_the_chunks_of_its_video_alone(way):
+    model, (latents, timestep, label) = trained_like(neighbours=way == "neighbours"), noised(C=5)
+    if way == "full attention":
+        model = long.FullAttention(SIZES, VINConfig()).requires_grad_(False)
+        model.dit.load_state_dict(trained_like().dit.state_dict())
 
+    def moved(chunk):
+        changed = latents + (torch.arange(10) == chunk)[:, None, None]
+        eps, other = (model(x, timestep, label, chunks=5) for x in (latents, changed))
+        return ((eps - other).abs().amax((1, 2)) > 1e-6).tolist()
 
-@both
-@torch.no_grad()
-def test_permuting_chunks_together_with_their_places_permutes_the_output(neighbours):
-    model, (latents, timestep, label) = trained_like(neighbours=neighbours), noised(C=5)
-    order, place = torch.tensor([3, 0, 4, 2, 1]), torch.arange(5).expand(2, 5)
-    shuffled = latents.unflatten(0, (2, 5))[:, order].flatten(0, 1)
-    eps = model(latents, timestep, label, chunks=5).unflatten(0, (2, 5))[:, order].flatten(0, 1)
-    permuted = model(shuffled, timestep, label, chunks=5, place=place[:, order])
-    torch.testing.assert_close(permuted, eps, rtol=1e-4, atol=1e-5)
-    assert (model(shuffled, timestep, label, chunks=5) - eps).abs().max() > 1e-3  # without their places it does not
-
-
-def test_gradients_reach_all_parameters_and_muon_gets_the_matrices_of_attention():
-    model, inputs = trained_like().train(), noised()
-    model(*inputs, chunks=3).square().sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-    matrices = {id(p) for p in make_optimizer(model, muon=True).own["params"]}
-    named = {name for name, p in model.named_parameters() if id(p) in matrices}
-    assert len(named) == 3 * 3 + 4 * 4  # q, kv, out of one reading and two writing; two blocks of the DiT, two of the interface
-    assert "read_attention.kv.weight" in named and not any("adaln" in name for name in named)
+    assert moved(4) == [True] * 5 + [False] * 5 and moved(5) == [False] * 5 + [True] * 5
+    if way != "full attention":
+        for p in model.read_attention.out.parameters():  # without global tokens, two blocks lead to the second neighbour
+            p.zero_()
+        reach = 3 if way == "neighbours" else 1
+        assert moved(4) == [False] * (5 - reach) + [True] * reach + [False] * 5
+        assert moved(5) == [False] * 5 + [True] * reach + [False] * (5 - reach)
 
 
 def test_the_interface_learns_what_chunks_have_in_common():
@@ -100,7 +90,7 @@ def test_the_interface_learns_what_chunks_have_in_common():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss < 0.4
+    assert loss < 0.4 and all(p.grad.any() for p in model.parameters())
 
 
 @torch.no_grad()
@@ -148,16 +138,7 @@ def test_chunks_follow_each_other_and_fade_over_shared_frames(overlap):
     torch.testing.assert_close(played(torch.tensor([7.0, 7.25, 8.0, 23.5]), 0), between)
 
 
-def run(command):
-    """`python -m siblings.vin` with these arguments, in this process; returns the exit status."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["vin.py", *command.split()])
-        patch.setattr(utils.RunLog, "EVERY", 1)
-        try:
-            utils.run(vin.main)
-        except SystemExit as stop:
-            return stop.code
-    return 0
+run = functools.partial(conftest.run, "siblings.vin")
 
 
 OPTIONS = "train --batch-size 4 --num-latents 8 --chunks 3 --overlap 2 --lr 1e-3"
@@ -187,35 +168,23 @@ def test_training_starts_from_the_denoiser(trained):
     torch.testing.assert_close(values[4, 1, 0].float(), mean[0], rtol=1e-2, atol=1e-2)
 
 
-def test_sample_predict_and_interpolate(trained, tmp_path, capsys):
+def test_sample_predict_interpolate_and_wrong_use(trained, tmp_path, capsys):
     frames = data.Shapes(resolution=16, num_frames=21, period=64)[0][0]
-    path = write_mp4(tmp_path / "a", video.to_clip(frames))
+    path = conftest.write_mp4(tmp_path / "a", video.to_clip(frames))
     sample = f"sample --ckpt {trained}/vin.pt --steps 2 --out-dir {tmp_path}"
     assert run(f"{sample} --classes 0 ring_circle --chunks 7") == 0  # more than in training
     names = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert names == ["00_square_sideways.mp4", "01_ring_circle.mp4"] and (tmp_path / "samples.png").is_file()
-    assert "2 videos of 44 frames, 7 chunks" in capsys.readouterr().out
     assert len(video.read_frames(tmp_path / "samples" / names[0], 16)) == 7 * 6 + 2
     assert run(f"{sample} --predict {path} --count 2 --chunks 4") == 0
     made = [video.read_frames(tmp_path / "predict" / f"{i:02d}_predicted.mp4", 16).astype(int) for i in range(2)]
     assert made[0].shape == (26, 16, 16, 3) and abs(made[0] - made[1])[8:].mean() > 0.5
     assert abs(made[0][:8] - frames[:8]).mean() < 15  # as given
-    assert run(f"{sample} --chunks 3 --interp {path} {path}") == 0 and len(list((tmp_path / "interp").glob("*.mp4"))) == 7
-    assert run(f"{sample} --chunks 1 --interp --time-scale 2") == 0
-    assert len(video.read_frames(next((tmp_path / "interp").glob("06_*.mp4")), 16)) == 16
-    assert run(f"{sample} --chunks 4 --interp {path} {path}") == 2  # 21 frames are too few
-
-
-def test_bad_input_is_one_line(trained, capsys):
-    for command, words in {
-        "train --ckpt {}/vae.pt": "a vae checkpoint, but a dit one is needed",
-        "train --ckpt {}/dit.pt --overlap 4": "chunks of 8 frames can share 0 to 3",
-        "sample --ckpt {}/dit.pt": "a dit checkpoint, but a vin one is needed",
-        "": "give a command first: train, sample",
-    }.items():
-        assert run(command.format(trained)) == 2
-        line = capsys.readouterr().err.strip().splitlines()[-1]
-        assert line.startswith("error: ") and words in line
+    assert run(f"{sample} --chunks 3 --interp {path} {path} --time-scale 2") == 0
+    (last,) = (tmp_path / "interp").glob("06_*.mp4")
+    assert len(video.read_frames(last, 16)) == 40
+    assert run(f"{sample} --chunks 4 --interp {path} {path}") == 2 and "26 are needed" in capsys.readouterr().err
+    assert run(f"train --ckpt {trained}/dit.pt --overlap 4") == 2 and "can share 0 to 3" in capsys.readouterr().err
 
 
 def test_it_resumes_to_the_bit(trained, tmp_path, monkeypatch):
@@ -242,3 +211,65 @@ def test_two_processes_share_the_batch_of_one(trained, tmp_path, monkeypatch):
         monkeypatch.setattr(utils, "start_processes", lambda device, process=process: (torch.device("cpu"), *process))
         assert run(f"{OPTIONS} --ckpt {trained}/dit.pt --steps 1 --out {tmp_path}/vin.pt") == 0
     assert all(torch.equal(whole, torch.cat(parts)) for whole, *parts in zip(*seen))
+
+
+def test_the_shape_is_tracked_and_another_subject_is_seen():
+    shapes = data.Shapes(num_frames=64, period=64)
+    for i in range(9):
+        colour, side, centre = long.track(shapes[i][0])
+        assert np.isfinite(centre).all() and np.ptp(side) < 0.1 and np.ptp(colour, 0).max() < 0.05
+        assert long.path_error(centre, 64) < 0.02 and np.ptp(centre, 0).max() > 0.4  # a third of a pixel
+        wrong = np.roll(centre, 20, 0) * (np.arange(64) < 32)[:, None] + centre * (np.arange(64) >= 32)[:, None]
+        assert long.path_error(wrong, 64) > 0.05
+    other = np.concatenate([shapes[0][0][:16], *(shapes[i][0][16:32] for i in (9, 18, 27))])
+    same, different = long.subject(shapes[0][0], 16), long.subject(other, 16)
+    assert max(same) < 0.03 and different[0] > same[0] + 0.02 and different[1] > same[1] + 0.02
+
+
+@pytest.mark.parametrize("overlap, chunks, jump", [(0, 3, 5.0), (0, 3, 1.0), (1, 3, 3.0), (0, 1, math.nan)])
+def test_seam_is_the_jump_over_the_steps_within(overlap, chunks, jump):
+    steps = torch.ones(chunks * (4 - overlap) + overlap - 1)
+    steps[3 - overlap : (chunks - 1) * (4 - overlap) : 4 - overlap] = jump  # in a fade, the largest step counts
+    level = torch.cat([torch.zeros(1), steps.cumsum(0)])
+    clips = 0.01 * level[None, :, None, None, None].expand(2, -1, 3, 2, 2)
+    assert long.seam(clips, 4, overlap) == pytest.approx(jump, rel=1e-4, nan_ok=True)
+
+
+def test_rows_train_sample_and_are_not_done_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dit, "generate", lambda *args, generate=dit.generate, **kw: generate(*args[:2], 1, **kw))
+    monkeypatch.setattr(long, "train_classifier", lambda *args: None)
+    monkeypatch.setattr(long, "classify", lambda classifier, clips: torch.arange(len(clips)) % 9)
+    monkeypatch.setattr(fvd, "load_detector", lambda *args: lambda clips: clips.reshape(len(clips), -1)[:, ::999])
+    rows = ["reconstructed", "one after the other", "one network", "full attention", "interface, neighbours, overlap 2"]
+    small = "--resolution 16 --num-frames 12 --num-tokens 8 --token-dim 8 --width 8 --batch-size 2 --steps 1"
+    options = [f"--vae-options={small} --decode-frames 1", "--vin-options=--batch-size 2 --num-latents 4 --chunks 2"]
+    options += ["--dit-options=--width 24 --heads 2 --depth 1 --batch-size 2 --num-latents 4 --extras muon"]
+    options += ["--chunks", "3", "--seconds", "1e-9", "--videos", "2", "--out-dir", str(tmp_path), "--only", *rows]
+    long.main(options)
+    with open(tmp_path / "runs.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [row["row"] for row in found] == rows and all(row["shape"] == "1" for row in found)
+    assert all(math.isfinite(float(row[name])) for row in found for name in ("seam", "path", "fvd_start", "fvd_across"))
+    # FLOPs of one evaluation of the DiT: maps of 12 w² a token, attention, and conditions; of two, with guidance.
+    w, N = 24, 8 * 3
+    flops = 24 * N * w * w + 4 * N**2 * w + 12 * w * w + 2 * N * 8 * w * 2 + 3 * (2 * 256 * w + 2 * w * w) + 4 * w * w
+    assert float(found[3]["gflop"]) == pytest.approx(2 * flops / 20 / 1e9, rel=1e-3)  # over 20 steps, of which one was taken
+    monkeypatch.setattr(long, "Study", lambda config: pytest.fail("done again"))
+    long.main(options)
+    assert "| interface, neighbours, overlap 2 |" in capsys.readouterr().out
+
+
+def test_frames_between_shown_ones_are_compared_at_their_own_times(trained, monkeypatch, capsys):
+    shapes = data.Shapes("test", 16, 8, period=64)
+
+    def perfect(network, clips, device, t):
+        drawn = [video.to_clip(shapes.draw(i, t.numpy())) for i in (0, 256)]
+        assert torch.equal(clips, torch.stack([x[::2] for x in drawn]))  # every second is shown
+        return torch.stack(drawn)
+
+    monkeypatch.setattr(vae, "reconstruct", perfect)
+    long.main(f"--between {trained}/vae.pt --videos 2 --scale 2".split())
+    shown, other = capsys.readouterr().out.splitlines()
+    assert shown.split()[:2] == ["shown", "8"] and other.split()[:2] == ["between", "7"]
+    assert "PSNR 100.00 dB, of the blend 100.00 dB" in shown
+    assert "PSNR 100.00 dB" in other and float(other.split()[-2]) < 60
