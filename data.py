@@ -7,6 +7,7 @@ python data.py --dataset ucf --preview clips.png     eight clips, counts of clas
 """
 
 import collections
+import contextlib
 import hashlib
 import itertools
 import os
@@ -19,9 +20,9 @@ import torch
 from tqdm import tqdm
 
 from common import utils, video
-from common.cache import decode_once, estimated_bytes, stamp
+from common.cache import decode_once, stamp
 from common.drawn import CELL, Shapes, Sprites
-from common.layouts import LAYOUTS, find_root, find_videos
+from common.layouts import LAYOUTS, TRAIN, find_videos
 from common.utils import UserError, option
 from common.video import printable
 
@@ -113,6 +114,25 @@ def report(line):
         tqdm.write(line)
 
 
+def find_root(config):
+    """The directory of a data set: --data-dir, its parent if that is train/, or the default. UserError, with the source."""
+    usual, source = LAYOUTS[config.dataset]
+    given = Path(config.data_dir or usual)
+    if not given.is_dir():
+        raise UserError(f"there is no directory {printable(given)}: give another --data-dir ({source})")
+    root = given.resolve()  # links and relative paths, too
+    return root.parent if root.name.lower() in TRAIN else root
+
+
+def estimated_bytes(paths, size):
+    """Estimated size in bytes of the decoded frames of these videos, from the headers of a few of them."""
+    few, frames = paths[:: len(paths) // 16 + 1], 0
+    for path in few:
+        with contextlib.suppress(video.BadVideo):
+            frames += video.probe(path).frames
+    return frames / len(few) * len(paths) * size**2 * 3
+
+
 def open_dataset(config, role, classes=None):
     """Open the data set of a config (dataset, data_dir, resolution, num_frames, stride, flip). role is "train" or "test".
 
@@ -126,7 +146,7 @@ def open_dataset(config, role, classes=None):
         if c.flip:
             raise UserError("sprites cannot be mirrored, which would swap left and right: leave out --flip")
         return Sprites(find_root(c), role, c.resolution, c.num_frames, c.stride)
-    root, items, names, notes = find_videos(c, role)
+    root, items, names, notes = find_videos(find_root(c), c.dataset, role)
     for note in notes:
         report(f"left out: {note}")
     if len(names) == 1 and classes and len(classes) == 1:
@@ -192,7 +212,7 @@ def endless(dataset, stream, device=None):
         row[...], label = dataset[i]
         return label
 
-    pool = ThreadPoolExecutor(max(1, utils.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    pool = ThreadPoolExecutor(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     try:
         for indices in stream:
             batch = torch.empty((len(indices), *shape), dtype=torch.uint8, pin_memory=cuda)

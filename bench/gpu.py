@@ -2,7 +2,7 @@
 
 tests    those that need a GPU
 steps    short trainings of both stages, compiled and eager, with discriminator and LPIPS; resumed, and on two processes
-tables   bench.speed decode and growth, bench.load
+tables   bench.speed growth, bench.load
 train    stage 1 on --data-dir or the built-in shapes, then stage 2, each for a third of the time left; sampling, evaluation
 
 Each program is a row, even if it failed or no time was left; table.md and the logs in --out-dir are always up to date.
@@ -65,8 +65,7 @@ def programs(config, gpu):
     launch = "-m torch.distributed.run --standalone --nproc_per_node=2"
     yield "steps", "vae.py, 2 processes", f"{launch} {ROOT}/{plain} --out ranks.pt", TRAINING
     yield "steps", "… compared with one process", AGAINST + "ranks.pt", ".+"
-    for topic in ("decode", "growth"):
-        yield "tables", f"bench.speed {topic}", f"-m bench.speed {topic}", "matrix product .*"
+    yield "tables", "bench.speed growth", "-m bench.speed growth", "matrix product .*"
     yield "tables", "bench.load", "-m bench.load", r"weights \|.*"
     long = "--steps 1000000 --warmup 200 --save-every 1000000 --out"
     yield "train", "vae.py", f"{first} --gan-weight 0 {long} long1.pt", TRAINING

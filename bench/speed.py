@@ -1,18 +1,15 @@
-"""Speed of sampling and decoding, in a table each: `python -m bench.speed sample | decode | growth`.
+"""Speed of sampling and decoding, in a table each: `python -m bench.speed sample | growth`.
 
 sample   from noise to frames, by each sampler of a trained model, with the error of its latents
-decode   frames from weight tokens; with diffusers (studies/requirements.txt), Stable Diffusion's decoder for comparison
 growth   decoding time against resolution, length, number of videos and width, with fitted exponents
 
 Measurements of a row and of its reference alternate. First, the peak speed is measured with a product of two large matrices.
 """
 
-import contextlib
 import statistics
 import time
 from dataclasses import dataclass, replace
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -62,19 +59,19 @@ def ratio(seconds, name, reference):
 
 
 def machine(config):
-    """Print the peak speed of the machine -> device, FLOP per second of a matrix product in float32."""
+    """Print the speed of a matrix product in float32 -> device."""
     device = utils.pick_device(config.device)
     size = 8192 if device.type == "cuda" else 1536
     a, b = torch.randn(2, size, size, device=device)
     peak = 2 * size**3 / min(measure({"": lambda: a @ b}, 5, device)[""])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}: matrix product {peak / 1e9:.0f} GFLOP/s in float32\n")
-    return device, peak
+    return device
 
 
 def sample(config):
     """Two videos per class, nine classes, guidance 2; distances to DDIM with 1000 steps, from the same noise except DDPM."""
-    device, _ = machine(config)
+    device = machine(config)
     ckpt = checkpoints.load(config.ckpt, "dit", "python dit.py")
     model, autoencoder, latent_map = (part.to(device) for part in dit.load_dit(ckpt))
     labels = torch.arange(min(9, model.config.num_classes), device=device).repeat_interleave(2)
@@ -93,49 +90,9 @@ def sample(config):
     table(["sampler", "steps", "denoiser and decoder, s", "times as fast as ddim 100", "distance of latents"], rows)
 
 
-def image_decoder():
-    """The decoder of Stable Diffusion's image VAE (Rombach et al. 2022), [B, 4, h, w] -> [B, 3, 8h, 8w], 49 M parameters."""
-    from diffusers.models.autoencoders.vae import Decoder
-
-    return Decoder(4, 3, ("UpDecoderBlock2D",) * 4, (128, 256, 512, 512), layers_per_block=2)
-
-
-def decode(config):
-    """Frames per second of decoding clips from tokens, and of Stable Diffusion's decoder."""
-    device, peak = machine(config)
-    frames = 16 if device.type == "cuda" else 1  # on a CPU, a frame of L takes seconds
-
-    def from_tokens(preset, B, T):
-        """(function, frames, FLOPs)"""
-        c = nerv.CONFIGS[preset]
-        network, t = nerv.NeRV(c).to(device), torch.linspace(0, c.num_frames - 1, T, device=device)
-        tokens = torch.randn(B, c.num_tokens, c.token_dim, device=device)
-        with torch.device("meta"):
-            flops, _ = forward_costs(lambda: nerv.NeRV(c)(tokens.to("meta"), t.to("meta")))
-        run = partial(vae.VAE.decode, SimpleNamespace(nerv_config=c, nerv=network), t=t)
-        return lambda: [run(part) for part in tokens.split(1)], B * T, flops
-
-    nano = {"nano, 128 frames of 16": from_tokens("nano", 1, 128), "nano, 16 videos in a loop": from_tokens("nano", 16, 16)}
-    large = {f"{preset}, 1 video": from_tokens(preset, 1, frames) for preset in ("S", "B", "L")}
-    with contextlib.suppress(ImportError):
-        decoder, z = image_decoder().to(device), torch.randn(16, 4, 16, 16, device=device)
-        with torch.device("meta"):
-            flops, _ = forward_costs(partial(image_decoder(), torch.empty(z.shape)))
-        large["Stable Diffusion's decoder"] = lambda: decoder(z), len(z), flops
-    rows = []
-    for runs in (nano, large):  # {name: (function, frames, FLOPs)}, compared with the last of its group
-        with torch.no_grad():
-            seconds = measure({name: run for name, (run, _, _) in runs.items()}, config.repeats, device)
-        each, reference = {name: [s / runs[name][1] for s in seconds[name]] for name in runs}, list(runs)[-1]
-        for name, (_, count, flops) in runs.items():
-            rate, share = spread([1 / s for s in each[name]]), f"{100 * flops / statistics.median(seconds[name]) / peak:.0f} %"
-            rows.append([name, count, f"{flops / count / 1e9:.3g}", rate, share, ratio(each, name, reference), reference])
-    table(["what", "frames", "GFLOP a frame", "frames / s", "of the peak", "times as fast", "as"], rows)
-
-
 def growth(config):
     """A decoder of nano's width. One quantity grows at a time; exponents are least-squares slopes on logarithmic axes."""
-    device, _ = machine(config)
+    device = machine(config)
     base = replace(nerv.CONFIGS["nano"], resolution=64)
     series = {
         "pixels of a frame": [(n * n, replace(base, resolution=n), 1, 4) for n in (32, 64, 128, 256)],
@@ -163,11 +120,8 @@ def growth(config):
     table(["", "", "kernel entries", "latent", "FLOPs", "seconds"], rows)
 
 
-TOPICS = {"sample": sample, "decode": decode, "growth": growth}
-
-
 def main():
-    topic, config = utils.parse_options(Config, __doc__, topics=TOPICS)
+    topic, config = utils.parse_options(Config, __doc__, topics={"sample": sample, "growth": growth})
     utils.check_positive(config, "repeats")
     topic(config)
 

@@ -1,6 +1,5 @@
 """The cache of decoded videos: one memory-mapped file of frames per video, so that reading a clip is a single copy."""
 
-import contextlib
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -30,20 +29,11 @@ def decode_once(directory, paths, size):
         for old in {*directory.glob("*.u8")} - {*files.values()}:
             old.unlink()
         todo = [path for path in paths if not files[path].is_file()]
-        with ThreadPoolExecutor(utils.cores()) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(utils.bar(pool.map(decode, todo), "decoding", len(todo), unit="video", disable=not todo))
     utils.max_over_ranks()  # all wait for the first
     there = {path: file for path, file in files.items() if file.is_file()}
     return {path: np.memmap(file, np.uint8, "c").reshape(-1, size, size, 3) for path, file in there.items()}, failed
-
-
-def estimated_bytes(paths, size):
-    """Estimated size in bytes of the decoded frames of these videos, from the headers of a few of them."""
-    few, frames = paths[:: len(paths) // 16 + 1], 0
-    for path in few:
-        with contextlib.suppress(video.BadVideo):
-            frames += video.probe(path).frames
-    return frames / len(few) * len(paths) * size**2 * 3
 
 
 def stamp(path):

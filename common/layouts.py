@@ -2,7 +2,6 @@
 
 import csv
 import re
-from pathlib import Path
 
 from common import video
 from common.drawn import CLONE
@@ -20,25 +19,14 @@ TRAIN, VAL, TEST = ("train", "training"), ("val", "validate", "validation"), ("t
 UCF_NAME = r"v_\w+?_g\d+_c\d+"
 
 
-def find_root(config):
-    """The directory of a data set: --data-dir, its parent if that is train/, or the default. UserError, with the source."""
-    usual, source = LAYOUTS[config.dataset]
-    given = Path(config.data_dir or usual)
-    if not given.is_dir():
-        raise UserError(f"there is no directory {printable(given)}: give another --data-dir ({source})")
-    root = given.resolve()  # links and relative paths, too
-    return root.parent if root.name.lower() in TRAIN else root
-
-
-def find_videos(config, role):
-    """(directory, [(path, class name)], class names, notes on what was left out) of --dataset and --data-dir. UserError.
+def find_videos(root, name, role):
+    """(directory, [(path, class name)], class names, notes on what was left out) of a data set in a directory. UserError.
 
     If there is a train/, the role "test" takes the test/ or val/ beside it. If nothing is held out, it takes the training
     videos, and a note says so. Classes are sub-folders; TaiChi-HD has one class. ucf is all of UCF-101, as in the paper;
     ucf-split1, 2, 3 are the official splits. Kinetics is tested on val/, since some releases withhold the labels of test/; its
     CSVs, if there, give the classes of ID_START_END.mp4, six digits each. Many of the videos are no longer online.
     """
-    root, name = find_root(config), config.dataset
     there = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
     train = next((there[part] for part in TRAIN if part in there), root)
     held_out = VAL if name == "kinetics" else TEST + VAL

@@ -210,11 +210,6 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def cores():
-    """Number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def step_generator(device, seed, step):
     """The generator of one training step. It depends on seed and step alone, so a resumed run needs no generator state. All
     processes draw numbers for the whole batch and keep their own rows: the result does not depend on how many there are."""

@@ -6,6 +6,7 @@ python -m siblings.fit video.mp4 --method rnerv --size 1.5M --minutes 10     wri
 python -m siblings.fit video.mp4 --method nerv,enerv,hnerv,plain,ffnerv,hinerv,diffnerv,rnerv --resize 160x320
 python -m siblings.fit --decode video.nerv --out again.mp4 --fps 60
 python -m siblings.fit --explain video.nerv                                  XINC contribution maps; of dit.pt too
+python -m siblings.fit --explain clips.nerv --ckpt codec.pt                  … of codec.py's files, between chunks
 
 The methods are the rows of a table in methods.py, compared as in "How to Design and Train Your Implicit Neural Representation
 for Video Compression" (below: HTD). docs/fit.md describes the file format.
@@ -35,12 +36,13 @@ import extras
 from common import checkpoints, utils
 from common.utils import UserError, option
 from common.video import printable, to_clip, to_frames, write_frames
-from siblings import container, methods, rd, xinc
+from siblings import codec, container, methods, rd, xinc
 from siblings.components import Flow
 from siblings.fitted import MOST, FittedVideo, decoded, packed, unpack
-from siblings.frames import check_target, frame_range, read_video
+from siblings.frames import check_target, frame_range, join, read_video
 from siblings.methods import ALL, METHODS, Network
 from siblings.results import families, table
+from siblings.videofile import VideoFile
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Config:
     decode: str = option("instead", "", "a .nerv file to decode into the video --out", metavar="FILE")
     fps: float = option("instead", 0.0, "frames per second of --decode; 0: those of the video")
     explain: str = option("instead", "", "a .nerv file or a dit.pt: draw what each kernel adds to each pixel", metavar="FILE")
+    ckpt: str = option("instead", "codec.pt", "the model, to --explain a file of `siblings.codec`")
     device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA if available")
     out: str = option("output", "", "output file; default: the video's name with .nerv, or .METHOD.nerv for several")
     resume: bool = option("output", False, "continue from the state in --run-dir if it exists, as if never stopped")
@@ -325,12 +328,37 @@ def last_layer(path, seed, device):
     return f"{path.name}, {file.method}", head, head.weight, "constant", file.frames, lambda t: file.network(t)[None]
 
 
+def chunks_of(path, ckpt, device):
+    """The intact chunks of a file of codec.py, for xinc.explain_cuts."""
+    model, _ = codec.open_codec(ckpt, device)
+    file, head, seen, T = VideoFile(path, model, ckpt), model.decoder.layers[-1], [], model.config.num_frames
+    head.register_forward_pre_hook(lambda module, given: seen.append(given))
+
+    def look(number, chunk):
+        seen.clear()
+        t, codes = torch.tensor([float(number)], device=device), file.codes(file.numbers(chunk))
+        tiles = torch.cat([model.decoder(code, t) for code in codes.split(1)])  # [tiles, 1, 3, R, R]
+        maps = torch.cat([xinc.painted(x, head.kernel(code)[0], head.stride) for x, code in seen])[:, None, None]
+        frame, total = (join(x, file.height, file.width)[0] for x in (tiles, maps))
+        return to_frames(frame[None])[0], total[0].cpu().numpy()
+
+    return [(T, functools.partial(look, chunk=k)) for k in range(file.frames // T)]
+
+
 @torch.no_grad()
 def explain(config):
     """Draw the contribution maps of the last layer of a .nerv file, or of a video that a dit.pt generates."""
     path, device, seen = Path(config.explain), utils.pick_device(config.device), []
     out = config.out or f"{path.stem}.xinc.png"
     check_target(out, path)
+    if path.suffix == ".nerv" and container.Reader(path).header.get("kind") == "codec":
+        chunks = chunks_of(path, config.ckpt, device)[:9]
+        if len(chunks) < 2:
+            raise UserError(f"{printable(path)} has one chunk, but maps are compared between chunks")
+        figures = xinc.explain_cuts(chunks, out, path.name)
+        print(f"wrote {out}: {len(chunks) - 1} cuts between chunks\n")
+        rows = [[name, *(f"{value:.3f}" for value in found.values())] for name, found in figures.items()]
+        return table(["frames", "share that changes", "correlation with the picture", "in still pixels"], rows)
     title, head, kernel, edges, count, run = last_layer(path, config.seed, device)
     head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
 

@@ -44,7 +44,7 @@ def explain(pairs, path, title, edges="constant"):
             shown = pair[0][0], maps[0], now, np.abs(then - now), motion
     ordered = np.sort(totals.ravel())[::-1]
     half = np.searchsorted(np.cumsum(ordered), ordered.sum() / 2) + 1
-    draw(path, title, shown, totals)
+    draw_neurons(path, title, shown, totals)
     return {
         "neurons": totals.size,
         "near_dead": float((totals < DEAD * totals.mean()).mean()),
@@ -58,10 +58,53 @@ def correlation(x, y):
     return float(np.corrcoef(x, y)[0, 1]) if x.std() * y.std() > 0 else math.nan
 
 
-def draw(path, title, shown, totals):
-    """Draw the frame, contributions and their change; below, neurons from the largest contribution to the smallest."""
-    from matplotlib.figure import Figure  # here, as it takes a second; pyplot would keep figures in memory
+def painted(x, kernel, stride=1):
+    """Sum of the absolute contributions of all kernels: x [B, in, h, w], kernel [out, in, k, k] -> [B, H, W].
 
+    A pixel shuffle of `stride` after the layer, as in HyperNeRV, puts each kernel's map on every stride-th pixel (HTD §10.1).
+    """
+    return F.pixel_shuffle(contributions(x, kernel).abs().sum(1), stride).sum(1)
+
+
+# Frames around a cut, each (chunk before or after it, index in the chunk); the second pair and the last are HTD's, Fig. 41.
+PAIRS = {
+    "across the cut": ((0, -1), (1, 0)),
+    "next frame of a chunk": ((0, -2), (0, -1)),
+    "first and last of a chunk": ((0, 0), (0, -1)),
+    "first frames of two chunks": ((0, 0), (1, 0)),
+}
+
+
+def explain_cuts(chunks, path, title):
+    """How contributions change between the end of a chunk and the start of the next, with its own weights; drawn to `path`.
+
+    chunks: a list of (number of frames, 2 or more; look(number) -> (frame uint8 [H, W, 3], `painted` [H, W])). Returns {name of
+    PAIRS: figures}, over all cuts: changed, the share of all contributions that changes; motion, its correlation over pixels
+    with the change of the frame; still, its mean over pixels that change by less than one level of 255, over that of all.
+    """
+    found = {name: [] for name in PAIRS}
+    for cut in zip(chunks, chunks[1:]):
+        for name, ends in PAIRS.items():
+            (one, before), (other, after) = (cut[k][1](number % cut[k][0]) for k, number in ends)
+            moved = np.abs(other.astype(np.float32) - one).mean(-1)
+            found[name].append((one, other, np.abs(after - before), moved, before.mean()))
+    figures, most = {}, np.argmax([moved.mean() for *_, moved, _ in found["first frames of two chunks"]])
+    for name, rows in found.items():
+        changes, moved = (np.concatenate([row[k].ravel() for row in rows]) for k in (2, 3))
+        still = changes[moved < 1].mean() / changes.mean() if (moved < 1).any() and changes.any() else math.nan
+        changed = float(changes.mean() / np.mean([row[4] for row in rows]))
+        figures[name] = {"changed": changed, "motion": correlation(changes, moved), "still": float(still)}
+    shown, looks = {name: rows[most] for name, rows in found.items()}, [("", {}), ("the other frame", {})]
+    for k, what in ((2, "contributions"), (3, "the picture")):  # one scale for all rows
+        limit = max(np.percentile(row[k], 99.5) for row in shown.values())
+        looks.append((f"change of {what}", {"cmap": "magma", "vmax": limit}))
+    pictures = [(text or name, x, look) for name, row in shown.items() for x, (text, look) in zip(row, looks)]
+    draw(path, title, pictures, width=2.2)
+    return figures
+
+
+def draw_neurons(path, title, shown, totals):
+    """The frame, contributions and their change; below, neurons from the largest contribution to the smallest."""
     frame, maps, total, change, motion = shown
     pictures = [
         ("the frame", frame, {}),
@@ -76,10 +119,19 @@ def draw(path, title, shown, totals):
         limit = max(np.abs(maps[neuron, colour]).max(), 1e-12)
         look = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
         pictures.append((f"{name}{100 * totals[neuron, colour] / totals.sum():.2g} %", maps[neuron, colour], look))
-    rows, (H, W) = math.ceil(len(pictures) / 4), frame.shape[:2]
-    fig = Figure((12.8, rows * min(6, 3.2 * H / W + 0.4)), dpi=110, layout="constrained")
+    below = "lower rows: contributions of single kernels; red brightens, blue darkens; each on its own scale"
+    draw(path, title, pictures, width=3.2, below=below)
+
+
+def draw(path, title, pictures, width, below=""):
+    """Draw pictures [(name, array [H, W] or [H, W, 3], options of imshow)], four per row, as a PNG."""
+    from matplotlib.figure import Figure  # here, as it takes a second; pyplot would keep figures in memory
+
+    H, W = pictures[0][1].shape[:2]
+    rows = math.ceil(len(pictures) / 4)
+    fig = Figure((4 * width, rows * min(6, width * H / W + 0.4)), dpi=110, layout="constrained")
     fig.suptitle(title, size=11)
-    fig.supxlabel("lower rows: contributions of single kernels; red brightens, blue darkens; each on its own scale", size=9)
+    fig.supxlabel(below, size=9)
     axes = fig.subplots(rows, 4, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")

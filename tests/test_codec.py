@@ -24,7 +24,7 @@ import nerv
 import vae
 from common import checkpoints, utils, video
 from common.utils import UserError
-from siblings import codec, container, entropy, rd, rivals
+from siblings import codec, container, entropy, fit, rd, rivals, xinc
 from siblings.codec import CodecConfig, NeRVDec, VideoFile
 from siblings.degrade import degrade
 from siblings.frames import cut, join, read_video
@@ -186,6 +186,29 @@ def test_refinement_helps_and_quantization_is_in_its_loop(model, trained):
 
     assert error(30, 0.5)[0] < 0.97 * error(0, 0.5)[0]
     assert error(30, 1.0, price=1.0)[1] < error(30, 1.0)[1]  # bits that cost are saved
+
+
+def test_explaining_shows_each_chunk_as_it_decodes(here, monkeypatch, model, capsys):
+    seen, explain_cuts, whole = [], xinc.explain_cuts, decoded("a.nerv", model)
+    monkeypatch.setattr(xinc, "explain_cuts", lambda chunks, *rest: (seen.extend(chunks), explain_cuts(chunks, *rest))[1])
+    monkeypatch.setattr("sys.argv", ["fit", "--explain", "a.nerv", "--out", "x.png"])
+    fit.main()
+    assert "3 cuts" in capsys.readouterr().out and Path("x.png").stat().st_size > 10_000
+    assert [count for count, _ in seen] == [4, 4, 4, 4]
+    for number, (k, place) in {0: (0, 0), 7: (1, 3), 15: (3, 3)}.items():
+        frame, total = seen[k][1](place)
+        assert np.array_equal(frame, whole[number]) and total.shape == (21, 35)
+        # Six tiles of 16 x 16, row by row: that of the last pixel is the sixth.
+        assert total[20, 34] == pytest.approx(alone(model, "a.nerv", k, 5, place)[4, 2].item(), rel=1e-5)
+
+
+def alone(model, path, chunk, tile, place):
+    """xinc.painted of one tile of a chunk, from the layers themselves."""
+    file = VideoFile(path, model, "")
+    code, (first, last) = file.codes(file.numbers(chunk))[tile : tile + 1], model.decoder.layers
+    parts = code.split(model.config.codes, 1)
+    x = first(nerv.sinusoid(torch.tensor([float(place)]), 16, 4)[..., None, None], parts[0])
+    return xinc.painted(nerv.GELU_GAIN * F.gelu(x), last.kernel(parts[1])[0], last.stride)[0]
 
 
 def outcome(path, model, *frames):

@@ -11,12 +11,15 @@ from PIL import Image
 from test_video import encode, grey, numbers
 
 import data
-from common import video
+from common import layouts, video
 from common.drawn import Shapes
-from common.layouts import find_videos
 from common.utils import UserError
 from common.video import to_clip
 from data import Config, Stream, endless, fixed_clips, open_dataset, spread
+
+
+def find_videos(config, role):
+    return layouts.find_videos(data.find_root(config), config.dataset, role)
 
 
 def mp4(path, count=24):

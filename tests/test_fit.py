@@ -243,6 +243,43 @@ def test_contributions_and_their_figures(tmp_path):
     assert figures["motion"] > 0.99
 
 
+def test_what_a_layer_with_a_pixel_shuffle_adds():
+    torch.manual_seed(0)
+    x, kernel = torch.randn(2, 5, 6, 7).double(), torch.randn(12, 5, 3, 3).double()
+    total = xinc.painted(x, kernel, stride=2)
+    each = [F.conv2d(x[:, i : i + 1], kernel[:, i : i + 1], padding=1).abs() for i in range(5)]
+    assert total.shape == (2, 12, 14)
+    for row, column in ((0, 0), (5, 8), (11, 13)):  # output 4 * colour + 2 * (row % 2) + column % 2 of each kernel
+        here = [m[:, colour * 4 + row % 2 * 2 + column % 2, row // 2, column // 2] for m in each for colour in range(3)]
+        close(total[:, row, column], sum(here), 1e-12)
+
+
+def test_figures_at_cuts(tmp_path):
+    """Two chunks of three frames of a square that moves on by a place. The other chunk paints ten times as much."""
+
+    def chunk(first, level):
+        def look(number):
+            picture = np.zeros((12, 24, 3), np.uint8)
+            picture[4:8, first + number : first + number + 4] = 200
+            return picture, level * (1 + picture[..., 0] / 100.0)
+
+        return 3, look
+
+    same = xinc.explain_cuts([chunk(2, 1), chunk(5, 1)], tmp_path / "a.png", "a square")
+    assert list(same) == list(xinc.PAIRS) and (tmp_path / "a.png").stat().st_size > 10_000
+    assert all(figures["motion"] > 0.99 and figures["still"] == 0 for figures in same.values())
+    mean = 1 + 2 * 16 / 288
+    columns = dict(zip(xinc.PAIRS, (1, 1, 2, 3)))  # as many are new, and as many are gone, each two levels of four rows
+    assert {name: pytest.approx(2 * 2 * 4 * n / 288 / mean) for name, n in columns.items()} == {
+        name: figures["changed"] for name, figures in same.items()
+    }
+    other = xinc.explain_cuts([chunk(2, 1), chunk(5, 10)], tmp_path / "a.png", "another network")
+    for name in ("across the cut", "first frames of two chunks"):
+        assert other[name]["changed"] > 8 and 0.5 < other[name]["still"] < 1.1
+    for name in ("next frame of a chunk", "first and last of a chunk"):
+        assert other[name] == same[name]
+
+
 def test_explaining_files_and_generated_videos(call, capsys, monkeypatch, trained):
     seen, explain = [], xinc.explain
 

@@ -21,12 +21,12 @@ BELOW = {
     "bench": {"common", "extras", "root", "siblings", "studies", "bench"},
     "studies": {"common", "extras", "root", "siblings", "studies"},
 }
-MOST_LINES = {  # the aim is 1,100 for common and 5,000 for tests: lower these as they shrink
+MOST_LINES = {
     "nerv.py": 220, "vae.py": 360, "dit.py": 360, "losses.py": 130, "data.py": 300, "fvd.py": 320, "sample.py": 220,
-    "evaluate.py": 330, "demo.py": 110, "common": 1435, "extras": 450, "siblings": 2800, "studies": 1500, "bench": 500,
-    "tests": 6140,
+    "evaluate.py": 330, "demo.py": 110, "common": 1100, "extras": 450, "siblings": 2800, "studies": 1500, "bench": 500,
+    "tests": 5000,
 }  # fmt: skip
-ROOT_LINES, MAIN_LINES = 2400, 100
+ROOT_LINES, ALL_LINES, MAIN_LINES = 2400, 8700, 100  # of the root, of all but tests, of each main
 
 
 def room(name):
@@ -73,7 +73,7 @@ def test_no_room_outgrows_its_reader(place):
 
 def test_the_root_and_each_training_can_be_read_in_an_evening():
     root = {place: ROOT / place for place in MOST_LINES if place.endswith(".py")}
-    assert sum(map(lines, root.values())) <= ROOT_LINES
+    assert sum(map(lines, root.values())) <= ROOT_LINES and sum(map(lines, FILES)) <= ALL_LINES
     for place, path in root.items():
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.name == "main":
