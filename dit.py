@@ -74,7 +74,7 @@ class DiT(nn.Module):
         self.position = nn.Parameter(torch.randn(config.num_tokens, width) * 0.5)  # 0.5: not in the paper
         self.step_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(config.num_classes + 1, width)  # the last one is "no class", for guidance
-        nn.init.normal_(self.label.weight, std=0.5)
+        nn.init.normal_(self.label.weight, std=0.5)  # not in the paper
         self.blocks = nn.ModuleList(DiTBlock(width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
@@ -241,7 +241,7 @@ def load_dit(ckpt, denoiser=DiT, load_vae=stage1.load_vae):
 class Config:
     ckpt: str = option("data", "vae.pt", "stage-1 checkpoint, from vae.py")
     data_dir: str = option("data", "", "directory of its data set, if it has moved")
-    num_latents: int = option("data", 0, "clips to encode; 0: ten per video, 512 to 200,000 (nano: 4096), at least one")
+    num_latents: int = option("data", 0, "clips to encode; 0: ten per video, 512 to 200,000, or all videos (nano: up to 4096)")
     width: int = option("model", 1024, "width of the transformer")
     depth: int = option("model", 24, "blocks of the transformer")
     heads: int = option("model", 16, "attention heads, a divisor of the width")
@@ -256,9 +256,9 @@ class Config:
     seed: int = option("training", 0, "seed for weights, data order and noise")
     bf16: str = option("machine", "auto", "bfloat16 autocast; auto: with CUDA", choices=["auto", "on", "off"])
     compile: str = option("machine", "auto", "torch.compile; auto: with CUDA", choices=["auto", "on", "off"])
-    out: str = option("output", "dit.pt", "the checkpoint, stage 1 included; losses and sample grids go to runs/dit beside it")
+    out: str = option("output", "dit.pt", "the checkpoint, with stage 1; losses and contact sheets go to runs/NAME beside it")
     resume: bool = option("output", False, "continue from the checkpoint --out, if it exists")
-    save_every: int = option("output", 500, "steps between checkpoints and sample grids")
+    save_every: int = option("output", 500, "steps between checkpoints and contact sheets")
 
 
 def preset_defaults(args):
@@ -329,7 +329,8 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
 
     for step in utils.training_steps(start, config, save):
         lr = utils.learning_rate(step, config.steps, config.lr, config.warmup)
-        # The random numbers of the whole batch, of which this process uses its rows. The coin is tossed on the CPU, at no wait.
+        # The random numbers of the whole batch, of which this process uses its rows. The coin is tossed on the CPU, at no wait,
+        # with another seed, as on a CPU the first number below would be the same.
         coin = torch.rand((), generator=utils.step_generator("cpu", config.seed - 1, step)).item()
         scheduled = coin < config.scheduled_sampling
         random = utils.step_generator(device, config.seed, step)

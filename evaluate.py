@@ -4,8 +4,8 @@ python evaluate.py --ckpt vae.pt       reconstructions of held-out clips: rFVD, 
 python evaluate.py --ckpt dit.pt       also as many generated clips as real ones: gFVD, classifier accuracy, diversity
 python evaluate.py --ckpt predict.pt   or held-out clips predicted from their first frames (dit.py --cond-frames 5): gFVD, PSNR
 
-gFVD of reconstructions and of real held-out clips is what a perfect stage 2 and a perfect model would reach; it is too high if
-few are held out. If none are (all of UCF-101), rFVD is of training videos. Several processes (torchrun) share the work.
+gFVD of reconstructions shows what stage 1 costs, that of real held-out clips what no generator needs to beat; both are too high
+if few are held out. If none are (all of UCF-101), rFVD is of training videos. Several processes (torchrun) share the work.
 """
 
 import base64

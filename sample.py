@@ -1,4 +1,4 @@
-"""Generate, reconstruct and interpolate videos; each is written as MP4, and all together as one, and as a contact sheet.
+"""Generate, reconstruct, predict and interpolate videos; each is an MP4, all together are one more, and a contact sheet.
 
 python sample.py                                  one video of every class, from dit.pt
 python sample.py --classes 3 ring_circle --count 4
@@ -7,6 +7,7 @@ python sample.py --interp a.mp4 b.mp4             … or of two videos from file
 python sample.py --time-scale 8 --extrapolate 4   8 × as many frames, and 4 beyond the end
 python sample.py --reconstruct a.mp4 b.mp4        real videos through stage 1 and back
 python sample.py --predict a.mp4 b.mp4            go on from the first frames of real videos (dit.py --cond-frames 5)
+python sample.py --page page.html                 one file that generates in a browser
 """
 
 from dataclasses import dataclass

@@ -39,7 +39,7 @@ class EncoderConfig:
     recompute: bool = False  # activation checkpointing: keep the input of each block, and compute the rest again backwards
 
 
-def encoder_config(preset, c):
+def encoder_sizes(preset, c):
     """The paper's ViT, whatever the decoder c; larger and longer clips have larger patches, so that there are 4,096 of them."""
     if preset == "nano":
         return EncoderConfig(width=128, depth=3, heads=4, patch=(4, 8, 8))
@@ -229,9 +229,9 @@ class Config:
     bf16: str = option("machine", "auto", "bfloat16 autocast; auto: with CUDA", choices=["auto", "on", "off"])
     compile: str = option("machine", "auto", "torch.compile; auto: with CUDA", choices=["auto", "on", "off"])
     recompute: bool = option("machine", False, "activation checkpointing of the encoder, to save memory")
-    out: str = option("output", "vae.pt", "the checkpoint; losses and sample grids go to runs/vae beside it")
+    out: str = option("output", "vae.pt", "the checkpoint; losses and contact sheets go to runs/NAME beside it")
     resume: bool = option("output", False, "continue from the checkpoint --out, if it exists")
-    save_every: int = option("output", 500, "steps between checkpoints and previews")
+    save_every: int = option("output", 500, "steps between checkpoints and contact sheets")
 
 
 SIZES = ("resolution", "num_frames", "num_tokens", "token_dim", "width")  # fields of NeRVConfig that are options too
@@ -255,7 +255,7 @@ def networks(config, decoder, device):
     """The VAE of the settings, and its critics: the discriminator and LPIPS, or None for what is not asked for."""
     try:
         nerv_config = dataclasses.replace(nerv.CONFIGS[config.preset], **{k: getattr(config, k) for k in SIZES})
-        vit_config = dataclasses.replace(encoder_config(config.preset, nerv_config), recompute=config.recompute)
+        vit_config = dataclasses.replace(encoder_sizes(config.preset, nerv_config), recompute=config.recompute)
         vae = extras.build_vae(VAE, nerv_config, vit_config, decoder, config.extras, config.steps * config.accumulate)
     except ValueError as error:
         raise UserError(str(error)) from None

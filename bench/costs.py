@@ -51,7 +51,7 @@ def row(name):
     """The table row of a preset."""
     c = nerv.CONFIGS[name]
     with FakeTensorMode():
-        model, model2 = vae.VAE(c, vae.encoder_config(name, c)), denoiser(name)
+        model, model2 = vae.VAE(c, vae.encoder_sizes(name, c)), denoiser(name)
         video, label = torch.empty(2, c.num_frames, 3, c.resolution, c.resolution), torch.zeros(1, dtype=torch.long)
         latents = torch.empty(1, model2.config.num_tokens, model2.config.token_dim)
         encode, encode_kept = forward_costs(partial(model.encode, video))  # two clips, for the batch norm

@@ -38,7 +38,7 @@ def parse(names, known):
 
 
 def build_vae(VAE_class, nerv_config, encoder_config, decoder, names, steps=0):
-    """The paper's VAE with the extras `names`. steps: length of the training, for renorm. ValueError if sizes do not fit."""
+    """The paper's VAE with the extras `names`. steps: its forward passes in training. ValueError if sizes do not fit."""
     chosen = parse(names, VAE)
     if "edges" in chosen:
         if getattr(getattr(decoder, "Conv", None), "convolve", None) is not ModulatedConv.convolve:

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 
 class BatchRenorm(nn.Module):
-    """Batch norm of [B, features] that becomes batch renormalization after `begin` training steps, with norm's parameters."""
+    """Batch norm of [B, features] that becomes batch renormalization after `begin` forward passes, with norm's parameters."""
 
     def __init__(self, norm, begin):
         super().__init__()

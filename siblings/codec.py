@@ -299,7 +299,7 @@ class Config:
     device: str = option("machine", "auto", "cpu, cuda, cuda:1, …; auto: CUDA if available")
     bf16: str = option("machine", "auto", "bfloat16 autocast; auto: with CUDA", choices=["auto", "on", "off"])
     compile: str = option("machine", "auto", "torch.compile; auto: with CUDA", choices=["auto", "on", "off"])
-    out: str = option("output", "codec.pt", "the checkpoint; losses and sheets go to runs/codec beside it")
+    out: str = option("output", "codec.pt", "the checkpoint; losses and sheets go to runs/NAME beside it")
     resume: bool = option("output", False, "continue from the checkpoint --out if it exists, exactly as if never stopped")
     save_every: int = option("output", 500, "steps between checkpoints and previews")
     flip = False  # read by data.py

@@ -9,7 +9,7 @@ python -m siblings.fit --explain video.nerv                                  XIN
 python -m siblings.fit --explain clips.nerv --ckpt codec.pt                  … of codec.py's files, between chunks
 
 The methods are the rows of a table in methods.py, compared as in "How to Design and Train Your Implicit Neural Representation
-for Video Compression" (below: HTD). docs/fit.md describes the file format.
+for Video Compression" (below: HTD). docs/codec.md describes the file format ("The file").
 """
 
 import copy

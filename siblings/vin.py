@@ -195,7 +195,7 @@ class Config:
     seed: int = option("training", 0, "of weights, data order and noise")
     bf16: str = option("machine", "auto", "bfloat16 autocast; auto: with CUDA", choices=["auto", "on", "off"])
     compile: str = option("machine", "auto", "torch.compile; auto: with CUDA", choices=["auto", "on", "off"])
-    out: str = option("output", "vin.pt", "the checkpoint, including stage 1; losses and sheets go to runs/vin beside it")
+    out: str = option("output", "vin.pt", "the checkpoint, including stage 1; losses and sheets go to runs/NAME beside it")
     resume: bool = option("output", False, "continue from the checkpoint --out if it exists, exactly as if never stopped")
     save_every: int = option("output", 500, "steps between checkpoints and sample sheets")
 

@@ -1,6 +1,6 @@
 """The validity of a Fréchet video distance: `python -m studies.fvd bias | sensitivity` prints a table of each.
 
-bias         FVD between two halves of one set of clips falls as 1 / n
+bias         FVD between two halves of one set of clips falls with n
 sensitivity  does the distance grow with blur, noise, swapped, frozen and shuffled frames? Rank correlations
 
 Clips are 16 frames of 64 × 64 of the built-in shapes, or of any videos (--data-dir). --features random uses an untrained

@@ -148,7 +148,7 @@ def test_two_processes_train_as_one(call, few_held_out, stage1, monkeypatch, tmp
 def test_compiled_is_eager_with_the_defaults_of_nano(call, few_held_out, monkeypatch):
     """A real compilation, of an encoder of one block: a C++ compiler takes a second for each of some forty kernels."""
     small = vae.EncoderConfig(width=128, depth=1, heads=4, patch=(4, 8, 8))
-    monkeypatch.setattr(vae, "encoder_config", lambda *preset: small)
+    monkeypatch.setattr(vae, "encoder_sizes", lambda *preset: small)
     monkeypatch.setattr(utils.RunLog, "EVERY", 1)
     torch._dynamo.utils.counters.clear()
     for choice in ("off", "on"):

@@ -10,7 +10,7 @@ from torch.distributions import Normal, kl_divergence
 import vae
 from common import checkpoints, utils
 from nerv import CONFIGS, NeRVConfig
-from vae import VAE, EncoderConfig, encoder_config, load_vae, psnr
+from vae import VAE, EncoderConfig, encoder_sizes, load_vae, psnr
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def test_encoder_of_the_paper(preset):
     assert (c.resolution, c.num_tokens) == ((256, 160) if "256" in preset else (128, 128))
     assert c.num_frames == (128 if "long" in preset else 16)
     with torch.device("meta"):
-        model = VAE(c, encoder_config(preset, c)).eval()
+        model = VAE(c, encoder_sizes(preset, c)).eval()
         video = torch.empty(1, c.num_frames, 3, c.resolution, c.resolution)
         encoder = model.encoder
         assert len(encoder.blocks) == 18 and {block.attention.heads for block in encoder.blocks} == {14}
