@@ -118,6 +118,8 @@ def find_root(config):
     """The directory of a data set: --data-dir, its parent if that is train/, or the default. UserError, with the source."""
     usual, source = LAYOUTS[config.dataset]
     given = Path(config.data_dir or usual)
+    if config.dataset == "folder" and not config.data_dir:
+        raise UserError("--dataset folder needs --data-dir, a directory with a sub-folder of videos for each class")
     if not given.is_dir():
         raise UserError(f"there is no directory {printable(given)}: give another --data-dir ({source})")
     root = given.resolve()  # links and relative paths, too
@@ -266,7 +268,7 @@ def describe(dataset):
             found.append((dataset.classes[label], dataset.lengths.get(path, info.frames), f"{info.width} x {info.height}"))
         except video.BadVideo as error:
             dataset.skip(path, error.reason)
-    classes, frames, sizes = zip(*found)
+    classes, frames, sizes = zip(*(found or dataset.nothing_left()))
     for name, count in sorted(collections.Counter(classes).items()):
         print(f"    {name:32}{count:6}")
     print(f"frames    {min(frames)} to {max(frames)}, median {np.median(frames):g}")

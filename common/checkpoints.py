@@ -60,10 +60,7 @@ def resume(config, stage, **fixed):
         before = (ckpt | ckpt["config"]).get(name, value)
         if value != before:
             what = name if name in fixed else f"--{name.replace('_', '-')}"
-            raise UserError(
-                f"{config.out} was trained with {what} {before}, not {value}: use the same options with --resume, or start "
-                "over with another --out"
-            )
+            raise UserError(f"{config.out} was trained with {what} {before}, not {value}: use the same, or another --out")
     return ckpt
 
 

@@ -30,6 +30,8 @@ class UserError(Exception):
 
 def run(main):
     """Call a script's main(); report a UserError in one line on stderr, with exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # file names may hold any bytes
     try:
         main()
         if dist.is_initialized():  # not after an error: it would wait for the other processes
@@ -103,6 +105,9 @@ def parse_options(cls, description, presets=None, argv=None, topics=None):
     if topics:
         parser.add_argument("topic", choices=topics, help="what to do")
     options = vars(parser.parse_args(argv))
+    for name, value in options.items():
+        if (isinstance(value, float) and not math.isfinite(value)) or (name == "seed" and abs(value) >= 2**40):
+            raise UserError(f"--{name.replace('_', '-')} {value}: out of range")
     return (topics[options.pop("topic")], cls(**options)) if topics else cls(**options)
 
 
@@ -155,6 +160,8 @@ def start_training(config, *positive, device="auto"):
     parts = world * getattr(config, "accumulate", 1)
     if config.batch_size % parts:
         raise UserError(f"--batch-size {config.batch_size}, of all processes together, must be a multiple of {parts}")
+    if Path(config.out).resolve() == Path(getattr(config, "ckpt", "")).resolve():
+        raise UserError(f"--out {config.out} would overwrite --ckpt")
     make_parent(config.out)
     make_parent(log_directory(config.out) / "losses.csv")
     torch.manual_seed(config.seed)
