@@ -265,7 +265,7 @@ def measure(place, paths, detector, config, start):
                 except video.BadVideo as error:  # another one takes its place
                     skipped.append(f"    skipped {error}")
     if len(features) < 2:
-        raise UserError(f"{place} gives {len(features)} clips, but a distance needs two or more {''.join(skipped[:1]).strip()}")
+        raise UserError(f"{place} gives {len(features)} clips, and a distance needs two; {''.join(skipped[:1]).strip()}")
     return np.stack(features), skipped
 
 
