@@ -256,7 +256,7 @@ def measure(place, paths, detector, config, start):
     """(features [n, 400] of one clip per video, of up to --videos videos in random order, [why a video was skipped, …])."""
     random.Random(config.seed).shuffle(paths)
     features, skipped, left, total = [], [], iter(paths), min(config.videos, len(paths))
-    with ThreadPoolExecutor(os.cpu_count()) as pool, utils.bar(desc=video.printable(place), total=total, unit="video") as bar:
+    with ThreadPoolExecutor() as pool, utils.bar(desc=video.printable(place), total=total, unit="video") as bar:
         while batch := list(itertools.islice(left, min(BATCH, config.videos - len(features)))):
             for clip in [pool.submit(read_clip, path, config, start) for path in batch]:
                 try:

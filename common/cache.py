@@ -29,7 +29,7 @@ def decode_once(directory, paths, size):
         for old in {*directory.glob("*.u8")} - {*files.values()}:
             old.unlink()
         todo = [path for path in paths if not files[path].is_file()]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor() as pool:
             list(utils.bar(pool.map(decode, todo), "decoding", len(todo), unit="video", disable=not todo))
     utils.max_over_ranks()  # all wait for the first
     there = {path: file for path, file in files.items() if file.is_file()}
