@@ -1,7 +1,7 @@
 """Data sets, synthetic ones and videos on disk, and a fast loader with a reproducible order of clips.
 
-`dataset[i]` -> (uint8 frames [T, H, W, 3], label) for any i >= 0; i, i + len, i + 2 len, … are different clips of the same
-video. `video.to_clip` turns frames into network input. Run this first on a new data set:
+`dataset[i]` -> (uint8 frames [T, H, W, 3], label) for any i >= 0; i, i + len, i + 2 len, … are clips of one video, different
+ones in training on files. `video.to_clip` turns frames into network input. Run this first on a new data set:
 
 python data.py --dataset ucf --preview clips.png     eight clips, counts of classes, lengths, sizes, and why videos are skipped
 """
@@ -141,14 +141,13 @@ def open_dataset(config, role, classes=None):
     If `classes` is given, labels are indices into it; UserError for a class that is not in it. A data set of up to CACHE_LIMIT
     is decoded in the first call; clips of larger ones are decoded on demand.
     """
-    c = config
-    if c.dataset in SHAPES:
-        return Shapes(role, c.resolution, c.num_frames, period=SHAPES[c.dataset], stride=c.stride)
-    if c.dataset == "sprites":
-        if c.flip:
+    if config.dataset in SHAPES:
+        return Shapes(role, config.resolution, config.num_frames, period=SHAPES[config.dataset], stride=config.stride)
+    if config.dataset == "sprites":
+        if config.flip:
             raise UserError("sprites cannot be mirrored, which would swap left and right: leave out --flip")
-        return Sprites(find_root(c), role, c.resolution, c.num_frames, c.stride)
-    root, items, names, notes = find_videos(find_root(c), c.dataset, role)
+        return Sprites(find_root(config), role, config.resolution, config.num_frames, config.stride)
+    root, items, names, notes = find_videos(find_root(config), config.dataset, role)
     for note in notes:
         report(f"left out: {note}")
     if len(names) == 1 and classes and len(classes) == 1:
@@ -158,11 +157,12 @@ def open_dataset(config, role, classes=None):
     number = {name: k for k, name in enumerate(classes or names)}
     items, paths = [(path, number[name]) for path, name in items], [path for path, _ in items]
     # Linux maps 65,530 files at most.
-    if getattr(c, "cache", "") == "off" or len(paths) > 50_000 or estimated_bytes(paths, c.resolution) > CACHE_LIMIT:
-        return Videos(items, number, role, c)
+    if getattr(config, "cache", "") == "off" or len(paths) > 50_000 or estimated_bytes(paths, config.resolution) > CACHE_LIMIT:
+        return Videos(items, number, role, config)
     place = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
-    directory = Path(getattr(c, "cache_dir", CACHE)) / f"{utils.file_name(root.name, 40)}-{role}-{c.resolution}-{place}"
-    return Videos(items, number, role, c, decode_once(directory, paths, c.resolution))
+    name = f"{utils.file_name(root.name, 40)}-{role}-{config.resolution}-{place}"
+    kept = decode_once(Path(getattr(config, "cache_dir", CACHE)) / name, paths, config.resolution)
+    return Videos(items, number, role, config, kept)
 
 
 # ----------------------------------------------------------------------------------------------------------- batches
@@ -171,26 +171,26 @@ def open_dataset(config, role, classes=None):
 class Stream:
     """The order of clips in a training: an infinite sequence of lists of indices into a data set.
 
-    Every pass over the data has a new random order, which depends only on the seed. A global batch is the next batch_size
-    indices. It is split into parts, and each process takes its rows of each part, so that a step uses the same clips on any
-    number of processes. Step 1000 can be computed without the 999 before it.
+    Every epoch has a new random order, which depends only on the seed. A global batch is the next batch_size indices. It is
+    split into parts, and each process takes its rows of each part, so that a step uses the same clips on any number of
+    processes. Step 1000 can be computed without the 999 before it.
     """
 
     def __init__(self, length, batch_size, seed=0, start=0, parts=1, rank=0, world=1):
         self.length, self.batch_size, self.seed, self.start = length, batch_size, seed, start
         self.parts, self.rank, self.world = parts, rank, world
-        self.passes = {}
+        self.orders = {}  # of the last two epochs
 
     def batch(self, step):
-        """Indices of the global batch of a step; clip i in pass p has the index p * length + i."""
+        """Indices of the global batch of a step; clip i in epoch e has the index e * length + i."""
         indices = []
-        for place in range(step * self.batch_size, (step + 1) * self.batch_size):
-            number = place // self.length
-            if number not in self.passes:
-                generator = torch.Generator().manual_seed(self.seed + 1_000_003 * number)
+        for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+            epoch, i = divmod(position, self.length)
+            if epoch not in self.orders:
+                generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
                 order = torch.randperm(self.length, generator=generator)
-                self.passes = {k: v for k, v in self.passes.items() if k >= number - 1} | {number: order}
-            indices.append(number * self.length + self.passes[number][place % self.length].item())
+                self.orders = {k: v for k, v in self.orders.items() if k >= epoch - 1} | {epoch: order}
+            indices.append(epoch * self.length + self.orders[epoch][i].item())
         return indices
 
     def __iter__(self):

@@ -1,6 +1,6 @@
 """Stage 2, the implicit diffusion transformer: it denoises weight tokens, so that noise becomes a video's weights (§3.3).
 
-θ_0 = latents: the tokens of a video from stage 1, scaled to unit deviation   [B, N, d]
+θ_0 = latents: the tokens of a video (nano: their components), at unit deviation   [B, N, d]
 θ_τ = α_τ θ_0 + σ_τ ε                                                         timesteps τ = 1 … 1000, 0 is clean
 DiT(θ_τ, τ, class) predicts ε
 
@@ -63,14 +63,14 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """The denoiser. One weight token is one transformer token; no patches, no temporal attention."""
+    """The denoiser. One latent token is one transformer token; no patches, no temporal attention."""
 
     def __init__(self, config):
         super().__init__()
         self.config, width = config, config.width
         # In frame prediction the latents of the given frames are concatenated along the width (§4.3).
         self.embed = nn.Linear(config.token_dim * (2 if config.cond_frames else 1), width)
-        # Tokens have no position in space or time. Which kernel entries token n generates is fixed; its embedding is learned.
+        # Tokens have no position in space or time. What token n determines is fixed; its embedding is learned.
         self.position = nn.Parameter(torch.randn(config.num_tokens, width) * 0.5)  # 0.5: not in the paper
         self.step_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(config.num_classes + 1, width)  # the last one is "no class", for guidance
@@ -87,8 +87,8 @@ class DiT(nn.Module):
 
         given: in frame prediction, the latents [B, N, d] of the given frames (`encode_given`); zeros are no frames.
         """
-        x, time, label = self.embed_all(latents, timestep, label, given)
-        condition = time + label
+        x, step_code, class_code = self.embed_all(latents, timestep, label, given)
+        condition = step_code + class_code
         for block in self.blocks:
             x = block(x, condition)
         return self.read_out(x, condition)
@@ -241,7 +241,7 @@ def load_dit(ckpt, denoiser=DiT, load_vae=stage1.load_vae):
 class Config:
     ckpt: str = option("data", "vae.pt", "stage-1 checkpoint, from vae.py")
     data_dir: str = option("data", "", "directory of its data set, if it has moved")
-    num_latents: int = option("data", 0, "clips to encode; 0: ten per video, 512 to 200,000, or all videos (nano: up to 4096)")
+    num_latents: int = option("data", 0, "clips to encode; 0: ten per video, 512 to 200,000 or all videos; nano: 512 to 4,096")
     width: int = option("model", 1024, "width of the transformer")
     depth: int = option("model", 24, "blocks of the transformer")
     heads: int = option("model", 16, "attention heads, a divisor of the width")
@@ -329,8 +329,8 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
 
     for step in utils.training_steps(start, config, save):
         lr = utils.learning_rate(step, config.steps, config.lr, config.warmup)
-        # The random numbers of the whole batch, of which this process uses its rows. The coin is tossed on the CPU, at no wait,
-        # with another seed, as on a CPU the first number below would be the same.
+        # The random numbers of the whole batch, of which this process uses its rows. The coin is tossed on the CPU, so that no
+        # GPU is waited for, and with another seed: on a CPU the same one would repeat the first number below.
         coin = torch.rand((), generator=utils.step_generator("cpu", config.seed - 1, step)).item()
         scheduled = coin < config.scheduled_sampling
         random = utils.step_generator(device, config.seed, step)
@@ -340,7 +340,7 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
 
         chosen = torch.tensor(stream.batch(step)[mine]) % count
         mean, deviation, *given = tokens[chosen].to(device).float().unbind(1)  # each [B, N, d]
-        theta0 = latent_map(mean) + latent_map.spread(deviation) * posterior_noise[mine]  # a draw from the posterior
+        theta0 = latent_map(mean) + latent_map.deviation(deviation) * posterior_noise[mine]  # a draw from the posterior
         # For guidance, a tenth of the clips has no condition; in prediction, another tenth has frames and no class.
         given = latent_map(given[0]) * (drop >= DROP_CONDITION)[:, None, None] if given else None
         no_class = drop < DROP_CONDITION * (2 if cond_frames else 1)

@@ -228,8 +228,8 @@ def diversity_result(real, made, labels, config):
     return result(share, len(labels), config, "%")
 
 
-def main(config=None, load_dit=dit.load_dit, load_vae=load_vae):
-    config, began = config or utils.parse_options(Config, __doc__), time.time()
+def main(argv=None, load_dit=dit.load_dit, load_vae=load_vae):
+    config, began = utils.parse_options(Config, __doc__, argv=argv), time.time()
     utils.check_positive(config, "videos", "classifier_clips")
     dit.sampling_times(config.sampler, config.steps, *dit.noise_schedule())  # UserError for bad --steps, before the work
     ckpt, out = checkpoints.load(config.ckpt, ("vae", "dit"), "python vae.py"), Path(config.out_dir)
@@ -277,7 +277,7 @@ def main(config=None, load_dit=dit.load_dit, load_vae=load_vae):
     about = {
         "checkpoint": f"{config.ckpt}, {ckpt['step']} steps of stage {2 if networks.model else 1}, revision {ckpt['revision']}",
         "evaluated": f"revision {utils.git_revision()}, {time.strftime('%Y-%m-%d')}, {time.time() - began:.0f} s",
-        "command": "python evaluate.py " + shlex.join(sys.argv[1:]),
+        "command": "python evaluate.py " + shlex.join(sys.argv[1:] if argv is None else argv),
         "data": f"{settings.dataset} {settings.data_dir}: {len(train_set)} videos, {0 if shared else len(held_out)} held out",
         "clips": f"{settings.num_frames} frames of {settings.resolution} x {settings.resolution}, stride {settings.stride}",
         "features": f"{detector.meta['features']}, protocol {config.protocol}",

@@ -58,7 +58,7 @@ class LPIPS(nn.Module):
 
 
 def at_least_64(clips):
-    """Clips [B, T, 3, H, W] for LPIPS: below 64 pixels doubled, [1, B * T, 3, 2H, 2W], as AlexNet starts with a stride of 4."""
+    """Clips [B, T, 3, H, W] for LPIPS: below 64 pixels doubled once, [1, B * T, 3, 2H, 2W], as AlexNet starts with stride 4."""
     return clips if clips.shape[-1] >= 64 else F.interpolate(clips.flatten(0, 1), scale_factor=2, mode="bilinear")[None]
 
 

@@ -7,7 +7,7 @@ from N weight tokens of width d, which differ from video to video; the rest is s
     t [T]             --position code----->   [T, 48, 8, 8], the only input of the network         (position_code)
     both              --convolutions------>   frames [B, T, 3, H, W]                               (NeRV.forward)
 
-§3.1 has the weights, §3.2 and Table A1 the layers. "Not in the paper" marks what fills its gaps.
+§3.1 has the weights, §3.2 and Table A1 the layers. "Not in the paper" marks what fills the paper's gaps.
 """
 
 import math
@@ -30,7 +30,7 @@ class NeRVConfig:
     token_dim: int = 128  # d, width of a token
     width: int = 128  # D, channels of all blocks but the last
     last_factor: int = 2  # the last block has 2D channels (§3.2, "Scaling up Blocks")
-    block: int = 64  # m: of a kernel [D, D] the part [m, m] is generated, of one [2D, D] the part [2m, m]
+    block: int = 64  # m: of a kernel [out, in] the part [m * out / in, m] is generated; of to_rgb's [3, in] half
     stem_fraction: int = 1  # f: of the stem's [D, 48] the part [D/f, 48/f] is generated; f = 1 in S, 2 in B and L
     pos_dim: int = 16  # sinusoidal dimensions each for time, height and width
     pos_size: int = 8  # h = w of the position code (Table 2c)
@@ -53,7 +53,7 @@ CONFIGS |= {f"{name}-long": replace(c, num_frames=128) for name, c in CONFIGS.it
 
 
 def sinusoid(position, dim, length):
-    """Sine and cosine features of real positions (§A.1: "sinusoidal", in the index, not exponential).
+    """Sine and cosine features of real positions (§A.1: "sinusoidal").
 
     position [...], in cells or frames -> [..., dim], dim even. Angular frequencies are evenly spaced (not in the paper): the
     lowest is a quarter period over the length, so that no two positions share a code, the highest at most 0.9 π (no aliasing).
@@ -91,7 +91,7 @@ class ModulatedConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_ch))
 
     def add_head(self, config, entries, std):
-        """The multi-head affine: one map [d -> per_token] for all tokens; matrix and offset start at standard deviation std."""
+        """The multi-head affine: one map [d -> per_token] for all tokens; its outputs and the offset start at deviation std."""
         per_token = math.ceil(entries / config.num_tokens)  # where N does not divide the block, the surplus is cut off
         self.head = nn.Linear(config.token_dim, per_token, bias=False)
         nn.init.normal_(self.head.weight, std=std / math.sqrt(config.token_dim))
@@ -118,7 +118,7 @@ class ModulatedConv(nn.Module):
     def forward(self, x, tokens):
         """x [T, B * in, H, W], tokens [B, N, d] -> [T, B * out, H, W], or 2H x 2W if upsampling.
 
-        Frames are the batch and videos the groups of a group convolution (FastNeRV, Fig. 5): B networks run in one call.
+        Frames are the batch, videos the groups of a group convolution (Chen et al. 2024, Fig. 5): B networks run in one call.
         """
         B = len(tokens)
         weight = self.kernel(tokens).to(x.dtype)

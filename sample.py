@@ -4,7 +4,7 @@ python sample.py                                  one video of every class, from
 python sample.py --classes 3 ring_circle --count 4
 python sample.py --interp                         walk between the weights of two generated videos
 python sample.py --interp a.mp4 b.mp4             … or of two videos from files
-python sample.py --time-scale 8 --extrapolate 4   8 × as many frames, and 4 beyond the end
+python sample.py --time-scale 8 --extrapolate 4   8 × as many frames, then the time of 4 more training frames
 python sample.py --reconstruct a.mp4 b.mp4        real videos through stage 1 and back
 python sample.py --predict a.mp4 b.mp4            go on from the first frames of real videos (dit.py --cond-frames 5)
 python sample.py --page page.html                 one file that generates in a browser
@@ -143,7 +143,7 @@ class Sampler:
 
 def predict(sampler, config):
     """Continue the first frames of real videos; the sheet shows each real clip above its predictions."""
-    cond_frames = sampler.dit.config.cond_frames if sampler.dit else 1
+    cond_frames = sampler.dit.config.cond_frames if sampler.dit else 1  # below, generate() refuses a checkpoint without any
     real, lengths = sampler.read(config.predict, needed=max(1, cond_frames))
     labels = [k for k in sampler.labels_of_files() for _ in range(config.count)]
     tokens = sampler.generate(labels, real.repeat_interleave(config.count, 0))

@@ -62,7 +62,7 @@ class Attention(nn.Module):
             nn.init.constant_(self.q_norm.weight, qk_gain), nn.init.constant_(self.k_norm.weight, qk_gain)
 
     def forward(self, x, last=0):
-        """last: the number of tokens, from the end, that have an output; they attend to all. 0 means all, as x[:, -0:] is x."""
+        """Only the last `last` positions have an output, and attend to all; 0 means all positions, as x[:, -0:] is x."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each [B, L, heads, width / heads]
         q, k = self.q_norm(q[:, -last:]), self.k_norm(k)
         x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # [B, heads, L, …]
@@ -157,9 +157,9 @@ class VAE(nn.Module):
         All videos decode in one call while their maps fit a GPU's 32-bit indices, or a CPU's cache (one by one, nano is three
         times as fast there).
         """
-        c, limit = self.nerv_config, 2**31 - 1 if t.is_cuda else 2**19  # elements
-        video = len(t) * c.last_factor * c.width * c.resolution**2  # elements of a video's largest map
-        return torch.cat([self.nerv(part, t) for part in tokens.split(max(1, limit // video))])
+        c, limit = self.nerv_config, (2**31 - 1 if t.is_cuda else 2**19)  # elements
+        size = len(t) * c.last_factor * c.width * c.resolution**2  # elements of a video's largest map
+        return torch.cat([self.nerv(part, t) for part in tokens.split(max(1, limit // size))])
 
 
 def load_vae(ckpt, decoder=nerv.NeRV):
@@ -172,7 +172,7 @@ def load_vae(ckpt, decoder=nerv.NeRV):
 
 
 def data_settings(ckpt, **own):
-    """The settings of a stage-1 checkpoint, for data.open_dataset, with those of `own` in their place that are not empty."""
+    """The settings of a stage-1 checkpoint, for data.open_dataset, in which the non-empty ones of `own` replace others."""
     return Config(**(ckpt["config"] | {name: value for name, value in own.items() if value}))
 
 
@@ -222,7 +222,7 @@ class Config:
     lr: float = option("training", 1e-4, "peak learning rate, reached after the warm-up, then cosine decay")
     warmup: int = option("training", 10_000, "steps of linear warm-up")
     seed: int = option("training", 0, "seed for weights, data order and noise")
-    kl_weight: float = option("losses", 1e-5, "of the KL: a sum over tokens and widths, mean over clips (L2: mean over pixels)")
+    kl_weight: float = option("losses", 1e-5, "of the KL, summed over a video's N × d numbers (L2: mean over pixels)")
     lpips: str = option("losses", "vgg", "backbone of the perceptual loss", choices=["vgg", "alex", "none"])
     lpips_weight: float = option("losses", 1.0, "weight of the perceptual loss")
     gan_weight: float = option("losses", 1.0, "weight of the adversarial loss; 0 trains no discriminator")
@@ -235,7 +235,7 @@ class Config:
 
 
 SIZES = ("resolution", "num_frames", "num_tokens", "token_dim", "width")  # fields of NeRVConfig that are options too
-# The discriminator learns every 5 steps at a fifth of the learning rate (§A.1); when it joins, and R1, is not in the paper.
+# The discriminator learns every 5 steps at a fifth of the learning rate (§A.1); when it joins, and R1, are not in the paper.
 GAN_EVERY, GAN_LR, R1_WEIGHT, R1_EVERY = 5, 0.2, 1.0, 16
 
 
@@ -252,7 +252,7 @@ def preset_defaults(args):
 
 
 def networks(config, decoder, device):
-    """The VAE of the settings, and its critics: the discriminator and LPIPS, or None for what is not asked for."""
+    """The VAE of the settings, the discriminator and LPIPS, or None for what is not asked for."""
     try:
         nerv_config = dataclasses.replace(nerv.CONFIGS[config.preset], **{k: getattr(config, k) for k in SIZES})
         vit_config = dataclasses.replace(encoder_sizes(config.preset, nerv_config), recompute=config.recompute)
@@ -316,7 +316,7 @@ def main(argv=None, decoder=nerv.NeRV):
         if adversarial:
             t = torch.randint(T - count + 1, (1,), generator=random, device=device) + torch.arange(count, device=device)
         update = adversarial and (step - gan_start) % GAN_EVERY == 0  # of the discriminator
-        with_r1 = (step - gan_start) % (GAN_EVERY * R1_EVERY) == 0  # in every R1_EVERY-th update, with a weight that makes up
+        with_r1 = (step - gan_start) % (GAN_EVERY * R1_EVERY) == 0  # in every R1_EVERY-th update, at that many times its weight
 
         for turn in range(config.accumulate):
             place = (turn * world + rank) * rows  # of this process's clips in the batch
@@ -343,10 +343,10 @@ def main(argv=None, decoder=nerv.NeRV):
                 (disc_loss / config.accumulate).backward()
                 log.add(disc_loss=disc_loss, disc_margin=margin)
 
-        log.add(skipped=optimizer_step(loss, lr))
+        log.add(skipped=optimizer_step(loss, lr))  # of the loss, only whether it is finite matters
         utils.update_ema(ema, vae, 0.99 if config.preset == "nano" else 0.9995, step)
         if update:
-            disc_step(disc_loss, lr * GAN_LR)  # of the loss, only whether it is finite matters
+            disc_step(disc_loss, lr * GAN_LR)
         log.step(step)
     log.close()
 

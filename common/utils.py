@@ -1,4 +1,4 @@
-"""What all scripts share; skip it on a first reading: options, processes, the optimizer step, the log of a run."""
+"""What all scripts share. A first reading needs only BatchNorm, step_generator, FiniteStep and update_ema."""
 
 import argparse
 import contextlib
@@ -399,7 +399,7 @@ class RunLog:
             raise UserError(f"no finite loss or gradient to step {step + 1}: check the data, or --resume with a smaller --lr")
         row = {"step": step + 1, "seconds": f"{time.time() - self.start:.1f}"}
         self.rows.append(row | {k: f"{v:.9g}" for k, v in means.items()})  # float32, exactly
-        self.bar.set_postfix_str(" ".join(f"{k} {v:.4g}" for k, v in means.items()))
+        self.bar.set_postfix_str(" ".join(f"{k} {v:.4g}" for k, v in means.items() if v or k != "skipped"), refresh=False)
 
     def write(self):
         """Write losses.csv."""

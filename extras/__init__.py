@@ -1,9 +1,9 @@
 """Additions to the paper's method that help small models, one per module, each with its gain and source.
 
-    --extras of vae.py     mixing=8 renorm=0.3 edges filter basis=512 muon
-    --extras of dit.py     components=4x64 muon
+    --extras of vae.py     mixing=8 (heads) renorm=0.3 (share of the steps before it) edges filter basis=512 (frames) muon
+    --extras of dit.py     components=4x64 (tokens x width) muon
 
-Without extras (`--extras` with no value), both scripts are the paper's method; presets S, B and L have none.
+`--extras` with no value switches all off; presets S, B and L have none. docs/differences.md has what else is ours.
 """
 
 import itertools
@@ -58,7 +58,7 @@ def build_vae(VAE_class, nerv_config, encoder_config, decoder, names, steps=0):
 
 
 def start(vae, ema, batches, seed, count=4096):
-    """Before the first step, fit a shared basis, if any, to `count` frames: two from each clip of `batches`."""
+    """Before the first step, fit a shared basis, if any, to `count` frames: two from each clip of `batches`, of four clips."""
     if not isinstance(vae.nerv, BasisDecoder):
         return
     generator = torch.Generator().manual_seed(seed)

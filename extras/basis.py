@@ -75,7 +75,7 @@ class BasisDecoder(nn.Module):
         self.num_kernel_weights = nerv.num_kernel_weights
 
     def forward(self, tokens, t):
-        """tokens [B, N, d], t [T] -> [B, T, 3, H, W]."""
+        """tokens [B, N, d], t [T] -> [B, T, 3, H, W], about [-1, 1]."""
         codes = self.head(tokens).flatten(1)[:, : self.codes]
         return self.amplitude * self.nerv(tokens, t) + self.basis(codes, t, self.config.num_frames)
 

@@ -27,7 +27,7 @@ class LatentScale(nn.Module):
     def forward(self, tokens):
         return self.scale * tokens
 
-    spread = forward  # standard deviations of tokens -> those of latents
+    deviation = forward  # standard deviations of tokens -> those of latents
 
     def inverse(self, latents):
         return latents / self.scale
@@ -51,18 +51,18 @@ class Components(nn.Module):
 
     def fit(self, mean, deviation):
         """Fit components to posterior means, and the scale to these and deviations, of many videos, both [videos, N, d]."""
-        flat = mean.float().flatten(1)
+        flat = mean.flatten(1)
         centre, (M, k) = flat.mean(0), self.shape
         _, vectors = torch.linalg.eigh((flat - centre).T @ (flat - centre) / len(flat))  # ascending
         self.mean.copy_(centre), self.directions.copy_(vectors.T.flip(0)[: M * k].unflatten(0, (M, k)))
         self.scale.fill_(1.0)
-        self.scale.copy_((self(mean.float()).var() + self.spread(deviation.float()).square().mean()).rsqrt())
+        self.scale.copy_((self(mean).var() + self.deviation(deviation).square().mean()).rsqrt())
 
     def forward(self, tokens):
         """Tokens [..., N, d] -> components [..., M, k]."""
         return self.scale * torch.einsum("...i,mki->...mk", tokens.flatten(-2) - self.mean, self.directions)
 
-    def spread(self, deviation):
+    def deviation(self, deviation):
         """Standard deviations of independent noise on tokens [..., N, d] -> those on components [..., M, k]."""
         return self.scale * torch.einsum("...i,mki->...mk", deviation.square().flatten(-2), self.directions.square()).sqrt()
 

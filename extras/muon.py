@@ -17,7 +17,7 @@ MATRICES = (
 
 
 def make_optimizer(network, weight_decay=0.01, muon=False):
-    """AdamW with the settings of both stages (§A.1), or Muon for the matrices. The learning rate is set at every step."""
+    """AdamW (§A.1; its β and weight decay are not in the paper), or Muon for the matrices. Each step sets the learning rate."""
     matrices = {name: p for name, p in network.named_parameters() if muon and p.ndim == 2 and re.search(MATRICES, name)}
     others = [p for name, p in network.named_parameters() if name not in matrices]
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)

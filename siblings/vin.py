@@ -276,7 +276,7 @@ def train(argv=None, denoiser=VIN):
 
         chosen = torch.tensor(stream.batch(step)[mine]) % count
         mean, deviation = tokens[chosen].to(device).float().unbind(2)  # each [B, C, N, d]
-        theta0 = latent_map(mean) + latent_map.spread(deviation) * posterior_noise[mine]
+        theta0 = latent_map(mean) + latent_map.deviation(deviation) * posterior_noise[mine]
         # Guidance trains without conditions, prediction with chunk 0 given in a tenth of the videos, some of unknown class.
         label = torch.where(drop < 2 * dit.DROP_CONDITION, len(classes), labels[chosen].to(device))[:, None].expand(-1, C)
         given = torch.zeros_like(theta0)

@@ -211,9 +211,9 @@ def run(method, lr, seed, config):
     """Train a method and measure it -> its row of runs.csv."""
     out = Path(config.out_dir) / f"{method}_{lr:g}_{seed}"
     row, device = {"steps": "+".join(map(str, train(method, lr, seed, config, out)))}, utils.pick_device()
-    measured = {"ckpt": str(out / "dit.pt"), "protocol": "videogpt", "guidance": 1.0, "out_dir": str(out / "eval")}
+    argv = ["--videos", config.videos, "--lpips", config.lpips, "--ckpt", out / "dit.pt", "--out-dir", out / "eval"]
     load_dit = functools.partial(dit.load_dit, denoiser=denoiser_of(method, config.num_frames), load_vae=load_vae)
-    evaluate.main(evaluate.Config(**measured, videos=config.videos, lpips=config.lpips), load_dit)
+    evaluate.main(["--protocol", "videogpt", "--guidance", "1", *map(str, argv)], load_dit)
     found = json.loads((out / "eval" / "results.json").read_text())["results"]
     scores = {name: result["value"] for name, result in found.items()}
     row["rFVD"], row["gFVD"], *_ = [scores[name] for name in scores if "FVD" in name]

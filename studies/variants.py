@@ -277,7 +277,7 @@ def main(argv=None):
     elif script == "sample":
         sample.main(rest, load_dit, load_vae)
     elif script == "evaluate":
-        evaluate.main(utils.parse_options(evaluate.Config, evaluate.__doc__, argv=rest), load_dit, load_vae)
+        evaluate.main(rest, load_dit, load_vae)
     else:
         raise utils.UserError("give a script first: vae, dit, sample or evaluate")
 

@@ -38,12 +38,13 @@ def detector(monkeypatch):
 
 def settings(trained, name, tmp_path, **kw):
     options = dict(videos=10, bootstrap=20, classifier_clips=64, steps=2, lpips="none", device="cpu")
-    return evaluate.Config(**{"ckpt": str(trained / name), "out_dir": str(tmp_path / "eval")} | options | kw)
+    options = {"ckpt": trained / name, "out_dir": tmp_path / "eval"} | options | kw
+    return [str(word) for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
 
 
-def run(config):
-    evaluate.main(config)
-    return json.loads((Path(config.out_dir) / "results.json").read_text())
+def run(argv):
+    evaluate.main(argv)
+    return json.loads(Path(argv[argv.index("--out-dir") + 1], "results.json").read_text())
 
 
 def spread(dataset, count=10):
@@ -71,8 +72,7 @@ def test_stage_1_is_what_its_parts_give(trained, tmp_path, detector):
 
 
 def test_stage_2_and_its_report(trained, tmp_path, detector, capsys):
-    config = settings(trained, "dit.pt", tmp_path)
-    results = run(config)["results"]
+    results = run(settings(trained, "dit.pt", tmp_path))["results"]
     for name in ("classifier accuracy", "classifier accuracy of the real clips", "clips with a blurred frame"):
         assert 0 <= results[name]["low"] <= results[name]["value"] <= results[name]["high"] <= 100
     assert results["diversity, of that of real clips"]["value"] > 0
@@ -89,7 +89,7 @@ def test_stage_2_and_its_report(trained, tmp_path, detector, capsys):
     labels = torch.tensor([train_set[i * len(train_set) // 10][1] for i in range(10)])
     made = []
     for k in range(0, 10, 4):
-        latents = dit.generate(model, labels[k : k + 4], config.steps, config.guidance, config.sampler, config.seed + k)
+        latents = dit.generate(model, labels[k : k + 4], steps=2, guidance=evaluate.Config.guidance, seed=k)
         made.append(video.to_frames(stage1.decode_all(vae, latent_map.inverse(latents), torch.arange(16))))
     others = spread(held_out)
     reconstructed = video.to_frames(stage1.reconstruct(vae, video.to_clip(others), torch.device("cpu")))
@@ -107,8 +107,7 @@ def test_predictions(predictor, tmp_path, detector, monkeypatch):
         return given
 
     monkeypatch.setattr(dit, "generate", given_latents)
-    config = settings(predictor.parent, "dit.pt", tmp_path, seed=7)
-    results = run(config)["results"]
+    results = run(settings(predictor.parent, "dit.pt", tmp_path, seed=7))["results"]
     real = spread(data.Shapes("test", 32, 16))
     _, vae, latent_map = dit.load_dit(checkpoints.load(predictor, "dit", ""))
     with torch.no_grad():
@@ -161,7 +160,7 @@ import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import evaluate, fvd, test_evaluate
 evaluate.BATCH, fvd.load_detector = 4, lambda *args: test_evaluate.Colours()
-evaluate.main(evaluate.Config({ckpt!r}, videos=10, bootstrap=0, classifier_clips=64, steps=2, lpips="none", device="cpu"))
+evaluate.main("--videos 10 --bootstrap 0 --classifier-clips 64 --steps 2 --lpips none --device cpu --ckpt".split() + [{ckpt!r}])
 """
 
 

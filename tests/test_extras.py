@@ -140,7 +140,7 @@ def test_latents_have_unit_deviation_and_lead_back_and_components_are_the_larges
     assert latents.shape[1:] == latent_map.shape and latents.std().item() == pytest.approx(1, abs=0.02)
     torch.testing.assert_close(latent_map(latent_map.inverse(latents)), latents, rtol=0, atol=1e-4)
     made = latent_map(deviation[0] * torch.randn(20_000, 4, 3))
-    torch.testing.assert_close(latent_map.spread(deviation[:1])[0], made.std(0), rtol=0.03, atol=0)
+    torch.testing.assert_close(latent_map.deviation(deviation[:1])[0], made.std(0), rtol=0.03, atol=0)
     if isinstance(latent_map, Components):
         found = latent_map(tokens).std(0) / latent_map.scale
         torch.testing.assert_close(found, torch.tensor([[12.0, 11, 10, 9], [8, 7, 6, 5]]), rtol=0.03, atol=0)
