@@ -29,8 +29,9 @@ import extras
 import nerv
 import vae
 from common import checkpoints, utils, video
+from common.layouts import find_videos
 from common.utils import UserError, option
-from common.video import printable, to_clip
+from common.video import to_clip
 from extras.basis import SharedBasis
 from extras.muon import make_optimizer
 from extras.refine import refine
@@ -340,7 +341,7 @@ def preview(codec, real, seen, device, path):
             codes = decoder.dequantize(numbers, BITS)[:, sources]
             clips.append(decoder(codes, torch.arange(real.shape[1], device=device)).cpu())
         shown[name] = torch.cat(clips)
-        found.append(f"{vae.psnr(real, shown[name]):.2f} dB at {8 * size / (real.numel() / 3):.4f} bpp")
+        found.append(f"{vae.psnr(real, shown[name]):.2f} dB at {8 * size / (real.numel() / 3):.4f} bpp without header")
     few = data.spread(real, 6)
     video.write_sheet(path, torch.stack([clips[few] for clips in shown.values()], 1).flatten(0, 1), [*shown] * len(few))
     return ", ".join(found) + (f"; degraded {vae.psnr(real, seen):.2f} dB" if seen is not real else "")
@@ -422,7 +423,9 @@ class Encode:
 class Decode:
     ckpt: str = option("input", "codec.pt", "checkpoint of `codec train` that encoded the file")
     frames: str = option("what", "", "range of frames, end excluded, as in 100:140; default: all")
-    time_scale: float = option("what", 1.0, "decoded frames per frame of the video; its duration stays the same")
+    time_scale: float = option(
+        "what", 1.0, "decoded frames per frame of the video; those after a chunk's last one are extrapolated"
+    )
 
 
 @dataclass
@@ -495,10 +498,10 @@ def compare(*sources, config):
         points.append(rd.Point(f"ours, refine {steps}", f"{bits} bits, keep {keep:g}", run, model))
     paths = []
     for source in map(Path, sources):
-        source = source / "test" if (source / "test").is_dir() else source  # not seen in training
-        paths += video.list_videos(source)[0] if source.is_dir() else [source]
-    if not paths:
-        raise UserError(f"{' '.join(map(printable, sources))}: no videos found")
+        if source.is_dir():
+            _, items, _, notes = find_videos(data.find_root(data.Config("folder", source)), "folder", "test")
+            print("".join(f"{note}\n" for note in notes), end="")
+        paths += [path for path, _ in items] if source.is_dir() else [source]
     videos = [read_video(paths[i], config.size or None) for i in data.spread(paths, config.videos or len(paths))]
     rd.compare(points, videos, config.out_dir)
 
