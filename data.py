@@ -227,9 +227,10 @@ def endless(dataset, stream, device=None):
 
 
 def spread(dataset, count):
-    """Indices of up to `count` clips, evenly spaced over a data set, each of another video."""
+    """Indices of up to `count` clips, drawn one from each of as many equal parts of a data set (every n-th: of one class?)."""
     count = min(count, len(dataset))
-    return [k * len(dataset) // count for k in range(count)]
+    edges = [k * len(dataset) // count for k in range(count + 1)]
+    return [start + scramble(k) % (end - start) for k, (start, end) in enumerate(itertools.pairwise(edges))]
 
 
 def clips(dataset, indices):
@@ -239,7 +240,7 @@ def clips(dataset, indices):
 
 
 def fixed_clips(dataset, count):
-    """`clips` of up to `count` videos, evenly spaced over a data set, the same at every call."""
+    """`clips` of up to `count` videos, spread over a data set, the same at every call."""
     return clips(dataset, spread(dataset, count))
 
 

@@ -270,23 +270,23 @@ def preset_defaults(args):
 
 def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     config = utils.parse_options(Config, __doc__, preset_defaults, argv)
-    optional = ("num_latents",) * bool(config.num_latents)
-    device, rank, world, rows = utils.start_training(config, "width", "depth", "heads", *optional)
+    device, rank, world, rows = utils.start_training(config, "width", "depth", "heads")
     mine = slice(rank * rows, (rank + 1) * rows)  # this process's clips in a batch
     vae_ckpt = checkpoints.load(config.ckpt, "vae", "python vae.py")
     vae_ckpt.pop("training", None)  # stage 1 is used, and not trained
     vae, classes, stage1_hash = load_vae(vae_ckpt).to(device), vae_ckpt["classes"], utils.fingerprint(vae_ckpt["ema"])
     c, cond_frames, nano = vae.nerv_config, config.cond_frames, vae_ckpt["config"]["preset"] == "nano"
-    if config.width % config.heads or not 0 <= cond_frames < c.num_frames:
-        raise UserError(f"--heads must divide --width, and --cond-frames leave some of the {c.num_frames} frames to predict")
+    if config.width % config.heads or config.num_latents < 0 or not 0 <= cond_frames < c.num_frames:
+        raise UserError(f"--heads must divide --width, --cond-frames be below {c.num_frames}, --num-latents not be negative")
 
     # All clips are encoded once. Up to 16,384 of them, spread over the set, determine the map from tokens to latents.
     source = stage1.data_settings(vae_ckpt, data_dir=config.data_dir)
     videos = len(train_set := data.open_dataset(source, "train", classes))
     count = config.num_latents or min(max(512, 10 * videos), 4096 if nano else max(videos, 200_000))
+    chosen = data.spread(train_set, count) if count < videos else range(count)
 
-    def encode(indices):  # fewer clips than videos are spread over all classes
-        clips, labels = data.clips(train_set, [i * max(videos, count) // count for i in indices])
+    def encode(indices):
+        clips, labels = data.clips(train_set, [chosen[i] for i in indices])
         mean, logvar = vae.encode(clips.to(device))
         given = [encode_given(vae, clips.to(device), cond_frames)] if cond_frames else []
         return torch.stack([mean, torch.exp(0.5 * logvar), *given], 1), labels
