@@ -156,12 +156,13 @@ class Networks:
         similarity = ssim(x.flatten(0, 1).double(), y.flatten(0, 1).double(), data_range=1, size_average=False)
         values = {"PSNR": frame_psnr(x, y), "PSNR of each clip's own time average": frame_psnr(x, still)}  # [B, T]
         values["SSIM"] = similarity.unflatten(0, x.shape[:2])
+        if self.classifier:
+            values["recognized"] = classify(self.classifier, clips) == labels
         if self.lpips:
             lpips = torch.stack([self.lpips(2 * b[None] - 1, 2 * a[None] - 1) for a, b in zip(x, y)])
             values[f"LPIPS ({self.config.lpips})"] = lpips
         frames = {"real": real, "reconstructed": made}
-        K = self.cond_frames
-        if K:
+        if K := self.cond_frames:
             given = self.latent_map(dit.encode_given(self.vae, clips.to(self.device), K))
             no_class = torch.full_like(labels, self.model.config.num_classes)
             frames["predictions, given frames decoded"] = decoded = self.sample(no_class, clips.shape[1], start, given)
@@ -178,8 +179,8 @@ class Networks:
         values = {"labels": labels.numpy()}
         for title, made in frames.items():
             values[f"{title}, worst"] = worst_frame(video.to_clip(made)).numpy()
-            if self.classifier:
-                values[f"{title}, class"] = classify(self.classifier, video.to_clip(made)).numpy()
+        if self.classifier:
+            values["recognized"] = (classify(self.classifier, video.to_clip(made)) == labels).numpy()
         return values, frames
 
 
@@ -244,6 +245,9 @@ def main(argv=None, load_dit=dit.load_dit, load_vae=load_vae):
     networks = Networks(config, ckpt, device, load_dit, load_vae)
     detector = fvd.load_detector(config.features, config.protocol, config.seed, device)
     name = fvd.label(detector.meta)
+    if networks.model and not networks.cond_frames and len(classes) > 1:  # others train one step, then get the first one's
+        networks.classifier = train_classifier(train_set, len(classes), 1 if rank else config.classifier_clips, device)
+        utils.from_first_rank(networks.classifier)
     first, shown = over_processes(held_out, indices, networks.reconstructed, detector)
     results = {f"r{name}": distance_result(first["real"], first["reconstructed"], config, paired=True)}
     for title in first:
@@ -253,9 +257,6 @@ def main(argv=None, load_dit=dit.load_dit, load_vae=load_vae):
         for title in ("predictions", "predictions, given frames decoded"):
             results[f"g{name} of {title}"] = distance_result(first["real"], first[title], config, paired=True)
     elif networks.model:
-        if len(classes) > 1:  # others train one step, then get the first one's
-            networks.classifier = train_classifier(train_set, len(classes), 1 if rank else config.classifier_clips, device)
-            utils.from_first_rank(networks.classifier)
         second, more = over_processes(train_set, data.spread(train_set, config.videos), networks.generated, detector)
         real, made, labels = second["training clips"], second["generated"], second["labels"]
         results[f"g{name}"] = distance_result(real, made, config)
@@ -263,8 +264,8 @@ def main(argv=None, load_dit=dit.load_dit, load_vae=load_vae):
             results[f"g{name} of reconstructions"] = distance_result(real, first["reconstructed"], config)
             results[f"g{name} of real clips"] = distance_result(real, first["real"], config)
         if networks.classifier:
-            results["classifier accuracy"] = share_result(second["generated, class"] == labels)
-            results["classifier accuracy of the real clips"] = own = share_result(second["training clips, class"] == labels)
+            results["classifier accuracy"] = share_result(second["recognized"])
+            results["classifier accuracy of the real clips"] = own = share_result(first["recognized"])
             if own["low"] < 100 / len(classes):
                 print("the classifier is no better than chance on real clips, so ignore it: use more --classifier-clips")
         blurred = second["generated, worst"] < np.quantile(second["training clips, worst"], 0.01)

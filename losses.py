@@ -52,14 +52,12 @@ class LPIPS(nn.Module):
         return found
 
     def forward(self, frames, real):
-        """frames, real [B, T, 3, H, W] in [-1, 1], 32 pixels wide or more -> the mean distance, 0-d."""
-        pairs = zip(self.heads, self.features(frames.flatten(0, 1)), self.features(real.flatten(0, 1)))
+        """frames, real [B, T, 3, H, W] in [-1, 1], 16 pixels wide or more -> the mean distance, 0-d."""
+        frames, real = frames.flatten(0, 1), real.flatten(0, 1)  # [B * T, 3, H, W]
+        if real.shape[-1] < 64:  # doubled once, as AlexNet starts with stride 4
+            frames, real = (F.interpolate(x, scale_factor=2, mode="bilinear") for x in (frames, real))
+        pairs = zip(self.heads, self.features(frames), self.features(real))
         return sum(((a - b).square() * head.view(-1, 1, 1)).sum(1).mean() for head, a, b in pairs)
-
-
-def at_least_64(clips):
-    """Clips [B, T, 3, H, W] for LPIPS: below 64 pixels doubled once, [1, B * T, 3, 2H, 2W], as AlexNet starts with stride 4."""
-    return clips if clips.shape[-1] >= 64 else F.interpolate(clips.flatten(0, 1), scale_factor=2, mode="bilinear")[None]
 
 
 class DiscriminatorBlock(nn.Module):

@@ -330,7 +330,7 @@ def main(argv=None, decoder=nerv.NeRV):
                 kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2)).mean()
                 loss, terms = l2 + config.kl_weight * kl, {"l2": l2, "kl": kl}
                 if perceptual:
-                    terms["lpips"] = perceptual(losses.at_least_64(frames), losses.at_least_64(real))
+                    terms["lpips"] = perceptual(frames, real)
                     loss = loss + config.lpips_weight * terms["lpips"]
                 if adversarial:
                     terms["gan"] = losses.generator_loss(discriminator, frames)

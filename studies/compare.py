@@ -167,7 +167,7 @@ def train_frames(network, train_set, config, lr, seed, seconds, batch_size=8, fe
             kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2)).mean()
             loss = (made - video).square().mean() + 1e-6 * kl
             if perceptual:
-                loss = loss + 0.05 * perceptual(losses.at_least_64(made), losses.at_least_64(video))
+                loss = loss + 0.05 * perceptual(made, video)
         loss.backward()
         update(loss, lr * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * share)))
         utils.update_ema(ema, network, 0.99, step)

@@ -48,7 +48,7 @@ def run(argv):
 
 
 def spread(dataset, count=10):
-    return np.stack([dataset[i * len(dataset) // count][0] for i in range(count)])
+    return np.stack([dataset[i][0] for i in data.spread(dataset, count)])
 
 
 def test_stage_1_is_what_its_parts_give(trained, tmp_path, detector):
@@ -71,7 +71,9 @@ def test_stage_1_is_what_its_parts_give(trained, tmp_path, detector):
     assert found["skipped"] == {} and found["about"]["features"] == "random stand-in, protocol stylegan-v"
 
 
-def test_stage_2_and_its_report(trained, tmp_path, detector, capsys):
+def test_stage_2_and_its_report(trained, tmp_path, detector, capsys, monkeypatch):
+    classified, real = [], evaluate.classify
+    monkeypatch.setattr(evaluate, "classify", lambda classifier, clips: (classified.append(clips), real(classifier, clips))[1])
     results = run(settings(trained, "dit.pt", tmp_path))["results"]
     for name in ("classifier accuracy", "classifier accuracy of the real clips", "clips with a blurred frame"):
         assert 0 <= results[name]["low"] <= results[name]["value"] <= results[name]["high"] <= 100
@@ -86,12 +88,13 @@ def test_stage_2_and_its_report(trained, tmp_path, detector, capsys):
     # generated clips are those of dit.generate, a seed for each batch
     model, vae, latent_map = dit.load_dit(checkpoints.load(trained / "dit.pt", "dit", ""))
     train_set, held_out = data.Shapes("train", 32, 16), data.Shapes("test", 32, 16)
-    labels = torch.tensor([train_set[i * len(train_set) // 10][1] for i in range(10)])
+    labels = torch.tensor([train_set[i][1] for i in data.spread(train_set, 10)])
     made = []
     for k in range(0, 10, 4):
         latents = dit.generate(model, labels[k : k + 4], steps=2, guidance=evaluate.Config.guidance, seed=k)
         made.append(video.to_frames(stage1.decode_all(vae, latent_map.inverse(latents), torch.arange(16))))
     others = spread(held_out)
+    assert torch.equal(torch.cat(classified[:3]), video.to_clip(others)), "the classifier has seen the training clips"
     reconstructed = video.to_frames(stage1.reconstruct(vae, video.to_clip(others), torch.device("cpu")))
     for title, clips in (("", np.concatenate(made)), (" of real clips", others), (" of reconstructions", reconstructed)):
         value = fvd.frechet_distance_of(detector(spread(train_set)), detector(clips))

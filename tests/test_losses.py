@@ -7,15 +7,16 @@ import torch
 import torch.nn.functional as F
 from test_weights import needs
 
-from losses import LPIPS, Discriminator, at_least_64, discriminator_loss, generator_loss
+from losses import LPIPS, Discriminator, discriminator_loss, generator_loss
 
 
-def test_small_frames_are_doubled():
-    clips = torch.rand(2, 3, 3, 32, 32)
-    doubled = at_least_64(clips)
-    assert doubled.shape == (1, 6, 3, 64, 64)
-    torch.testing.assert_close(doubled[0, 0, 0, 1::2, 0][:-1], 0.75 * clips[0, 0, 0, :-1, 0] + 0.25 * clips[0, 0, 0, 1:, 0])
-    assert at_least_64(doubled) is doubled
+@pytest.mark.parametrize("size, scale", [(16, 2), (32, 2), (64, 1)])
+def test_frames_below_64_pixels_are_doubled(size, scale):
+    lpips, pair = LPIPS("alex", pretrained=False), torch.rand(2, 2, 3, 3, size, size) * 2 - 1
+    doubled = (F.interpolate(clips.flatten(0, 1), scale_factor=scale, mode="bilinear") for clips in pair)
+    layers = zip(*map(lpips.features, doubled), lpips.heads)
+    expected = sum((head * (a - b).square().mean((0, 2, 3))).sum() for a, b, head in layers)
+    torch.testing.assert_close(lpips(*pair), expected)
 
 
 def test_lpips_teaches_the_frames_and_not_itself_and_is_zero_where_there_is_no_feature():
