@@ -42,7 +42,7 @@ def find_videos(root, name, role):
             listed = [known.get(stem, (None, "")) for stem in re.findall(UCF_NAME, text)]  # .avi, but copies are often .mp4
     elif name == "kinetics" and tables:
         known = {re.sub(r"_\d{6}_\d{6}$", "", path.stem): path for path in paths}  # IDs are unique
-        with open(tables[0], encoding="utf-8-sig", newline="") as file:  # spreadsheets add a byte order mark
+        with open(tables[0], encoding="utf-8-sig", errors="replace", newline="") as file:  # spreadsheets add a byte order mark
             listed = [(known.get(row.get("youtube_id")), row["label"]) for row in csv.DictReader(file) if row.get("label")]
     else:
         listed = [(path, path.relative_to(folder).parts[0]) for path in paths if path.parent != folder]

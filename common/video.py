@@ -73,7 +73,7 @@ def probe(path):
     """The Info of a video by its header, which may be wrong. Raises BadVideo."""
     images = frame_files(path) if os.path.isdir(path) else []
     with opened(images[0] if images else path) as (container, stream):
-        fps = float(stream.average_rate or 25)
+        fps = float(stream.average_rate or stream.guessed_rate or 25)
         count = len(images) or stream.frames or round((container.duration or 0) / av.time_base * fps)
         return Info(count, fps, stream.width, stream.height)
 

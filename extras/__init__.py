@@ -40,7 +40,7 @@ def parse(names, known):
 def build_vae(VAE_class, nerv_config, encoder_config, decoder, names, steps=0):
     """The paper's VAE with the extras `names`. steps: its forward passes in training. ValueError if sizes do not fit."""
     chosen = parse(names, VAE)
-    if "edges" in chosen:
+    if {"edges", "filter"} & chosen.keys():
         if getattr(getattr(decoder, "Conv", None), "convolve", None) is not ModulatedConv.convolve:
             raise ValueError(f"edges: the layers of {decoder.__name__} must convolve as nerv.ModulatedConv does")
         decoder = repeated(decoder, smooth="filter" in chosen)

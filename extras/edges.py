@@ -1,8 +1,8 @@
 """Replicate padding, and a blur filter after upsampling, for the decoder's convolutions.
 
 Edges: zero padding shows as a dark rim; replicate padding does not. It gains 0.5 dB on the shapes.
-Filter: transposed convolutions leave a checkerboard of period two. [1, 2, 1] / 4 removes it (StyleGAN2, Karras et al. 2020)
-but blurs sharp edges: 0.6 dB better on the shapes, 2 dB worse on Sprites.
+Filter, which takes edges too: transposed convolutions leave a checkerboard of period two. [1, 2, 1] / 4 removes it (StyleGAN2,
+Karras et al. 2020) but blurs sharp edges: 0.6 dB better on the shapes, 2 dB worse on Sprites.
 """
 
 import torch

@@ -114,7 +114,8 @@ def decode(config):
     file = FittedVideo(config.decode, utils.pick_device(config.device))
     first, last = frame_range(config.frames, file.frames)
     ratio = (config.fps or file.rate) / file.rate
-    places = np.arange(math.ceil(first * ratio - 1e-6), math.ceil(last * ratio - 1e-6)) / ratio
+    start = math.ceil(first * ratio - 1e-6)
+    places = np.arange(start, max(start + 1, math.ceil(last * ratio - 1e-6))) / ratio
     places = np.minimum(places, file.frames - 1)  # nothing to interpolate after the last frame
     bar = utils.bar(decoded(file.network, places), "decoding", total=len(places), unit="frame")
     count = write_frames(config.out, (frame[None] for frame in bar), config.fps or file.rate)
@@ -181,8 +182,8 @@ class Fit:
         self.seconds += clock() - start
         if math.isfinite(error):
             self.recent = error if self.recent is None else 0.95 * self.recent + 0.05 * error
-        elif int(self.update.in_a_row) >= self.update.LIMIT:
-            raise UserError(f"{self.name}: the loss is not finite, {self.update.LIMIT} steps in a row: use a smaller --lr")
+        else:
+            raise UserError(f"{self.name}: the loss is not finite: use a smaller --lr")
 
     def neighbours(self, number):
         """Own frames around that of a step, [1, 4, 3, H, W]; black beyond the ends."""

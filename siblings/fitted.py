@@ -34,7 +34,7 @@ def quantize(x, bits):
     for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3):
         step = float(np.float32(max(share * largest / (half - 1), 1e-12)))  # as stored in the file
         numbers = (flat / step).round().clamp(-half, half - 1)
-        error = (numbers * step - flat).square().sum().item()
+        error = (numbers * step - flat).double().square().sum().item()
         best = (error, numbers, step) if error < best[0] else best
     return best[1].numpy().astype(np.int16), best[2]
 

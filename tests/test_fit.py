@@ -191,6 +191,7 @@ def test_decoding(call):
     for options, rate, expected in (
         ("", 10, whole),
         ("--frames 2:4", 10, whole[2:4]),
+        ("--frames 3:4 --fps 5", 5, whole[4:]),  # the next frame of the slower video
         ("--fps 5", 5, whole[::2]),
         ("--fps 20", 20, frames_of("a.nerv", [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4])),  # nothing is known after the last
     ):
@@ -209,6 +210,8 @@ def test_wrong_use_and_damaged_files_are_one_line(call, capsys, tmp_path):
     refused("", "give one video")
     refused("a.mkv --method nerf", "--method nerf: choose from")
     refused("a.mkv --size 1k --method enerv", "minimum")
+    assert call("a.mkv --size 20k --method plain --steps 60 --lr 1e30") == 2
+    assert capsys.readouterr().err.endswith("\nerror: plain: the loss is not finite: use a smaller --lr\n")
     refused("--explain a.mkv", "not a file written by this program")
     refused("a.mkv --out ./a.mkv", "would overwrite")
     fit.Fit("rnerv", Frames(moving_frames()), fit.Config(size="20k"), CPU).store("a.nerv", 8)
