@@ -1,7 +1,7 @@
 """Data sets, synthetic ones and videos on disk, and a fast loader with a reproducible order of clips.
 
-`dataset[i]` -> (uint8 frames [T, H, W, 3], label) for any i >= 0; i, i + len, i + 2 len, … are clips of one video, different
-ones in training on files. `video.to_clip` turns frames into network input. Run this first on a new data set:
+`dataset[i]` -> (uint8 frames [T, H, W, 3], label) for any i >= 0; i, i + len, i + 2 len, … are clips of one video, which
+differ only for videos on disk, in training. `video.to_clip` turns frames into network input. Run this first on a new data set:
 
 python data.py --dataset ucf --preview clips.png     eight clips, counts of classes, lengths, sizes, and why videos are skipped
 """
@@ -227,10 +227,10 @@ def endless(dataset, stream, device=None):
 
 
 def spread(dataset, count):
-    """Indices of up to `count` clips, drawn one from each of as many equal parts of a data set (every n-th: of one class?)."""
-    count = min(count, len(dataset))
-    edges = [k * len(dataset) // count for k in range(count + 1)]
-    return [start + scramble(k) % (end - start) for k, (start, end) in enumerate(itertools.pairwise(edges))]
+    """Indices of up to `count` clips, evenly spaced over a data set, or over synthetic ones sorted by class; one of a video."""
+    order, count = range(len(dataset)), min(count, len(dataset))
+    order = sorted(order, key=dataset.label) if hasattr(dataset, "label") else order
+    return [order[(2 * k + 1) * len(order) // (2 * count)] for k in range(count)]
 
 
 def clips(dataset, indices):

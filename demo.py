@@ -1,7 +1,7 @@
 """Train both stages on the built-in shapes, sample, interpolate, and measure the result; `make demo` calls this.
 
 A small video classifier, trained on real clips, measures what PSNR cannot: whether a generated clip shows its class.
-    python demo.py                     ten minutes on two fast CPU cores; writes to out/demo/
+    python demo.py                     six to ten minutes on two CPU cores; writes to out/demo/
     python demo.py --skip-training     only measure existing checkpoints
 """
 

@@ -283,10 +283,10 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
     source = stage1.data_settings(vae_ckpt, data_dir=config.data_dir)
     videos = len(train_set := data.open_dataset(source, "train", classes))
     count = config.num_latents or min(max(512, 10 * videos), 4096 if nano else max(videos, 200_000))
-    chosen = data.spread(train_set, count) if count < videos else range(count)
+    clips_of = data.spread(train_set, count) if count < videos else range(count)
 
     def encode(indices):
-        clips, labels = data.clips(train_set, [chosen[i] for i in indices])
+        clips, labels = data.clips(train_set, [clips_of[i] for i in indices])
         mean, logvar = vae.encode(clips.to(device))
         given = [encode_given(vae, clips.to(device), cond_frames)] if cond_frames else []
         return torch.stack([mean, torch.exp(0.5 * logvar), *given], 1), labels

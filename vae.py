@@ -200,9 +200,7 @@ def reconstruct(vae, clips, device, t=None, batch_size=16):
 
 @dataclass
 class Config:
-    dataset: str = option(
-        "data", "shapes", "built-in, a folder of videos, or public ones as distributed", choices=data.DATASETS
-    )
+    dataset: str = option("data", "shapes", "built-in, a folder of videos, or public ones", choices=data.DATASETS)
     data_dir: str = option("data", "", "its directory, if not the default; sub-folders of a folder are classes")
     stride: int = option("data", 1, "frames of the video per frame of the clip")
     flip: bool = option("data", False, "mirror half of the training clips, left to right")

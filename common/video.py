@@ -172,7 +172,7 @@ def write_frames(path, parts, fps, crf=12):
     codec = {".mp4": "libx264", ".mkv": "ffv1"}.get(Path(path).suffix.lower())
     if not codec:
         raise UserError(f"{printable(path)}: give a file name that ends in .mp4 or .mkv")
-    container = "mp4" if codec == "libx264" else "matroska"
+    container, count = "mp4" if codec == "libx264" else "matroska", 0
     with whole(path) as part, av.open(f"file:{part.absolute()}", "w", format=container) as out:
         for count, frame in enumerate(itertools.chain.from_iterable(parts), 1):
             if count == 1:
@@ -182,6 +182,8 @@ def write_frames(path, parts, fps, crf=12):
                 stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv444p" if odd else "yuv420p"
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")
             out.mux(stream.encode(picture.reformat(format=stream.pix_fmt, interpolation="BICUBIC")))
+        if not count:
+            raise UserError(f"{printable(path)}: there is no frame at these times")
         out.mux(stream.encode())
     return count
 

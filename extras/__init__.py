@@ -42,7 +42,7 @@ def build_vae(VAE_class, nerv_config, encoder_config, decoder, names, steps=0):
     chosen = parse(names, VAE)
     if {"edges", "filter"} & chosen.keys():
         if getattr(getattr(decoder, "Conv", None), "convolve", None) is not ModulatedConv.convolve:
-            raise ValueError(f"edges: the layers of {decoder.__name__} must convolve as nerv.ModulatedConv does")
+            raise ValueError(f"edges, filter: the layers of {decoder.__name__} must convolve as nerv.ModulatedConv does")
         decoder = repeated(decoder, smooth="filter" in chosen)
     vae = VAE_class(nerv_config, encoder_config, decoder)
     if (heads := chosen.get("mixing")) is not None:

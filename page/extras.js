@@ -107,7 +107,7 @@ function load_dit({ dit_config, nerv_config, extras, tensors }, weights) {
   const named = {};
   let at = 0;
   for (const [name, size] of Object.entries(tensors)) named[name] = weights.subarray(at, at += size);
-  const decoder = "edges" in extras ? repeated(NeRV, "filter" in extras) : NeRV;
+  const decoder = "edges" in extras || "filter" in extras ? repeated(NeRV, "filter" in extras) : NeRV;
   const nerv = new decoder(named, "basis" in extras ? "nerv.nerv" : "nerv", nerv_config);
   return {
     dit: new DiT(named, "dit", dit_config),

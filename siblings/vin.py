@@ -235,10 +235,10 @@ def train(argv=None, denoiser=VIN):
     train_set = data.open_dataset(source, "train", classes)
     count = config.num_latents or max(64, min(10 * len(train_set), (4096 if nano else 200_000) // C))
 
-    chosen = data.spread(train_set, count) if count < len(train_set) else range(count)
+    clips_of = data.spread(train_set, count) if count < len(train_set) else range(count)
 
     def encode(indices):
-        clips, labels = data.clips(train_set, [chosen[i] for i in indices])
+        clips, labels = data.clips(train_set, [clips_of[i] for i in indices])
         chunks = clips.unfold(1, c.num_frames, stride).movedim(-1, 2).flatten(0, 1)  # [B * C, T, 3, H, W]
         mean, logvar = vae.encode(chunks.to(device))
         return torch.stack([mean, torch.exp(0.5 * logvar)], 1).unflatten(0, (-1, C)), labels  # [B, C, 2, N, d]

@@ -276,6 +276,7 @@ def test_wrong_use_and_damaged_files_are_one_line_and_status_2(here, capsys):
         "encode a.mkv ./a.mkv": "would overwrite",
         "decode a.mkv b.mp4": "not a file written by this program",
         "decode a.nerv b.mp4 --frames 3:19": "0 to 17",
+        "decode a.nerv b.mp4 --frames 3:4 --time-scale 0.4": "no frame at these times",
         "decode cut.nerv b.mp4": "chunk 4, frames 16 to 17, is damaged",
         "train --tokens 8 32 8": "--tokens 8 32 8",
     }.items():

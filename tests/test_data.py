@@ -306,6 +306,7 @@ def test_processes_and_parts_share_the_same_batches(parts, world):
 def test_fixed_clips_are_spread_over_all_classes():
     clips = [(np.zeros((1, 2, 2, 3), np.uint8), i // 30) for i in range(120)]
     assert fixed_clips(clips, 64)[1].bincount().tolist() == [16] * 4
-    assert [i * 7 // 120 for i in spread(clips, 7)] == list(range(7)) and spread(clips, 999) == list(range(120))
-    shapes = Shapes("train")  # whose classes alternate: every 117th would be of one of three classes
-    assert min(np.bincount([shapes.label(i) for i in spread(shapes, 70)], minlength=9)) > 2
+    assert spread(clips, 7) == [8, 25, 42, 60, 77, 94, 111] and spread(clips, 999) == list(range(120))
+    shapes = Shapes("train")  # whose classes alternate: every 117th would be of one of two classes
+    for count in (9, 70):
+        assert {count // 9, -(-count // 9)} >= {*np.bincount([shapes.label(i) for i in spread(shapes, count)], minlength=9)}

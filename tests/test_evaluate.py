@@ -93,6 +93,7 @@ def test_stage_2_and_its_report(trained, tmp_path, detector, capsys, monkeypatch
     for k in range(0, 10, 4):
         latents = dit.generate(model, labels[k : k + 4], steps=2, guidance=evaluate.Config.guidance, seed=k)
         made.append(video.to_frames(stage1.decode_all(vae, latent_map.inverse(latents), torch.arange(16))))
+    assert torch.equal(torch.cat(classified[3:]), video.to_clip(np.concatenate(made)))
     others = spread(held_out)
     assert torch.equal(torch.cat(classified[:3]), video.to_clip(others)), "the classifier has seen the training clips"
     reconstructed = video.to_frames(stage1.reconstruct(vae, video.to_clip(others), torch.device("cpu")))

@@ -23,7 +23,7 @@ SCRIPTS = re.compile(r"<script[^>]*>(.*?)</script>", re.S)  # of a page: the siz
 T = [0.0, 2.5, 9.25, -1.5]  # on, between and beyond frames
 ODD = dict(num_tokens=7, token_dim=10, width=16, block=8, last_factor=2)  # divide neither blocks nor the product's four lanes
 VARIANTS = {  # sizes of the decoder, extras of stage 1 and of stage 2
-    "nano": ({}, ["edges", "filter", "mixing=8", "muon"], ["components=4x32", "muon"]),
+    "nano": ({}, ["filter", "mixing=8", "muon"], ["components=4x32", "muon"]),
     "paper's": ({}, [], []),
     "odd sizes, the stem of S": (ODD | dict(stem_fraction=1), [], []),
     "odd sizes, the stem of B": (ODD | dict(stem_fraction=2), ["edges"], ["components=3x7"]),
