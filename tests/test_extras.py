@@ -50,7 +50,7 @@ def test_an_extra_that_is_not_there_or_does_not_fit(stage, name):
 def test_edges_take_a_decoder_that_convolves_as_the_papers():
     own = type("Own", (nerv.NeRV,), {"Conv": type("Conv", (nerv.ModulatedConv,), {"convolve": None})})
     for decoder in (own, torch.nn.Identity):
-        with pytest.raises(ValueError, match=f"edges: the layers of {decoder.__name__}"):
+        with pytest.raises(ValueError, match=f"edges, filter: the layers of {decoder.__name__}"):
             extras.build_vae(vae.VAE, TINY, ENCODER, decoder, ["edges"])
 
 
@@ -120,7 +120,7 @@ def test_the_basis_is_added_and_its_encoder_starts_from_the_projection(tokens):
 
 def test_a_training_starts_from_the_principal_components_of_its_clips():
     shapes = data.open_dataset(vae.Config(resolution=32, num_frames=4), "train")
-    clips, _ = data.fixed_clips(data.open_dataset(vae.Config(resolution=32, num_frames=4), "test"), 16)
+    clips, _ = data.fixed_clips(data.open_dataset(vae.Config(resolution=32, num_frames=4), "test"), 64)
     model = build("basis=15")
     ema = copy.deepcopy(model)
     extras.start(model, ema, data.endless(shapes, data.Stream(len(shapes), 4, 0)), 0, count=128)
