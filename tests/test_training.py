@@ -11,12 +11,14 @@ import time
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, SMALL, SMALL_DIT, TORCHRUN, losses_of, same, torchrun
 from pytest import approx
 
+import data
 import losses
 import vae
 from common import checkpoints, utils
@@ -107,7 +109,10 @@ def test_an_interrupted_encoding_goes_on_and_another_key_starts_anew(call, few_h
     assert call("dit.py", options) == 130 and encoded == [64]
     stop.clear(), encoded.clear()
     assert call("dit.py", options) == 0 and encoded == [36]  # what is left
-    first = checkpoints.load("dit.pt", "dit", "")["latent_map"]
+    first, ckpt = checkpoints.load("dit.pt", "dit", "")["latent_map"], checkpoints.load(stage1, "vae", "")
+    train_set = data.open_dataset(vae.data_settings(ckpt), "train")
+    mean, _ = vae.load_vae(ckpt).encode(data.clips(train_set, [data.spread(train_set, 100)[50]])[0])
+    torch.testing.assert_close(torch.from_numpy(np.load("runs/dit/values.npy"))[50, 0].float(), mean[0], rtol=1e-2, atol=1e-2)
     encoded.clear()
     assert call("dit.py", f"{options} --steps 2 --seed 3") == 0 and encoded == []  # all there
     Path("runs/dit").rename("elsewhere")
