@@ -2,7 +2,7 @@
 
 A checkpoint is a dictionary of tensors, numbers and strings. It is loaded with weights_only=True, so it cannot run code.
 
-    format    "nerv-diffusion 6"
+    format    "nerv-diffusion 7"
     stage     "vae", "dit", "vin", "codec" or "fit"
     step      finished steps; with config["seed"] it determines the next clips and random numbers (Stream, step_generator)
     config    the settings of the script that wrote it, {name: value}
@@ -24,7 +24,7 @@ import torch
 
 from common.utils import UserError, bar, git_revision, max_over_ranks, whole
 
-FORMAT = "nerv-diffusion 6"
+FORMAT = "nerv-diffusion 7"
 
 
 def plain(x):

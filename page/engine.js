@@ -92,10 +92,12 @@ class ModulatedConv {
   weight(tokens, off) {
     const { in_ch, out_ch, block_in, block_out, beside, below } = this, taps = this.k * this.k;
     const block = this.generate(tokens, off), W = new Float32Array(out_ch * in_ch * taps);
-    const made = block_in * taps, rest = (in_ch - block_in) * taps;
+    const rest = (in_ch - block_in) * taps;
     for (let o = 0; o < block_out; o++) {
-      W.set(block.subarray(o * made, (o + 1) * made), o * in_ch * taps);
-      W.set(beside.subarray(o * rest, (o + 1) * rest), o * in_ch * taps + made);
+      for (let i = 0; i < block_in; i++)
+        for (let tap = 0; tap < taps; tap++)
+          W[(o * in_ch + i) * taps + tap] = block[this.upsample ? (i * taps + tap) * block_out + o : (o * taps + tap) * block_in + i];
+      W.set(beside.subarray(o * rest, (o + 1) * rest), (o * in_ch + block_in) * taps);
     }
     W.set(below, block_out * in_ch * taps);
     return W;

@@ -1,5 +1,6 @@
 """The decoder: Table A1, kernels and decoding against plain loops, time."""
 
+import itertools
 import math
 
 import pytest
@@ -56,8 +57,9 @@ def reference_kernel(layer, tokens):
     for o in range(out_ch):
         row = torch.zeros(in_ch, k, k, dtype=tokens.dtype)
         if o < m_out:
-            first = o * m_in * k * k
-            row[:m_in] = entries[first : first + m_in * k * k].view(m_in, k, k)
+            for i, y, x in itertools.product(range(m_in), range(k), range(k)):
+                place = ((i * k + y) * k + x) * m_out + o if layer.upsample else ((o * k + y) * k + x) * m_in + i
+                row[i, y, x] = entries[place]
             row[m_in:] = layer.beside[o]
         else:
             row[:] = layer.below[o - m_out]
