@@ -106,7 +106,7 @@ class ModulatedConv(nn.Module):
         """The kernels before demodulation, which are affine in the tokens: [B, N, d] -> [B, out, in, k, k]."""
         B, (out, into, k, _) = len(tokens), self.block_shape
         # A token's entries are neighbours in the input channel, or where it upsamples in the output channel. That order is not
-        # in the paper: with neighbouring taps instead, Sprites lose 0.9 dB (docs/lessons.md).
+        # in the paper: with neighbouring taps instead, Sprites lose 0.9 dB, the shapes gain 0.3 (docs/lessons.md).
         order = (into, k, k, out) if self.upsample else (out, k, k, into)
         block = self.generate(tokens).view(B, *order).movedim(4, 1 if self.upsample else 2)  # [B, out, in, k, k]
         top = torch.cat([block, self.beside.expand(B, -1, -1, -1, -1)], 2)
