@@ -180,7 +180,7 @@ class Networks:
         for title, made in frames.items():
             values[f"{title}, worst"] = worst_frame(video.to_clip(made)).numpy()
         if self.classifier:
-            values["recognized"] = (classify(self.classifier, video.to_clip(made)) == labels).numpy()
+            values["recognized"] = (classify(self.classifier, video.to_clip(frames["generated"])) == labels).numpy()
         return values, frames
 
 

@@ -423,9 +423,7 @@ class Encode:
 class Decode:
     ckpt: str = option("input", "codec.pt", "checkpoint of `codec train` that encoded the file")
     frames: str = option("what", "", "range of frames, end excluded, as in 100:140; default: all")
-    time_scale: float = option(
-        "what", 1.0, "decoded frames per frame of the video; those after a chunk's last one are extrapolated"
-    )
+    time_scale: float = option("what", 1.0, "decoded frames per frame of the video; after a chunk's last, extrapolated")
 
 
 @dataclass
@@ -500,8 +498,11 @@ def compare(*sources, config):
     for source in map(Path, sources):
         if source.is_dir():
             _, items, _, notes = find_videos(data.find_root(data.Config("folder", source)), "folder", "test")
-            print("".join(f"{note}\n" for note in notes), end="")
-        paths += [path for path, _ in items] if source.is_dir() else [source]
+            paths += [path for path, _ in items]
+            for note in notes:
+                data.report(note)
+        else:
+            paths.append(source)
     videos = [read_video(paths[i], config.size or None) for i in data.spread(paths, config.videos or len(paths))]
     rd.compare(points, videos, config.out_dir)
 

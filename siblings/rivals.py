@@ -21,7 +21,7 @@ from common.utils import UserError
 from siblings import rd
 
 os.environ.setdefault("SVT_LOG", "1")  # only errors
-SCALE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT  # accurate
+SCALE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 MESSAGES = re.compile(rb"\0?\0\0\x01\x06.*?(?=\0?\0\0\x01)", re.DOTALL)  # x264's message about itself, 600 bytes
 
 
