@@ -87,11 +87,11 @@ class VIN(nn.Module):
         if config.neighbours:
             self.side = nn.Parameter(torch.randn(2, width) * 0.5)  # the chunk before, the chunk after
 
-    def forward(self, latents, timestep, label, given=None, chunks=1, place=None):
+    def forward(self, latents, timestep, label, given=None, chunks=1, place=None, neighbours=True):
         """Noised latents [B * C, N, d], chunk after chunk of each video, timesteps and labels [B * C] -> ε [B * C, N, d].
 
         given [B * C, N, d]: the latents of given chunks, zeros for others. The model gets them clean, at timestep 0, and its
-        ε for them is the one that leads to them. place [B, C]: of each chunk in its video; by default 0 … C-1.
+        ε for them is the one that leads to them. place [B, C]: in the video, by default 0 … C-1; neighbours: attend to them?
         """
         C, N, M = chunks, latents.shape[1], len(self.offset)
         seen, seen_timestep = latents, timestep
@@ -112,7 +112,7 @@ class VIN(nn.Module):
             g = block(g, condition.unflatten(0, (-1, C)).mean(1))
         g = self.norm(g)
 
-        near, mask = self.near(len(memory), C, N, x.device) if self.config.neighbours else ([], None)
+        near, mask = self.near(len(memory), C, N, x.device) if neighbours and self.config.neighbours else ([], None)
         for block, write in zip(self.dit.blocks, self.write_attention):
             h = self.norm(x)
             sides = [write.kv(h + side)[rows] for side, rows in zip(self.side, near)] if near else []
@@ -234,7 +234,6 @@ def train(argv=None, denoiser=VIN):
     source = stage1.data_settings(dit_ckpt["vae"], num_frames=frames, data_dir=config.data_dir or how["data_dir"])
     train_set = data.open_dataset(source, "train", classes)
     count = config.num_latents or max(64, min(10 * len(train_set), (4096 if nano else 200_000) // C))
-
     clips_of = data.spread(train_set, count) if count < len(train_set) else range(count)
 
     def encode(indices):
@@ -283,13 +282,14 @@ def train(argv=None, denoiser=VIN):
         label = torch.where(drop < 2 * dit.DROP_CONDITION, len(classes), labels[chosen].to(device))[:, None].expand(-1, C)
         given = torch.zeros_like(theta0)
         given[:, 0] = theta0[:, 0] * ((known < 0.1) & (drop >= dit.DROP_CONDITION))[:, None, None]
-        network = functools.partial(model, chunks=C, place=place + torch.arange(C, device=device))
+        # Neighbours are learned faster than the global tokens, and make them superfluous: then the subject drifts from chunk to
+        # chunk (docs/long.md). So every other step is without them.
+        network = functools.partial(model, chunks=C, place=place + torch.arange(C, device=device), neighbours=step % 2 == 0)
         batch = (x.flatten(0, 1) for x in (theta0, label, given, timestep, noise[mine]))
         with utils.autocast(device, config.bf16):
             loss = dit.diffusion_loss(network, *batch, how["min_snr_gamma"], scheduled)
         loss.backward()
         log.add(loss=loss / 2 if scheduled else loss)
-
         log.add(skipped=optimizer_step(loss, lr))
         utils.update_ema(ema, model, 0.99 if nano else 0.9999, step)
         log.step(step)

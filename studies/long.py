@@ -71,7 +71,7 @@ class FullAttention(nn.Module):
         super().__init__()
         self.config, self.dit = config, dit.DiT(dit_config)
 
-    def forward(self, latents, timestep, label, given=None, chunks=1, place=None):
+    def forward(self, latents, timestep, label, given=None, chunks=1, place=None, neighbours=False):
         place = torch.arange(chunks, device=latents.device).repeat(len(latents) // chunks) if place is None else place
         x, code, label = self.dit.embed_all(latents, timestep, label, None)
         x = x + nerv.sinusoid(place.flatten().float(), x.shape[-1], self.config.places)[:, None]

@@ -60,9 +60,9 @@ def test_each_chunk_depends_on_the_chunks_of_its_video_alone(way):
         model = long.FullAttention(SIZES, VINConfig()).requires_grad_(False)
         model.dit.load_state_dict(trained_like().dit.state_dict())
 
-    def moved(chunk):
+    def moved(chunk, **how):
         changed = latents + (torch.arange(10) == chunk)[:, None, None]
-        eps, other = (model(x, timestep, label, chunks=5) for x in (latents, changed))
+        eps, other = (model(x, timestep, label, chunks=5, **how) for x in (latents, changed))
         return ((eps - other).abs().amax((1, 2)) > 1e-6).tolist()
 
     assert moved(4) == [True] * 5 + [False] * 5 and moved(5) == [False] * 5 + [True] * 5
@@ -72,6 +72,7 @@ def test_each_chunk_depends_on_the_chunks_of_its_video_alone(way):
         reach = 3 if way == "neighbours" else 1
         assert moved(4) == [False] * (5 - reach) + [True] * reach + [False] * 5
         assert moved(5) == [False] * 5 + [True] * reach + [False] * (5 - reach)
+        assert moved(5, neighbours=False) == [False] * 5 + [True] + [False] * 4
 
 
 def test_the_interface_learns_what_chunks_have_in_common():
@@ -200,18 +201,20 @@ def test_it_resumes_to_the_bit(trained, tmp_path, monkeypatch):
     assert all(torch.equal(x, whole["ema"][name]) for name, x in ckpt["ema"].items())
 
 
-def test_two_processes_share_the_batch_of_one(trained, tmp_path, monkeypatch):
-    seen, loss = [], dit.diffusion_loss
+def test_two_processes_share_the_batch_of_one_and_every_other_step_is_without_neighbours(trained, tmp_path, monkeypatch):
+    seen, near, loss = [], [], dit.diffusion_loss
 
     def keep(network, *inputs):
         seen.append([*inputs[:5], network.keywords["place"]])
+        near.append(network.keywords["neighbours"])
         return loss(network, *inputs)
 
     monkeypatch.setattr(dit, "diffusion_loss", keep)
     for process in ((0, 1), (0, 2), (1, 2)):
         monkeypatch.setattr(utils, "start_processes", lambda device, process=process: (torch.device("cpu"), *process))
-        assert run(f"{OPTIONS} --ckpt {trained}/dit.pt --steps 1 --out {tmp_path}/vin.pt") == 0
-    assert all(torch.equal(whole, torch.cat(parts)) for whole, *parts in zip(*seen))
+        assert run(f"{OPTIONS} --ckpt {trained}/dit.pt --steps 2 --out {tmp_path}/vin.pt") == 0
+    assert near == [True, False] * 3
+    assert all(torch.equal(whole, torch.cat(parts)) for whole, *parts in zip(*seen[::2]))
 
 
 def test_the_shape_is_tracked_and_another_subject_is_seen():
