@@ -283,8 +283,8 @@ def train(argv=None, denoiser=VIN):
         given = torch.zeros_like(theta0)
         given[:, 0] = theta0[:, 0] * ((known < 0.1) & (drop >= dit.DROP_CONDITION))[:, None, None]
         # Neighbours are learned faster than the global tokens, and make them superfluous: then the subject drifts from chunk to
-        # chunk (docs/long.md). So every other step is without them.
-        network = functools.partial(model, chunks=C, place=place + torch.arange(C, device=device), neighbours=step % 2 == 0)
+        # chunk (docs/long.md). So every tenth step is without them.
+        network = functools.partial(model, chunks=C, place=place + torch.arange(C, device=device), neighbours=step % 10 > 0)
         batch = (x.flatten(0, 1) for x in (theta0, label, given, timestep, noise[mine]))
         with utils.autocast(device, config.bf16):
             loss = dit.diffusion_loss(network, *batch, how["min_snr_gamma"], scheduled)
