@@ -1,6 +1,6 @@
 """Stage 2, the implicit diffusion transformer: it denoises weight tokens, so that noise becomes a video's weights (§3.3).
 
-θ_0 = latents: the tokens of a video (nano: their components), at unit deviation   [B, N, d]
+θ_0 = latents: the tokens of a video (nano: their components), at unit variance    [B, N, d]
 θ_τ = α_τ θ_0 + σ_τ ε                                                         timesteps τ = 1 … 1000, 0 is clean
 DiT(θ_τ, τ, class) predicts ε
 
@@ -70,7 +70,7 @@ class DiT(nn.Module):
         self.config, width = config, config.width
         # In frame prediction the latents of the given frames are concatenated along the width (§4.3).
         self.embed = nn.Linear(config.token_dim * (2 if config.cond_frames else 1), width)
-        # Tokens have no position in space or time. What token n determines is fixed; its embedding is learned.
+        # Not a position in space or time: token n always determines the same entries, so each n has a learned embedding.
         self.position = nn.Parameter(torch.randn(config.num_tokens, width) * 0.5)  # 0.5: not in the paper
         self.step_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(config.num_classes + 1, width)  # the last one is "no class", for guidance
@@ -134,7 +134,7 @@ def reverse_step(x, eps, alpha, sigma, alpha_next, sigma_next, eta=0.0, generato
     eta = 0 is the deterministic DDIM step; eta = 1 draws from the DDPM posterior q(θ_next | θ_τ, θ_0).
     """
     x0 = (x - sigma * eps) / alpha
-    fresh = eta * sigma_next / sigma * (1 - (alpha / alpha_next).square()).clamp_min(0).sqrt()
+    fresh = eta * sigma_next / sigma * (1 - (alpha / alpha_next).square()).clamp_min(0).sqrt()  # their σ, Eq. 16
     x = alpha_next * x0 + (sigma_next.square() - fresh.square()).clamp_min(0).sqrt() * eps
     return x + fresh * torch.randn(x.shape, generator=generator).to(x) if eta else x
 
@@ -142,11 +142,11 @@ def reverse_step(x, eps, alpha, sigma, alpha_next, sigma_next, eta=0.0, generato
 def sampling_times(sampler, steps, alpha, sigma):
     """The timesteps that sampling visits, from 1000, all noise, to 0, clean. UserError where steps are not 1 … 1000.
 
-    DPM-Solver++ takes even steps in λ = log(α / σ), down to timestep 5, and from there one to clean, where λ is infinite.
+    DPM-Solver++ takes equal steps in λ = log(α / σ) down to timestep 5 (our choice), then one to clean, where λ is infinite.
     Above about a hundred steps, several of these round to the same timestep, which is visited once.
     """
     if not 1 <= steps <= NUM_STEPS:
-        raise UserError(f"--steps {steps}: the denoiser has 1 to {NUM_STEPS}")
+        raise UserError(f"--steps {steps}: sampling takes 1 to {NUM_STEPS}")
     if sampler != "dpm":
         return torch.linspace(NUM_STEPS, 0, steps + 1).round().long().tolist()
     lam = torch.log(alpha / sigma)[1:].cpu()
@@ -162,7 +162,7 @@ def generate(model, labels, steps=20, guidance=2.0, sampler="dpm", seed=None, gi
     sampler: "dpm" (DPM-Solver++, deterministic, second order), "ddim" (deterministic, first order) or "ddpm" (ancestral).
     """
     device, c = labels.device, model.config
-    # On the CPU, from a generator of its own: a seed means the same videos on every device, and no preview changes a training.
+    # On the CPU, by a generator of its own: a seed gives the same noise on every device, and previews do not affect training.
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     x = torch.randn(len(labels), c.num_tokens, c.token_dim, generator=generator).to(device)
     alpha, sigma = noise_schedule(device)
@@ -196,7 +196,7 @@ def generate(model, labels, steps=20, guidance=2.0, sampler="dpm", seed=None, gi
 def diffusion_loss(model, theta0, labels, given, timestep, noise, gamma, scheduled):
     """Weighted squared error of the predicted noise, mean over the batch (Eq. 2).
 
-    theta0 [B, N, d] at unit deviation; given [B, N, d] or None; timesteps [B], from 2 on if scheduled; noise [B, N, d]; gamma
+    theta0 [B, N, d] at unit variance; given [B, N, d] or None; timesteps [B], from 2 on if scheduled; noise [B, N, d]; gamma
     of Min-SNR, 0 for none; scheduled: whether to add the second pass of scheduled sampling.
     """
     alpha, sigma = (schedule[:, None, None] for schedule in noise_schedule(theta0.device))  # [1001, 1, 1]
@@ -219,8 +219,8 @@ def diffusion_loss(model, theta0, labels, given, timestep, noise, gamma, schedul
 
 def encode_given(vae, video, cond_frames):
     """Tokens [B, N, d] of clips [B, T, 3, H, W] of which only the first frames are given: the others are zero (§4.3)."""
-    given = torch.arange(video.shape[1], device=video.device) < cond_frames
-    return vae.encode(video * given[:, None, None, None])[0]
+    known = torch.arange(video.shape[1], device=video.device) < cond_frames
+    return vae.encode(video * known[:, None, None, None])[0]
 
 
 def load_dit(ckpt, denoiser=DiT, load_vae=stage1.load_vae):
@@ -329,8 +329,8 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
 
     for step in utils.training_steps(start, config, save):
         lr = utils.learning_rate(step, config.steps, config.lr, config.warmup)
-        # The random numbers of the whole batch, of which this process uses its rows. The coin is tossed on the CPU, so that no
-        # GPU is waited for, and with another seed: on a CPU the same one would repeat the first number below.
+        # The random numbers of the whole batch, of which this process uses its rows. The coin comes from the CPU, to avoid
+        # synchronizing a GPU, and with another seed: on a CPU the same one would repeat the first number below.
         coin = torch.rand((), generator=utils.step_generator("cpu", config.seed - 1, step)).item()
         scheduled = coin < config.scheduled_sampling
         random = utils.step_generator(device, config.seed, step)
@@ -340,7 +340,7 @@ def main(argv=None, denoiser=DiT, load_vae=stage1.load_vae):
 
         chosen = torch.tensor(stream.batch(step)[mine]) % count
         mean, deviation, *given = tokens[chosen].to(device).float().unbind(1)  # each [B, N, d]
-        theta0 = latent_map(mean) + latent_map.deviation(deviation) * posterior_noise[mine]  # a draw from the posterior
+        theta0 = latent_map(mean) + latent_map.deviation(deviation) * posterior_noise[mine]  # drawn from the posterior
         # For guidance, a tenth of the clips has no condition; in prediction, another tenth has frames and no class.
         given = latent_map(given[0]) * (drop >= DROP_CONDITION)[:, None, None] if given else None
         no_class = drop < DROP_CONDITION * (2 if cond_frames else 1)

@@ -91,11 +91,11 @@ class ModulatedConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_ch))
 
     def add_head(self, config, entries, std):
-        """The multi-head affine: one map [d -> per_token] for all tokens; its outputs and the offset start at deviation std."""
+        """The multi-head affine: one map [d -> per_token] for all tokens; its outputs and the offset start with std `std`."""
         per_token = math.ceil(entries / config.num_tokens)  # where N does not divide the block, the surplus is cut off
         self.head = nn.Linear(config.token_dim, per_token, bias=False)
         nn.init.normal_(self.head.weight, std=std / math.sqrt(config.token_dim))
-        # One offset per entry (not in the paper): a bias of the head would start all output channels with the same kernel.
+        # One offset per entry (not in the paper): a bias of the head would repeat with every token.
         self.offset = nn.Parameter(torch.randn(entries) * std)
 
     def generate(self, tokens):
@@ -105,10 +105,10 @@ class ModulatedConv(nn.Module):
     def weight(self, tokens):
         """The kernels before demodulation, which are affine in the tokens: [B, N, d] -> [B, out, in, k, k]."""
         B, (out, into, k, _) = len(tokens), self.block_shape
-        # A token's entries are neighbours in the input channel, or where it upsamples in the output channel. That order is not
-        # in the paper: with neighbouring taps instead, Sprites lose 0.9 dB, the shapes gain 0.3 (docs/lessons.md).
+        # Consecutive outputs of a token run along the input channel (upsampling: the output channel), then along the taps. The
+        # paper gives no order: with the taps first, Sprites lose 0.9 dB, the shapes gain 0.3 (docs/lessons.md).
         order = (into, k, k, out) if self.upsample else (out, k, k, into)
-        block = self.generate(tokens).view(B, *order).movedim(4, 1 if self.upsample else 2)  # [B, out, in, k, k]
+        block = self.generate(tokens).view(B, *order).movedim(4, 1 if self.upsample else 2)  # [B, block_out, block_in, k, k]
         top = torch.cat([block, self.beside.expand(B, -1, -1, -1, -1)], 2)
         return torch.cat([top, self.below.expand(B, -1, -1, -1, -1)], 1)
 
@@ -166,7 +166,7 @@ class Block(nn.Module):
 class NeRV(nn.Module):
     """B videos' weight tokens and T frame positions in, B videos out (Table A1)."""
 
-    Conv, Level = ModulatedConv, Block  # to be replaced in subclasses, as in studies/variants.py
+    Conv, Level = ModulatedConv, Block  # a layer and a ×2 level; subclasses replace them (studies/variants.py)
 
     def __init__(self, config):
         super().__init__()

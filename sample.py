@@ -38,7 +38,7 @@ class Config:
     time_scale: float = option("time", 1.0, "decoded frames per frame of the training clips: 8 decodes 128 in the time of 16")
     extrapolate: float = option("time", 0.0, "continue for the time of this many training frames beyond the end of the clip")
     fps: float = option("time", 12.0, "frames per second of the written videos")
-    steps: int = option("sampling", 20, "evaluations of the denoiser, 1 to 1000; ddim takes about 100 for the same")
+    steps: int = option("sampling", 20, "evaluations of the denoiser, 1 to 1000; ddim needs about 100 for the same quality")
     sampler: str = option("sampling", "dpm", "DPM-Solver++, DDIM, or ancestral", choices=["dpm", "ddim", "ddpm"])
     guidance: float = option("sampling", 2.0, "scale of classifier-free guidance; 1 is none")
     seed: int = option("sampling", 0, "seed for the noise")
@@ -103,9 +103,9 @@ class Sampler:
         return tokens if given is None else refine(self.vae.decode, tokens, clips[:, :cond_frames], c.refine)
 
     def read(self, files, needed=None):
-        """The first clip of each file, [B, T, 3, H, W], of which only `needed` frames have to be there, and their numbers.
+        """The first clip of each file, [B, T, 3, H, W], and how many of its frames were read: at least `needed`.
 
-        Frames that are not there are black.
+        Missing frames are black.
         """
         c, clips, lengths = self.vae.nerv_config, [], []
         span = ((needed or c.num_frames) - 1) * self.stride + 1

@@ -4,7 +4,7 @@ video [B, T, 3, H, W] --ViT, N query tokens--> [B, N, width] --batch norm, FC-->
 tokens = mean + exp(logvar / 2) * ε,  KL toward N(0, 1)
 tokens, frame positions --generative NeRV (nerv.py)--> frames
 
-python vae.py                                                   the built-in shapes, minutes on a CPU
+python vae.py                                                   the built-in shapes with nano's extras, minutes on a CPU
 python vae.py --dataset ucf                                     UCF-101 in data/UCF-101, preset S
 """
 
@@ -122,7 +122,7 @@ class Encoder(ViT):
     def __init__(self, config, nerv_config):
         super().__init__(config, nerv_config)
         self.to_latent = nn.Linear(config.width, 2 * nerv_config.token_dim)
-        # Not in the paper: the posterior starts narrow, with deviation exp(-6), so that noise does not hide the tokens.
+        # Not in the paper: the posterior starts narrow, with std exp(-6), so that noise does not hide the tokens.
         nn.init.zeros_(self.to_latent.weight.data[nerv_config.token_dim :])
         nn.init.constant_(self.to_latent.bias.data[nerv_config.token_dim :], -12.0)
 
@@ -154,7 +154,7 @@ class VAE(nn.Module):
     def decode(self, tokens, t):
         """tokens [B, N, d], frame positions t [T] -> frames [B, T, 3, H, W], [-1, 1] (NeRV.forward).
 
-        All videos decode in one call while their maps fit a GPU's 32-bit indices, or a CPU's cache (one by one, nano is three
+        All videos decode in one call if their maps fit a GPU's 32-bit indices, or a CPU's cache (one by one, nano is three
         times as fast there).
         """
         c, limit = self.nerv_config, (2**31 - 1 if t.is_cuda else 2**19)  # elements
@@ -278,7 +278,7 @@ def main(argv=None, decoder=nerv.NeRV):
         trained |= {"discriminator": discriminator, "discriminator_step": disc_step}
     start, gan_start = 0, min(20_000, config.steps // 2)
     if ckpt := checkpoints.resume(config, "vae", decoder=decoder.__name__):
-        start, gan_start = checkpoints.restore(ckpt, trained, ema), ckpt["gan_start"]  # whatever --steps is now
+        start, gan_start = checkpoints.restore(ckpt, trained, ema), ckpt["gan_start"]  # even if --steps has changed
     else:
         extras.start(vae, ema, data.endless(train_set, data.Stream(len(train_set), 4, config.seed)), config.seed)
     stream = data.Stream(len(train_set), config.batch_size, config.seed, start, config.accumulate, rank, world)
