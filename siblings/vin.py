@@ -220,7 +220,7 @@ def train(argv=None, denoiser=VIN):
     if not 0 <= overlap <= (c.num_frames - 1) // 2:
         raise UserError(f"--overlap {overlap}: chunks of {c.num_frames} frames can share 0 to {(c.num_frames - 1) // 2}")
 
-    vin_config = VINConfig(C, overlap, config.global_tokens, config.neighbours, max(16, C), heads=2 if nano else 4)
+    vin_config = VINConfig(C, overlap, config.global_tokens, config.neighbours, max(16, C))
     model = denoiser(start_model.config, vin_config).to(device)
     model.dit.load_state_dict(start_model.state_dict())
     ema = copy.deepcopy(model).eval().requires_grad_(False)
