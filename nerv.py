@@ -105,8 +105,7 @@ class ModulatedConv(nn.Module):
     def weight(self, tokens):
         """The kernels before demodulation, which are affine in the tokens: [B, N, d] -> [B, out, in, k, k]."""
         B, (out, into, k, _) = len(tokens), self.block_shape
-        # Consecutive outputs of a token run along the input channel (upsampling: the output channel), then along the taps. The
-        # paper gives no order: with the taps first, Sprites lose 0.9 dB, the shapes gain 0.3 (docs/lessons.md).
+        # A token's outputs run along the input channels (upsampling: output channels), then the taps (docs/differences.md).
         order = (into, k, k, out) if self.upsample else (out, k, k, into)
         block = self.generate(tokens).view(B, *order).movedim(4, 1 if self.upsample else 2)  # [B, block_out, block_in, k, k]
         top = torch.cat([block, self.beside.expand(B, -1, -1, -1, -1)], 2)
@@ -170,9 +169,8 @@ class NeRV(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        D, last, f = config.width, config.last_factor * config.width, config.stem_fraction
-        m, pos = min(config.block, D), 3 * config.pos_dim
+        self.config, D, f = config, config.width, config.stem_fraction
+        last, m, pos = config.last_factor * D, min(config.block, D), 3 * config.pos_dim
 
         def conv(in_ch, out_ch, k=3, gain=GELU_GAIN, **kw):
             return self.Conv(config, in_ch, out_ch, k, m, m * out_ch // in_ch, gain=gain, **kw)
@@ -205,6 +203,8 @@ class NeRV(nn.Module):
         Positions 0 ... num_frames-1 are the training clip; fractions interpolate, positions outside extrapolate (§4.5.1).
         """
         c, B = self.config, len(tokens)
+        if tokens.shape[1:] != (c.num_tokens, c.token_dim):
+            raise ValueError(f"tokens are {list(tokens.shape)}, expected [B, {c.num_tokens}, {c.token_dim}]")
         x = position_code(t, c).to(tokens.dtype).repeat(1, B, 1, 1)  # [T, 48, 8, 8] -> [T, B * 48, 8, 8]
         if not x.is_cuda:
             x = x.contiguous(memory_format=torch.channels_last)  # in which CPUs convolve up to twice as fast

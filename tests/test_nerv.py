@@ -113,6 +113,9 @@ def test_videos_of_one_call_and_their_gradients_are_those_of_plain_loops(name):
             assert b.norm() > 0 and relative(a, b) < 1e-10, key
     if name != "160 tokens":  # of which some are left over here
         assert (grads[0].abs() > 0).all()  # every number of every token matters
+    for wrong in (tokens.repeat(1, 2, 1), tokens.repeat(1, 1, 2)):  # twice as many would be cut off in silence
+        with pytest.raises(ValueError, match="expected"):
+            model(wrong, t)
 
 
 @pytest.mark.parametrize("length, dim", [(1, 2), (2, 16), (8, 298), (16, 16), (128, 2)])
