@@ -91,7 +91,7 @@ class VIN(nn.Module):
         """Noised latents [B * C, N, d], chunk after chunk of each video, timesteps and labels [B * C] -> ε [B * C, N, d].
 
         given [B * C, N, d]: the latents of given chunks, zeros for others. The model gets them clean, at timestep 0, and its
-        ε for them is the one that leads to them. place [B, C]: in the video, by default 0 … C-1; neighbours: attend to them?
+        ε for them is the one that leads to them. place [B, C]: of each chunk, by default 0 … C-1; neighbours: attend to them
         """
         C, N, M = chunks, latents.shape[1], len(self.offset)
         seen, seen_timestep = latents, timestep
@@ -282,8 +282,8 @@ def train(argv=None, denoiser=VIN):
         label = torch.where(drop < 2 * dit.DROP_CONDITION, len(classes), labels[chosen].to(device))[:, None].expand(-1, C)
         given = torch.zeros_like(theta0)
         given[:, 0] = theta0[:, 0] * ((known < 0.1) & (drop >= dit.DROP_CONDITION))[:, None, None]
-        # Neighbours are learned faster than the global tokens, and make them superfluous: then the subject drifts from chunk to
-        # chunk (docs/long.md). So every tenth step is without them.
+        # Neighbours are learned faster than the global tokens, which then remain unused, and the subject drifts from chunk to
+        # chunk (docs/lessons.md). So every tenth step is without neighbours.
         network = functools.partial(model, chunks=C, place=place + torch.arange(C, device=device), neighbours=step % 10 > 0)
         batch = (x.flatten(0, 1) for x in (theta0, label, given, timestep, noise[mine]))
         with utils.autocast(device, config.bf16):
